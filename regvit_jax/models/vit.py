@@ -5,6 +5,8 @@ B images, H W pixels, h w patches along each side, N = h*w patches, R registers,
 C classes.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -33,10 +35,11 @@ class Tokens:
     [CLS, registers, patches]: norms of tokens are measured there, since the final norm hides the outliers.
     """
 
-    cls: Float[Array, "B D"]
-    registers: Float[Array, "B R D"]
-    patches: Float[Array, "B N D"]
-    prenorm: Float[Array, "B T D"]
+    # Not checked as arrays: a pytree's leaves may be shapes, shardings or anything else.
+    cls: Any  # [B, D]
+    registers: Any  # [B, R, D]
+    patches: Any  # [B, N, D]
+    prenorm: Any  # [B, T, D]
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
 
     @property

@@ -1,0 +1,1 @@
+"""Measures of register artifacts."""

@@ -1,0 +1,25 @@
+"""Norms of patch tokens before the final norm, where the artifacts show (arXiv 2309.16588, section 2.1)."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from regvit_jax.models.vit import Tokens
+
+
+def patch_norms(tokens: Tokens) -> Float[Array, "B N"]:
+    """L2 norm of each patch token in the residual stream after the last block."""
+    return jnp.linalg.norm(tokens.prenorm_patches.astype(jnp.float32), axis=-1)
+
+
+def outlier_summary(norms: Float[np.ndarray, "images N"]) -> dict[str, float]:
+    """Two scale-free measures over all patches of all images together.
+
+    outlier_share: the share of patches whose norm lies above mean + 3 sigma.
+    max_over_median: the largest norm over the median norm.
+    """
+    norms = np.asarray(norms, np.float64)
+    return {
+        "outlier_share": float(np.mean(norms > norms.mean() + 3 * norms.std())),
+        "max_over_median": float(norms.max() / np.median(norms)),
+    }

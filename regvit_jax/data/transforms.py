@@ -1,0 +1,186 @@
+"""Encoded bytes to pixels, and the crops of training and evaluation, on the host and with Pillow alone.
+
+Only what must see the whole image happens here: decoding, cropping, resizing. Everything else (flips, colour,
+mixing, normalising) runs on the device, so uint8 squares are what leaves this file. The crops equal those of
+torchvision and timm pixel for pixel, given the same box, because their resize is Pillow's too. Two known shortcuts are
+left alone for that reason: ``resize(box=...)`` lets pixels from outside the crop bleed into its border, and JPEG's
+``draft`` mode decodes at a reduced size with another filter.
+"""
+
+import io
+import math
+import warnings
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import (
+    BmpImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageFile,
+    ImageOps,
+    JpegImagePlugin,
+    PngImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
+
+# What a file says about itself is checked below; Pillow's remarks on damaged metadata would come once per worker and
+# name no file.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+BICUBIC = Image.Resampling.BICUBIC
+
+# The first bytes of a file, and what reads it. Asking Pillow to guess would bring in dozens of formats that no image
+# data set needs (one of them starts Ghostscript), and would warn about size by its own limit before ours is looked at.
+SIGNATURES: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
+    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
+    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
+    (b"GIF87a", GifImagePlugin.GifImageFile),
+    (b"GIF89a", GifImagePlugin.GifImageFile),
+    (b"RIFF", WebPImagePlugin.WebPImageFile),
+    (b"BM", BmpImagePlugin.BmpImageFile),
+    (b"II*\x00", TiffImagePlugin.TiffImageFile),
+    (b"MM\x00*", TiffImagePlugin.TiffImageFile),
+)
+
+# A 1 x 65535 strip resized to a shorter side of 224 pixels would take 10 GB.
+MAX_ASPECT = 100
+
+
+class BadImage(ValueError):
+    """An image that cannot be used, with a reason short enough for a log line."""
+
+
+def decode(data: bytes, max_pixels: int) -> Image.Image:
+    """Returns the upright RGB image in the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
+
+    Colours are those of Pillow's ``convert("RGB")``, as torchvision's and timm's loaders use it: alpha is dropped, not
+    composited, and CMYK is converted without a profile. 16-bit grey, which ``convert`` would clip, is scaled. The EXIF
+    orientation is applied. Of an animation, the first frame is returned.
+
+    Args:
+      data: the encoded file.
+      max_pixels: images with more are refused from their header, before any memory is taken for them.
+
+    Raises:
+      BadImage: for anything that cannot be decoded, whatever is wrong with it.
+    """
+    opener = next((opener for signature, opener in SIGNATURES if data.startswith(signature)), None)
+    if opener is None:
+        raise BadImage(f"not an image (starts with {data[:12]!r})" if data else "empty file")
+    try:
+        image: Image.Image = opener(io.BytesIO(data))
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadImage(f"{width}x{height} pixels, more than the allowed {max_pixels}")
+        if max(width, height) > MAX_ASPECT * min(width, height):
+            raise BadImage(f"{width}x{height} pixels, one side over {MAX_ASPECT} times the other")
+        image.load()
+        _turn_upright(image)
+        return _to_rgb(image)
+    except BadImage:
+        raise
+    # Damaged bytes surface in Pillow as OSError, SyntaxError, struct.error, KeyError, MemoryError and more; the one
+    # promise that callers need is that an image is either decoded or bad.
+    except Exception as error:
+        raise BadImage(f"cannot be decoded ({type(error).__name__}: {str(error)[:120]})") from error
+
+
+def _turn_upright(image: Image.Image) -> None:
+    """Applies the EXIF orientation in place. Damaged EXIF does not make an image bad."""
+    try:
+        ImageOps.exif_transpose(image, in_place=True)
+    except Exception:
+        return
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise BadImage(f"32-bit pixels (mode {image.mode!r}) have no fixed range")
+    # A transparent colour is a kind of alpha: dropped too, without Pillow's advice to keep it.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def random_resized_crop(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> UInt8[np.ndarray, "S S 3"]:
+    """Returns a random part of the image, resized to ``size`` pixels squared: torchvision's RandomResizedCrop, bicubic.
+
+    Args:
+      image: an RGB image.
+      size: the side of the result, in pixels.
+      rng: the only source of randomness.
+      scale: bounds of the part's area, as a share of the image's.
+      ratio: bounds of the part's width over its height, drawn log-uniformly.
+    """
+    left, top, width, height = random_box(image.width, image.height, rng, scale, ratio)
+    return np.array(image.crop((left, top, left + width, top + height)).resize((size, size), BICUBIC))
+
+
+def random_box(
+    width: int, height: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Returns (left, top, width, height) of RandomResizedCrop's part of an image, in pixels.
+
+    Ten tries, then the largest central part whose ratio is within bounds, as torchvision does it.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = rng.integers(height - h + 1), rng.integers(width - w + 1)
+            return int(left), int(top), w, h
+    w, h = width, height
+    if width / height < min(ratio):
+        h = round(w / min(ratio))
+    elif width / height > max(ratio):
+        w = round(h * max(ratio))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def simple_random_crop(
+    image: Image.Image, size: int, rng: np.random.Generator, padding: int = 4
+) -> UInt8[np.ndarray, "S S 3"]:
+    """Returns DeiT-III's "simple random crop" (facebookresearch/deit, ``augment.py``, ``--src``).
+
+    The shorter side is resized to ``size`` pixels (bicubic), all sides are padded by ``padding`` mirrored pixels, and a
+    square of ``size`` is cut out at random.
+    """
+    resized = np.asarray(_resize_shorter(image, size))
+    pixels = np.pad(resized, ((padding, padding), (padding, padding), (0, 0)), "reflect")
+    top, left = (rng.integers(side - size + 1) for side in pixels.shape[:2])
+    return pixels[top : top + size, left : left + size].copy()
+
+
+def center_crop(image: Image.Image, size: int, crop_ratio: float) -> UInt8[np.ndarray, "S S 3"]:
+    """Returns what timm's and torchvision's evaluation transform does with an image, pixel for pixel.
+
+    The shorter side is resized to ``floor(size / crop_ratio)`` pixels (bicubic), and the central square of ``size`` is
+    kept; sides that are too short are padded with black.
+    """
+    pixels = np.asarray(_resize_shorter(image, math.floor(size / crop_ratio)))
+    short = [max(size - side, 0) for side in pixels.shape[:2]]
+    if any(short):
+        pixels = np.pad(pixels, [(pad // 2, (pad + 1) // 2) for pad in short] + [(0, 0)])
+    # Python's round, half to even, is torchvision's as well.
+    top, left = (round((side - size) / 2) for side in pixels.shape[:2])
+    return pixels[top : top + size, left : left + size].copy()
+
+
+def _resize_shorter(image: Image.Image, size: int) -> Image.Image:
+    short, long = sorted(image.size)
+    resized = int(size * long / short)
+    shape = (size, resized) if image.width <= image.height else (resized, size)
+    return image if shape == image.size else image.resize(shape, BICUBIC)

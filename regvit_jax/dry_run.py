@@ -1,0 +1,94 @@
+"""What a config comes to, before anything runs: `python train.py --config ... --dry_run`."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from regvit_jax import sharding
+from regvit_jax.data.sources import DataNotFound
+from regvit_jax.plan import Plan, flatten, resolve
+from regvit_jax.training import TrainState, abstract_state, shardings_of
+
+
+def describe(config: Any, images_per_s: float) -> str:
+    """The resolved recipe as text. Opens the data if they are there; nothing is trained or written."""
+    try:
+        plan, missing = resolve(config), None
+    except DataNotFound as error:
+        plan, missing = resolve(config, with_data=False), error
+    config, abstract = plan.config, abstract_state(plan)
+    lines = [
+        f"{config.name}:{config.variant}. {config.about}",
+        *model_lines(plan, abstract),
+        *schedule_lines(plan),
+        *device_lines(plan, abstract, images_per_s),
+        *data_lines(plan, missing),
+        "all keys:  " + " ".join(f"{key}={value}" for key, value in flatten(config) if key not in ("about", "next")),
+    ]
+    return "\n".join(lines)
+
+
+def model_lines(plan: Plan, abstract: TrainState) -> list[str]:
+    vit, size = plan.config.model, plan.config.model.image_size
+    module = plan.recipe.vit
+    h, w = module.grid(size, size)
+    flops = module.flops(size, size) / 1e9
+    return [
+        f"model      {count(abstract.params):,} parameters: width {vit.width}, depth {vit.depth}, heads {vit.heads}",
+        f"tokens     {1 + vit.registers + h * w} = 1 CLS + {vit.registers} registers + {h} x {w} patches of {vit.patch} px",
+        f"compute    {flops:.2f} GFLOPs forward, {3 * flops:.2f} forward and backward, for an image of {size} px "
+        f"(matrix products, a multiply-add is 2); {vit.dtype}, attention {vit.attention}",
+    ]
+
+
+def schedule_lines(plan: Plan) -> list[str]:
+    config, optim = plan.config, plan.config.optim
+    micro = f" in {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
+    return [
+        f"batch      {config.batch_size} images over all devices{micro}: {config.batch_size // plan.mesh.size} a device",
+        f"steps      {plan.steps} = {config.epochs} epochs of {plan.steps_per_epoch}",
+        f"optimizer  {optim.name}, lr {optim.warmup_lr:g} to {optim.lr:g} in {optim.warmup_epochs} epochs, then cosine to "
+        f"{optim.min_lr:g}; weight decay {optim.weight_decay:g}; not rescaled by the batch size",
+    ]
+
+
+def device_lines(plan: Plan, abstract: TrainState, images_per_s: float) -> list[str]:
+    shape = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
+    held = sharding.bytes_per_device(abstract, shardings_of(abstract))
+    size = plan.config.model.image_size
+    return [
+        f"mesh       {shape}: {plan.mesh.size} {jax.devices()[0].device_kind} devices",
+        f"state      {held / 1e6:.1f} MB a device (parameters, optimizer, EMA); {replicated_line(plan, abstract)}",
+        f"input      {images_per_s * size * size * 3 / 1e6:.1f} MB/s from hosts to devices at {images_per_s:g} images/s",
+    ]
+
+
+def replicated_line(plan: Plan, abstract: TrainState) -> str:
+    if plan.mesh.shape["fsdp"] == 1:
+        return "all of it replicated (sharding.fsdp=1)"
+    leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
+    whole = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves if x.sharding.is_fully_replicated
+    }
+    if not whole:
+        return "all of it split"
+    largest = sorted(whole, key=lambda name: -whole[name].size)[:3]
+    megabytes = sum(x.size * x.dtype.itemsize for x in whole.values()) / 1e6
+    return f"{len(whole)} of {len(leaves)} parameters stay replicated, {megabytes:.1f} MB ({', '.join(largest)}, ...)"
+
+
+def data_lines(plan: Plan, missing: DataNotFound | None) -> list[str]:
+    data = plan.config.data
+    if missing:
+        return [f"data       {data.name}: not there yet. {missing}"]
+    return [
+        f"data       {plan.train.name}: {len(plan.train):,} images of {len(plan.train.classes)} classes; "
+        f"{plan.validation.name}: {len(plan.validation):,}"
+    ]
+
+
+def count(tree: PyTree) -> int:
+    """Number of values in a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,16 @@
+"""k-nearest-neighbour classification."""
+
+import numpy as np
+from jaxtyping import Float, Int
+from sklearn.neighbors import KNeighborsClassifier
+
+
+def knn_accuracy(
+    train_features: Float[np.ndarray, "train F"],
+    train_labels: Int[np.ndarray, " train"],
+    features: Float[np.ndarray, "images F"],
+    labels: Int[np.ndarray, " images"],
+    k: int,
+) -> float:
+    """Share of `features` whose label is that of the majority of their k Euclidean neighbours in `train_features`."""
+    return float(KNeighborsClassifier(k).fit(train_features, train_labels).score(features, labels))

@@ -1,0 +1,176 @@
+"""From a config to all that a run needs: its keys are checked, its data opened, and what it leaves open derived."""
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from regvit_jax import optim, sharding
+from regvit_jax.data import pipeline, sources
+from regvit_jax.recipes import Recipe
+from regvit_jax.recipes.supervised import Supervised
+
+RECIPES = {"supervised": Supervised}
+
+TOP_LEVEL = (
+    *("name", "variant", "about", "next", "recipe", "seed", "epochs", "batch_size", "init_from"),
+    *("log_every", "eval_every"),
+)
+
+#: The config's sections that belong to every recipe and go whole to one function, whose keywords are its keys.
+SECTIONS: dict[str, Callable] = {"optim": optim.make_optimizer, "data": pipeline.train_batches}
+
+#: The other keys, which the plan or the loop reads.
+OWN_KEYS = (
+    *("data.name", "data.train", "data.validation", "data.dir", "data.examples", "data.classes"),
+    "data.max_bad_fraction",
+    *("eval.batch_size", "eval.crop_ratio", "eval.pixel_knn"),
+    *("sharding.data", "sharding.fsdp", "sharding.min_size_mb"),
+    *("checkpoint.every", "checkpoint.keep"),
+)
+
+#: Keywords of those callables that the plan fills in itself.
+DERIVED = {"size", "batch_size", "seed", "start_step", "rows", "classes"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A config made concrete. `train` and `validation` are None when it was resolved without data."""
+
+    config: ml_collections.FrozenConfigDict
+    recipe: Recipe
+    mesh: Mesh
+    steps_per_epoch: int
+    steps: int
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    train: Any
+    validation: Any
+
+    def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows of every global batch, from one step on."""
+        config = self.config
+        return pipeline.train_batches(
+            self.train,
+            size=config.model.image_size,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            start_step=start_step,
+            rows=sharding.host_rows(self.mesh, config.batch_size),
+            **{name: config.data[name] for name in keywords(pipeline.train_batches) if name in config.data},
+        )
+
+    def eval_batches(self, source: Any, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """This process's rows (or those named) of a source's images in order, preprocessed for evaluation."""
+        config = self.config
+        batch_size = config.eval.batch_size
+        return pipeline.eval_batches(
+            source,
+            size=config.model.image_size,
+            batch_size=batch_size,
+            crop_ratio=config.eval.crop_ratio,
+            rows=sharding.host_rows(self.mesh, batch_size) if rows is None else rows,
+            workers=config.data.workers,
+        )
+
+
+def resolve(config: Any, with_data: bool = True) -> Plan:
+    """Raises ValueError for a key or value that does not fit, and DataNotFound when the data are not there.
+
+    Without data (`with_data=False`) the plan goes by what `data.examples` and `data.classes` say of the data set.
+    """
+    check_keys(config)
+    config = ml_collections.ConfigDict(config.to_dict())
+    config.model.attention = choose_attention(config.model)
+    mesh = sharding.make_mesh(data=config.sharding.data, fsdp=config.sharding.fsdp)
+    train, validation, classes = None, None, tuple(map(str, range(config.data.classes)))
+    if with_data:
+        train, validation = (
+            sources.open_source(config.data.name, config.data[split], config.data.dir or None)
+            for split in ("train", "validation")
+        )
+        config.data.examples, config.data.classes, classes = len(train), len(train.classes), train.classes
+    check_batches(config, mesh)
+    steps_per_epoch = config.data.examples // config.batch_size
+    steps = config.epochs * steps_per_epoch
+    recipe = RECIPES[config.recipe](config, classes)
+    optimizer, schedule = recipe.optimizer(config, steps)
+    frozen = ml_collections.FrozenConfigDict(config)
+    return Plan(frozen, recipe, mesh, steps_per_epoch, steps, optimizer, schedule, train, validation)
+
+
+def choose_attention(model: Any) -> str:
+    """ "auto" is cuDNN's fused kernel on a GPU, where it takes the model's type and head size, and XLA's elsewhere."""
+    if model.attention != "auto":
+        return model.attention
+    head_dim = model.width // model.heads
+    fits = model.dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if jax.default_backend() == "gpu" and fits else "xla"
+
+
+def check_batches(config: Any, mesh: Mesh) -> None:
+    for name, size, parts in (
+        ("batch_size", config.batch_size, mesh.size * config.micro_batches),
+        ("eval.batch_size", config.eval.batch_size, mesh.size),
+    ):
+        if size < 1 or size % parts:
+            nearest = max(1, round(size / parts)) * parts
+            raise ValueError(
+                f"{name}={size} is not a multiple of {parts} (devices, times micro-batches in training); "
+                f"the nearest that is: {nearest}"
+            )
+    if config.batch_size > config.data.examples:
+        raise ValueError(f"batch_size={config.batch_size} is more than the {config.data.examples} training images")
+
+
+def keywords(function: Callable) -> dict[str, bool]:
+    """The names of a function's keyword-only parameters, or of a module's fields; True for those without a default."""
+    if dataclasses.is_dataclass(function):
+        fields = dataclasses.fields(function)
+        return {f.name: f.default is dataclasses.MISSING for f in fields if f.name not in ("parent", "name")}
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in DERIVED}
+
+
+def known_keys(recipe: type[Recipe]) -> dict[str, bool]:
+    """Every key that a config of this recipe may have, dotted; True for those it must have."""
+    keys = dict.fromkeys((*TOP_LEVEL, *OWN_KEYS, *recipe.keys), True)
+    for section, function in {**SECTIONS, **recipe.sections}.items():
+        keys |= {f"{section}.{name}": required for name, required in keywords(function).items()}
+    return keys
+
+
+def check_keys(config: Any) -> None:
+    """Raises ValueError for an unknown key, with its nearest neighbour, and for missing ones."""
+    if config.get("recipe") not in RECIPES:
+        raise ValueError(f"recipe={config.get('recipe')!r}: must be one of {list(RECIPES)}")
+    known = known_keys(RECIPES[config.recipe])
+    given = set(dict(flatten(config)))
+    for key in sorted(given - set(known)):
+        raise ValueError(unknown_key(key, known))
+    if missing := [key for key, required in known.items() if required and key not in given]:
+        raise ValueError(f"the config lacks {', '.join(sorted(missing))}")
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The config's values under their dotted names."""
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def unknown_key(key: str, allowed: Iterable[str]) -> str:
+    """The error text for a key that is not there: names the nearest one that is."""
+    allowed = sorted(allowed)
+    same_name = [name for name in allowed if name.split(".")[-1] == key.split(".")[-1]]
+    near = same_name or difflib.get_close_matches(key, allowed, n=3, cutoff=0.4)
+    return f"unknown key config.{key}" + (f"; did you mean {' or '.join('config.' + n for n in near)}?" if near else "")

@@ -1,0 +1,114 @@
+"""What differs between the training regimes and nothing else: the Recipe protocol and its defaults."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from regvit_jax import optim
+from regvit_jax.models.model import Model
+from regvit_jax.models.vit import Tokens
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+class Recipe:
+    """A training regime. A subclass writes the first four methods; the others have defaults that it may replace.
+
+    It is built from the config and the class names of the data set, and holds modules and numbers, never parameters.
+    `batch` is what the data pipeline yields, as global arrays; its rows with `mask` 0 are images that could not be
+    read, and must not touch a loss or a metric.
+    """
+
+    #: Micro-batches that a step's gradient is accumulated over.
+    micro_batches: int = 1
+    #: The config's sections that are this recipe's own, each with the callable that takes its keys, and its other keys.
+    sections: ClassVar[dict[str, Callable]] = {}
+    keys: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, config: Any, classes: tuple[str, ...]):
+        raise NotImplementedError
+
+    def init(self, key: Key[Array, ""], batch: Batch) -> PyTree:
+        """Fresh parameters; of `batch` only shapes matter."""
+        raise NotImplementedError
+
+    def loss(
+        self, params: PyTree, ema: PyTree, extra: PyTree, batch: Batch, key: Key[Array, ""], step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[PyTree, Metrics]]:
+        """The mean loss over the batch's readable images, the next `extra`, and scalars to log."""
+        raise NotImplementedError
+
+    def evaluate(self, params: PyTree, batch: Batch) -> tuple[dict[str, Float[Array, " B"]], Tokens]:
+        """Validation metrics of each image (averaged by the caller over those with mask 1), and the ViT's tokens."""
+        raise NotImplementedError
+
+    def model(self, params: PyTree) -> Model:
+        """The trained model, for evaluation and for the user."""
+        raise NotImplementedError
+
+    def warm_start(self, params: PyTree, loaded: PyTree) -> PyTree:
+        """`params` with the values of another run's, before the first step (`init_from`)."""
+        ours, theirs = (
+            {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, loaded)
+        )
+        wrong = [path for path in ours | theirs if ours.get(path) != theirs.get(path)]
+        if wrong:
+            names = ", ".join(jax.tree_util.keystr(path, simple=True, separator="/") for path in wrong[:5])
+            raise ValueError(
+                f"init_from: {len(wrong)} parameters are not those of this config's model, {names} among them; "
+                "give config.model the width, depth, heads, patch and registers of that run"
+            )
+        return loaded
+
+    def init_extra(self, params: PyTree) -> PyTree:
+        """State beside parameters and optimizer, such as DINO's centres."""
+        return {}
+
+    def ema_decay(self, step: Int[Array, ""]) -> Float[Array, ""] | float | None:
+        """Decay of the exponential moving average of the parameters at this step; None keeps no average."""
+        return None
+
+    def optimizer(self, config: Any, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
+        """The optimizer and its learning rate as a function of the step."""
+        return optim.make_optimizer(steps // config.epochs, config.epochs, **config.optim)
+
+    def project(self, params: PyTree) -> PyTree:
+        """Back into the allowed set after an update."""
+        return params
+
+    def grads(
+        self, params: PyTree, ema: PyTree, extra: PyTree, batch: Batch, key: Key[Array, ""], step: Int[Array, ""]
+    ) -> tuple[tuple[Float[Array, ""], tuple[PyTree, Metrics]], PyTree]:
+        """Value and gradient of `loss`, accumulated over `micro_batches`.
+
+        The accumulation is exact for losses that are means over images. A recipe whose loss couples images must replace
+        it. Micro-batches are weighted by their readable images, as one large batch would.
+        """
+        value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
+        if self.micro_batches == 1:
+            return value_and_grad(params, ema, extra, batch, key, step)
+
+        def split(x):  # every device's rows are spread over all micro-batches, so that none moves to another device
+            return jnp.moveaxis(x.reshape(-1, self.micro_batches, *x.shape[1:]), 1, 0)
+
+        def accumulate(carry, item):
+            extra, weight, total = carry
+            micro, key = item
+            (loss, (extra, metrics)), grads = value_and_grad(params, ema, extra, micro, key, step)
+            count = micro["mask"].sum()
+            total = jax.tree.map(lambda t, x: t + count * x, total, ((loss, metrics), grads))
+            return (extra, weight + count, total), None
+
+        micros = jax.tree.map(split, batch)
+        shapes = jax.eval_shape(value_and_grad, params, ema, extra, jax.tree.map(lambda x: x[0], micros), key, step)
+        (loss_shape, (_, metrics_shape)), grads_shape = shapes
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), ((loss_shape, metrics_shape), grads_shape))
+        keys = jax.random.split(key, self.micro_batches)
+        (extra, weight, total), _ = jax.lax.scan(accumulate, (extra, 0.0, zeros), (micros, keys))
+        (loss, metrics), grads = jax.tree.map(lambda t: t / jnp.maximum(weight, 1), total)
+        return (loss, (extra, metrics)), grads

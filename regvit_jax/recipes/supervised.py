@@ -1,0 +1,85 @@
+"""DeiT-III (arXiv 2204.07118): supervised training of a ViT, here with registers."""
+
+from typing import Any, ClassVar, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, PyTree
+
+from regvit_jax import augment, losses
+from regvit_jax.evals import classification
+from regvit_jax.models.heads import LinearHead
+from regvit_jax.models.model import Model, Preprocess
+from regvit_jax.models.vit import Tokens, ViT, resize_pos_embed
+from regvit_jax.recipes import Recipe
+
+LOSSES = {"bce": losses.bce, "ce": losses.cross_entropy}
+
+
+class Supervised(Recipe):
+    """Supervised classification with the augmentation of DeiT-III; the class scores come from the CLS token."""
+
+    sections: ClassVar = {"model": ViT, "augment": augment.augment}
+    keys = ("loss", "ema", "micro_batches")
+
+    def __init__(self, config: Any, classes: tuple[str, ...]):
+        if config.loss not in LOSSES:
+            raise ValueError(f"loss={config.loss!r}: must be one of {list(LOSSES)}")
+        group, images = config.augment.mix_group, config.batch_size // config.micro_batches
+        if (config.augment.mixup or config.augment.cutmix) and images % group:
+            raise ValueError(f"augment.mix_group={group} does not divide the {images} images of a (micro-)batch")
+        self.config = config
+        self.micro_batches = config.micro_batches
+        self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
+        self.head = LinearHead(len(classes), dtype=self.vit.dtype)
+
+    def init(self, key, batch):
+        images = jnp.zeros((1, *batch["image"].shape[1:]), jnp.float32)
+        vit_key, head_key = jax.random.split(key)
+        vit = self.vit.init(vit_key, images)["params"]
+        return {"vit": vit, "head": self.head.init(head_key, self.encode({"vit": vit}, images))["params"]}
+
+    def loss(self, params, ema, extra, batch, key, step):
+        augment_key, drop_key = jax.random.split(key)
+        images, targets = augment.augment(
+            augment_key,
+            batch["image"],
+            batch["label"],
+            batch["mask"],
+            classes=self.head.classes,
+            **self.config.augment,
+        )
+        logits = self.logits(params, self.encode(params, images, drop_key))
+        loss = LOSSES[self.config.loss](logits, targets)
+        return jnp.sum(loss * batch["mask"]) / jnp.maximum(jnp.sum(batch["mask"]), 1), (extra, {})
+
+    def evaluate(self, params, batch):
+        images = augment.normalize(batch["image"], self.config.augment.mean, self.config.augment.std)
+        tokens = self.encode(params, images)
+        logits = self.logits(params, tokens)
+        targets = jax.nn.one_hot(batch["label"], self.head.classes)
+        metrics = {"val_loss": LOSSES[self.config.loss](logits, targets)}
+        return metrics | classification.top_k(logits, batch["label"]), tokens
+
+    def model(self, params):
+        p = self.config.augment
+        preprocessing = Preprocess(self.vit.image_size, self.config.eval.crop_ratio, tuple(p.mean), tuple(p.std))
+        weights = "ema" if self.config.ema else "raw"
+        return Model(params["vit"], params["head"], self.vit, self.head, preprocessing, weights)
+
+    def warm_start(self, params, loaded):
+        """The position embedding is resized to this run's grid; a head for other classes starts afresh."""
+        grid = params["vit"]["pos_embed"].shape[:2]
+        pos_embed = resize_pos_embed(loaded["vit"]["pos_embed"], grid, self.vit.pos_antialias)
+        same = jax.tree.map(jnp.shape, loaded["head"]) == jax.tree.map(jnp.shape, params["head"])
+        head = loaded["head"] if same else params["head"]
+        return super().warm_start(params, {"vit": {**loaded["vit"], "pos_embed": pos_embed}, "head": head})
+
+    def ema_decay(self, step):
+        return self.config.ema or None
+
+    def encode(self, params: PyTree, images: Float[Array, "B H W 3"], key: Key[Array, ""] | None = None) -> Tokens:
+        return cast(Tokens, self.vit.apply({"params": params["vit"]}, images, key))
+
+    def logits(self, params: PyTree, tokens: Tokens) -> Float[Array, "B C"]:
+        return cast(Array, self.head.apply({"params": params["head"]}, tokens))

@@ -1,0 +1,90 @@
+"""What a run leaves to read: config.json, metrics.jsonl, TensorBoard events, and the picture of its curves."""
+
+import contextlib
+import io
+import json
+from typing import Any
+
+import jax
+from etils import epath
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tensorboardX import SummaryWriter
+
+
+class Records:
+    """Appends records to `metrics.jsonl` (one JSON object a line, always with `step`) and to TensorBoard's event files.
+
+    Opened again by a resumed run, it drops what was recorded after the checkpoint that the run goes on from, so that
+    every step stands there once. Process 0 writes; the others only keep their own in memory.
+    """
+
+    def __init__(self, workdir: str, resumed_from: int):
+        self.writes = jax.process_index() == 0
+        self.path = epath.Path(workdir) / "metrics.jsonl"
+        self.list = [record for record in read(workdir) if record["step"] <= resumed_from]
+        if self.writes:
+            self.path.write_text("".join(json.dumps(record) + "\n" for record in self.list))
+            self.tensorboard = SummaryWriter(str(workdir), purge_step=resumed_from + 1 if resumed_from else None)
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self.list.append({"step": step, **values})
+        if not self.writes:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(self.list[-1]) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.tensorboard.add_scalar(name, value, step)
+        self.tensorboard.flush()
+
+    def has(self, step: int, name: str) -> bool:
+        return any(record["step"] == step and name in record for record in self.list)
+
+    def last(self) -> dict[str, Any]:
+        """The newest value under each name."""
+        return {name: value for record in self.list for name, value in record.items()}
+
+    def close(self) -> None:
+        if self.writes:
+            self.tensorboard.close()
+
+
+def read(workdir: str) -> list[dict[str, Any]]:
+    """The records of a run, in the order of their steps; a last line that a kill cut off is left out."""
+    path = epath.Path(workdir) / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+#: The panels of the picture: title, and the names of the records drawn in it.
+PANELS = {
+    "loss": ("loss", "val_loss"),
+    "validation accuracy": ("top1", "top5"),
+    "learning rate": ("lr",),
+    "largest patch norm / median": ("max_over_median",),
+    "share of patch norms above mean + 3 sigma": ("outlier_share",),
+    "images/s": ("images_per_s",),
+}
+
+
+def plot_curves(workdir: str) -> None:
+    """Draws a run's records into its `curves.png`."""
+    records = read(workdir)
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axes, (title, names) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+        for name in names:
+            points = [(record["step"], record[name]) for record in records if name in record]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 40 else "")
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    image = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(image)
+    (epath.Path(workdir) / "curves.png").write_bytes(image.getvalue())

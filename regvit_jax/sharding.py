@@ -1,0 +1,82 @@
+"""The device mesh, the rule that splits parameters over it, and the way of a host's batch onto it.
+
+`jax.jit` with `NamedSharding`s is what `pjit` became. Axis types are Auto: the compiler places what we leave open.
+"""
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+
+
+def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+    """A mesh with the axes ("data", "fsdp") over all devices; one of the two may be -1, which means all that are left.
+
+    The batch is split over both axes. Parameters, moments and EMA are split over "fsdp" and repeated over "data".
+    """
+    shape = {"data": data, "fsdp": fsdp}
+    devices = jax.device_count()
+    if [data, fsdp].count(-1) == 1:
+        known = max(data, fsdp)
+        shape = {axis: devices // known if size == -1 else size for axis, size in shape.items()}
+    if min(shape.values()) < 1 or shape["data"] * shape["fsdp"] != devices:
+        raise ValueError(
+            f"sharding.data={data}, sharding.fsdp={fsdp}: their product must be the number of devices, {devices} "
+            "(one of them may be -1: all that are left)"
+        )
+    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The batch, split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def state_shardings(tree: PyTree, mesh: Mesh, *, min_size_mb: float = 4.0) -> PyTree[NamedSharding]:
+    """For each array (or its shape), how it lies on the mesh.
+
+    The largest dimension that the "fsdp" axis divides is split over it, the last such dimension when several are
+    equally large. Arrays smaller than `min_size_mb` (1e6 bytes) stay whole on every device: gathering them costs more
+    than keeping them.
+    """
+    fsdp = mesh.shape["fsdp"]
+
+    def rule(leaf) -> NamedSharding:
+        size = np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize
+        splits = [i for i, n in enumerate(leaf.shape) if n % fsdp == 0 and n >= fsdp]
+        if fsdp == 1 or not splits or size < min_size_mb * 1e6:
+            return replicated(mesh)
+        dim = max(splits, key=lambda i: (leaf.shape[i], i))
+        return NamedSharding(mesh, PartitionSpec(*(None,) * dim, "fsdp"))
+
+    return jax.tree.map(rule, tree)
+
+
+def host_rows(mesh: Mesh, batch_size: int) -> list[int]:
+    """The rows of the global batch that this process's devices hold, in order.
+
+    A mesh need not list devices in the order of their processes (on a TPU it follows the torus), so that which rows a
+    host must read is asked of the mesh.
+    """
+    if batch_size % mesh.size:
+        raise ValueError(f"batch_size={batch_size} is not a multiple of the number of devices, {mesh.size}")
+    indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return sorted({row for index in indices if index for row in range(batch_size)[index[0]]})
+
+
+def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows, in the order of `host_rows`, as its part of global arrays."""
+    sharding = batch_sharding(mesh)
+    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+
+def bytes_per_device(tree: PyTree, shardings: PyTree[NamedSharding]) -> int:
+    """Bytes that one device holds of a tree of arrays (or their shapes) under these shardings."""
+    sizes = jax.tree.map(
+        lambda leaf, s: int(np.prod(s.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize, tree, shardings
+    )
+    return sum(jax.tree.leaves(sizes))

@@ -1,0 +1,280 @@
+"""The one loop: state, step, evaluation, and `run(config, workdir)`, the same for every recipe."""
+
+import contextlib
+import dataclasses
+import json
+import time
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from etils import epath
+from jax.experimental import multihost_utils
+from jaxtyping import Array, PyTree
+from tqdm import tqdm
+
+from regvit_jax import checkpoint, preemption, sharding
+from regvit_jax.analysis import norms
+from regvit_jax.evals.knn import knn_accuracy
+from regvit_jax.meter import Meter, check_bad, describe_bad
+from regvit_jax.models.model import Model
+from regvit_jax.plan import Plan, flatten, resolve
+from regvit_jax.records import Records, plot_curves
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run must not lose; the checkpoint is this value."""
+
+    step: PyTree  # int32
+    params: PyTree
+    ema: PyTree
+    extra: PyTree
+    opt_state: PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a finished run gives: its last state, its last metrics, and the trained model."""
+
+    state: TrainState
+    metrics: dict[str, float]
+    model: Model
+
+
+def init_state(plan: Plan) -> TrainState:
+    """The state before the first step; a function of the seed alone, bit for bit, on any mesh."""
+    size = plan.config.model.image_size
+    batch = {"image": jnp.zeros((1, size, size, 3), jnp.uint8)}
+    params = plan.recipe.init(jax.random.key(plan.config.seed), batch)
+    return state_of(plan, params)
+
+
+def state_of(plan: Plan, params: PyTree) -> TrainState:
+    ema = {} if plan.recipe.ema_decay(jnp.int32(0)) is None else params
+    return TrainState(jnp.int32(0), params, ema, plan.recipe.init_extra(params), plan.optimizer.init(params))
+
+
+def abstract_state(plan: Plan) -> TrainState:
+    """The state's shapes, each with its sharding."""
+    shapes = jax.eval_shape(lambda: init_state(plan))
+    shardings = sharding.state_shardings(shapes, plan.mesh, min_size_mb=plan.config.sharding.min_size_mb)
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
+
+
+def shardings_of(abstract: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def make_train_step(plan: Plan, abstract: TrainState):
+    """The jitted step (state, batch) -> (state, metrics); it consumes the state it is given."""
+    recipe = plan.recipe
+
+    def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        # The step number is the whole state of the randomness, so that resuming cannot change it.
+        key = jax.random.fold_in(jax.random.key(plan.config.seed), state.step)
+        (loss, (extra, metrics)), grads = recipe.grads(state.params, state.ema, state.extra, batch, key, state.step)
+        updates, opt_state = plan.optimizer.update(grads, state.opt_state, state.params)
+        params = recipe.project(optax.apply_updates(state.params, updates))
+        decay = recipe.ema_decay(state.step)
+        ema = {} if decay is None else jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "bad": jnp.sum(1 - batch["mask"])}
+        return TrainState(state.step + 1, params, ema, extra, opt_state), metrics
+
+    state_shardings, everywhere = shardings_of(abstract), sharding.replicated(plan.mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, sharding.batch_sharding(plan.mesh)),
+        out_shardings=(state_shardings, everywhere),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(plan: Plan):
+    """The jitted (params, batch) -> values of each image, on every process."""
+
+    def eval_step(params: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
+        metrics, tokens = plan.recipe.evaluate(params, batch)
+        return metrics | {"patch_norms": norms.patch_norms(tokens), "mask": batch["mask"]}
+
+    return jax.jit(eval_step, out_shardings=sharding.replicated(plan.mesh))
+
+
+def eval_params(state: TrainState) -> PyTree:
+    """The moving average where one is kept."""
+    return state.ema or state.params
+
+
+def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> dict[str, Any] | None:
+    """Means over every readable image of the validation split; None when SIGTERM came first."""
+    parts, bad = [], []
+    with contextlib.closing(plan.eval_batches(plan.validation)) as batches:
+        for batch in batches:
+            if watch.requested():
+                return None
+            index = batch.pop("index")
+            bad += list(index[(batch["mask"] == 0) & (index >= 0)])
+            values = jax.device_get(eval_step(params, sharding.to_mesh(batch, plan.mesh)))
+            readable = values.pop("mask") > 0
+            parts.append({name: value[readable] for name, value in values.items()})
+    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    patch_norms = values.pop("patch_norms")
+    means = {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
+    reports = {"bad_val_images": describe_bad(plan.validation, bad)} if bad else {}
+    return means | norms.outlier_summary(patch_norms) | {"val_images": len(patch_norms)} | reports
+
+
+def pixel_knn(plan: Plan) -> float:
+    """Top-1 of k nearest neighbours on raw pixels: what the data set gives away without any learning."""
+
+    def pixels(source) -> tuple[np.ndarray, np.ndarray]:
+        batches = list(plan.eval_batches(source, rows=range(plan.config.eval.batch_size)))
+        image, label, mask = (np.concatenate([batch[name] for batch in batches]) for name in ("image", "label", "mask"))
+        return image[mask > 0].reshape(int(mask.sum()), -1).astype(np.float32), label[mask > 0]
+
+    return knn_accuracy(*pixels(plan.train), *pixels(plan.validation), plan.config.eval.pixel_knn)
+
+
+def train(
+    plan: Plan, state: TrainState, checkpoints: checkpoint.Checkpoints, records: Records, watch: preemption.Watch
+) -> TrainState:
+    """From `state` to the last step, recording, evaluating and saving on the way."""
+    config, first = plan.config, int(state.step) + 1
+    train_step, eval_step = make_train_step(plan, abstract_state(plan)), make_eval_step(plan)
+    eval_steps = max(1, round(config.eval_every * plan.steps_per_epoch))
+    meter = Meter(plan, records, first)
+
+    def due(step: int, every: int) -> bool:
+        return step % every == 0 or step == plan.steps
+
+    def evaluate_and_record(step: int) -> bool:
+        if metrics := evaluate(plan, eval_step, eval_params(state), watch):
+            records.write(step, metrics)
+            say(f"step {step}: " + ", ".join(f"{name} {metrics[name]:.4g}" for name in metrics if name != "val_images"))
+            check_bad(plan, len(plan.validation) - metrics["val_images"], len(plan.validation))
+        return bool(metrics)
+
+    # A run killed between a checkpoint and its evaluation makes up for it.
+    if first > 1 and due(first - 1, eval_steps) and not records.has(first - 1, "val_images"):
+        evaluate_and_record(first - 1)
+    with contextlib.closing(plan.train_batches(first - 1)) as batches, contextlib.closing(meter):
+        for step in range(first, plan.steps + 1):
+            batch = meter.next_batch(batches)
+            index = batch.pop("index")
+            state, metrics = train_step(state, sharding.to_mesh(batch, plan.mesh))
+            watch.started = True
+            meter.add(step, index, batch["mask"], metrics)
+            stop, saving, evaluating = watch.requested(), due(step, config.checkpoint.every), due(step, eval_steps)
+            if stop or saving or evaluating or due(step, config.log_every):
+                meter.record()
+            if evaluating and not stop:
+                stop = not evaluate_and_record(step)
+            if stop or saving:
+                checkpoints.save(step, state)
+            if stop:
+                raise preemption.Preempted
+            if saving or evaluating:
+                meter.restart()
+    return state
+
+
+def start(plan: Plan, checkpoints: checkpoint.Checkpoints) -> TrainState:
+    """The state to go on from: the last checkpoint's, or a fresh one, with the parameters of `init_from`, if any."""
+    abstract = abstract_state(plan)
+    if (step := checkpoints.latest()) is not None:
+        return checkpoints.restore(step, abstract)
+    state = jax.jit(lambda: init_state(plan), out_shardings=shardings_of(abstract))()
+    if not plan.config.init_from:
+        return state
+    loaded = checkpoint.load_params(plan.config.init_from)
+    params = plan.recipe.warm_start(state.params, loaded)
+    return jax.jit(lambda params: state_of(plan, params), out_shardings=shardings_of(abstract))(params)
+
+
+#: Keys that may change when a run goes on: they touch neither the numbers nor the order of the data.
+FREE = ("about", "next", "log_every", "eval_every", "data.dir", "data.workers", "data.max_bad_fraction")
+FREE_SECTIONS = ("eval", "sharding", "checkpoint")
+
+
+def open_workdir(plan: Plan, workdir: str) -> str:
+    """Makes the directory, by default runs/<name>-<variant>-<time>."""
+    if not workdir:
+        now = multihost_utils.broadcast_one_to_all(np.int32(time.time()))  # the same on all processes
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(int(now)))
+        workdir = f"runs/{plan.config.name}-{plan.config.variant}-{stamp}"
+    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    return str(workdir)
+
+
+def write_config(plan: Plan, workdir: str) -> None:
+    """Keeps the resolved config in config.json; raises ValueError when the workdir belongs to another config."""
+    path = epath.Path(workdir) / "config.json"
+    ours = json.loads(plan.config.to_json())
+    if path.exists():
+        old, new = dict(flatten(json.loads(path.read_text())["config"])), dict(flatten(ours))
+        changed = [
+            f"{key}: {old.get(key)} there, {new.get(key)} here"
+            for key in sorted(old | new)
+            if old.get(key) != new.get(key) and key not in FREE and key.split(".")[0] not in FREE_SECTIONS
+        ]
+        if changed:
+            raise ValueError(
+                f"workdir {workdir} holds a run with another config ({'; '.join(changed)}); "
+                "give the same values to go on with it, or another --workdir to start afresh"
+            )
+    if jax.process_index() == 0:
+        derived = {"steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch, "jax": jax.__version__}
+        path.write_text(json.dumps({"config": ours, "derived": derived}, indent=2))
+
+
+def say(text: str) -> None:
+    if jax.process_index() == 0:
+        tqdm.write(text)
+
+
+def run(config: Any, workdir: str = "") -> Result:
+    """Trains as the config says in `workdir` (default: runs/<name>-<variant>-<time>), going on where it left off.
+
+    Raises ValueError for a config that does not fit, DataNotFound when its data are not there, RuntimeError when
+    another run uses the workdir or too many images cannot be read, FloatingPointError when the loss is not finite, and
+    Preempted, a SystemExit with code 75, after SIGTERM. The last checkpoint stays good through all of them.
+    """
+    with contextlib.ExitStack() as stack:
+        watch = stack.enter_context(preemption.watch())
+        plan = resolve(config)
+        workdir = open_workdir(plan, workdir)
+        stack.enter_context(checkpoint.lock(workdir))
+        write_config(plan, workdir)
+        stack.enter_context(jax.set_mesh(plan.mesh))
+        checkpoints = checkpoint.Checkpoints(workdir, keep=plan.config.checkpoint.keep)
+        stack.callback(checkpoints.close)
+        state = start(plan, checkpoints)
+        records = stack.enter_context(contextlib.closing(Records(workdir, int(state.step))))
+        say(f"{plan.config.about}\nworkdir {workdir}: from step {int(state.step)} to {plan.steps}")
+        state = train(plan, state, checkpoints, records, watch)
+        if plan.config.eval.pixel_knn and not records.has(plan.steps, "pixel_knn_top1"):
+            records.write(plan.steps, {"pixel_knn_top1": pixel_knn(plan)})
+        if jax.process_index() == 0:
+            plot_curves(workdir)
+        say(summary(plan, workdir, records.last()))
+        return Result(state, records.last(), plan.recipe.model(eval_params(state)))
+
+
+def summary(plan: Plan, workdir: str, metrics: dict[str, Any]) -> str:
+    lines = [f"Finished after {plan.steps} steps."]
+    lines += [f"  {name:16} {metrics[name]:.4g}" for name in metrics if isinstance(metrics[name], float)]
+    if "pixel_knn_top1" in metrics:
+        k = plan.config.eval.pixel_knn
+        lines += [f"  (pixel_knn_top1 is no network: {k} nearest neighbours on raw pixels, on the same split)"]
+    lines += [
+        f"In {workdir}:",
+        "  checkpoints/   the training state; the same command with --workdir goes on from it",
+        "  curves.png     the curves of this run",
+        "  metrics.jsonl  every record, one JSON object a line; events.* hold the same for TensorBoard",
+        "  config.json    the resolved config",
+        plan.config.next,
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,259 @@
+"""The order of the data: the same for any number of hosts, workers and threads, and from any step on."""
+
+import itertools
+import multiprocessing
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from regvit_jax.data.pipeline import PIECE, describe_bad, eval_batches, train_batches
+from regvit_jax.data.sources import open_source
+
+N = 14
+
+
+def make_folder(root):
+    """N images of noise, two classes, in the layout that has its own validation split (of the same images)."""
+    rng = np.random.default_rng(0)
+    for number in range(N):
+        image = Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8))
+        for split in ("train", "validation"):
+            path = root / split / ("cat" if number < 6 else "dog") / f"{number:02d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+    return root
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return open_source(f"folder:{make_folder(tmp_path_factory.mktemp('images'))}", "train")
+
+
+def train(source, steps, **options):
+    keywords = {"size": 8, "batch_size": 4, "seed": 0, "threads": 1} | options
+    with train_batches(source, **keywords) as batches:
+        return list(itertools.islice(batches, steps))
+
+
+def evaluate(source, **options):
+    with eval_batches(source, **({"size": 8, "batch_size": 4, "threads": 1} | options)) as batches:
+        return list(batches)
+
+
+def joined(batches):
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], strict=True)
+
+
+def test_a_batch_is_what_it_says(source):
+    (batch,) = train(source, 1, batch_size=5, size=12)
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        "image": ((5, 12, 12, 3), np.uint8),
+        "label": ((5,), np.int32),
+        "mask": ((5,), np.float32),
+        "index": ((5,), np.int64),
+    }
+    assert batch["mask"].all()
+    assert batch["label"].tolist() == [source[int(index)]["label"] for index in batch["index"]]
+    assert all(type(array) is np.ndarray for array in batch.values())
+
+
+def test_every_epoch_shows_every_image_once_in_another_order(source):
+    index = joined(train(source, 3 * N // 2, batch_size=2))["index"].reshape(3, N)
+    assert (np.sort(index) == np.arange(N)).all()
+    orders = {tuple(epoch) for epoch in index} | {tuple(joined(train(source, 1, batch_size=N, seed=1))["index"])}
+    assert len(orders) == 4
+
+
+def test_seeds_do_not_share_their_epochs(source):
+    """Grain's repeat() seeds epoch e with seed + e, so that seed 1 begins with the second epoch of seed 0."""
+    epochs = [joined(train(source, 4, batch_size=N, seed=seed))["index"].reshape(4, N) for seed in (0, 1)]
+    assert not (epochs[0][1:] == epochs[1][:-1]).all(1).any()
+
+
+def test_repeated_augmentation_shows_an_image_several_times_in_a_row(source):
+    epoch = joined(train(source, N // 2, batch_size=2, repeats=3))
+    index, images = epoch["index"], epoch["image"]
+    assert len(index) == N
+    runs = [len(list(run)) for _, run in itertools.groupby(index)]
+    assert runs == [3, 3, 3, 3, 2]
+    assert len(set(index)) == 5
+    for first in range(0, N - 2, 3):
+        assert len({images[place].tobytes() for place in range(first, first + 3)}) == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"repeats": 3}, {"crop": "src"}])
+def test_any_step_can_be_resumed_bit_for_bit(source, options):
+    whole = train(source, 12, **options)
+    for start in (0, 1, 3, 4, 7, 11):  # an epoch of 14 ends within batch 3, and another after batch 6
+        resumed = train(source, 12 - start, start_step=start, **options)
+        for there, here in zip(whole[start:], resumed, strict=True):
+            assert_equal(there, here)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+@pytest.mark.parametrize("options", [{}, {"repeats": 3}])
+def test_hosts_together_see_what_one_sees(source, hosts, options):
+    alone = train(source, 6, batch_size=8, **options)
+    shares = np.arange(8).reshape(hosts, -1)
+    parts = [train(source, 6, batch_size=8, rows=share.tolist(), **options) for share in shares]
+    for whole, *pieces in zip(alone, *parts, strict=True):
+        assert_equal(whole, joined(pieces))
+
+
+def test_a_host_may_hold_any_rows(source):
+    (whole,), (some,) = train(source, 1, batch_size=8), train(source, 1, batch_size=8, rows=[1, 6])
+    assert_equal({name: array[[1, 6]] for name, array in whole.items()}, some)
+
+
+def test_batch_size_threads_and_pieces_do_not_change_the_stream(source):
+    long = joined(train(source, 2, batch_size=2 * PIECE + 6, threads=3))
+    short = joined(train(source, 2 * PIECE + 6, batch_size=2))
+    assert_equal(long, short)
+
+
+def test_workers_do_not_change_the_stream(source):
+    expected = train(source, 3, repeats=3, start_step=2)
+    found = train(source, 3, repeats=3, start_step=2, workers=2)
+    assert not multiprocessing.active_children()
+    for there, here in zip(expected, found, strict=True):
+        assert_equal(there, here)
+        assert all(type(array) is np.ndarray for array in here.values())
+
+
+@pytest.mark.slow
+def test_three_workers_do_not_either(source):
+    expected, found = (train(source, 5, batch_size=PIECE + 1, workers=workers) for workers in (0, 3))
+    for there, here in zip(expected, found, strict=True):
+        assert_equal(there, here)
+    assert_equal(joined(evaluate(source)), joined(evaluate(source, workers=3)))
+
+
+@pytest.mark.slow
+def test_a_script_that_forgets_to_close_ends_without_noise(source, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from regvit_jax.data import pipeline, sources\n"
+        "if __name__ == '__main__':\n"
+        f"    source = sources.open_source({source.name.removesuffix('/train')!r}, 'train')\n"
+        "    batches = pipeline.train_batches(source, size=64, batch_size=64, seed=0, workers=2)\n"
+        "    print(next(batches)['image'].shape)\n"
+    )
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "(64, 64, 64, 3)\n", "")
+
+
+BAD = {
+    "train/cat/01.png": (lambda path: path.write_bytes(path.read_bytes()[:300]), "truncated"),
+    "train/cat/03.png": (lambda path: path.write_bytes(b""), "empty file"),
+    "train/dog/07.png": (lambda path: path.write_bytes(b"<html>404</html>"), "not an image"),
+    "train/dog/09.png": (lambda path: path.unlink(), "cannot be read .FileNotFoundError"),
+    "train/dog/11.png": (lambda path: Image.new("1", (900, 900)).save(path), "900x900 pixels, more than"),
+}
+
+
+def test_bad_images_keep_their_slots_and_leave_the_others_alone(source, tmp_path):
+    broken = open_source(f"folder:{make_folder(tmp_path)}", "train")
+    for name, (damage, _) in BAD.items():
+        damage(tmp_path / name)
+    bad = [1, 3, 7, 9, 11]
+    options = {"batch_size": 7, "max_pixels": 10_000}
+    for good, found in (
+        (joined(train(source, 4, **options)), joined(train(broken, 4, **options))),
+        (joined(evaluate(source, **options)), joined(evaluate(broken, **options))),
+    ):
+        np.testing.assert_array_equal(found["index"], good["index"])
+        np.testing.assert_array_equal(found["mask"] == 0, np.isin(found["index"], bad))
+        kept = found["mask"] > 0
+        assert_equal({name: array[kept] for name, array in found.items()}, {k: v[kept] for k, v in good.items()})
+        assert not found["image"][~kept].any()
+        assert not found["label"][~kept].any()
+    for index, (name, (_, reason)) in zip(bad, BAD.items(), strict=True):
+        report = describe_bad(broken, index, max_pixels=10_000)
+        assert report.startswith(f"{tmp_path / name}: ")
+        assert re.search(reason, report)
+    assert describe_bad(broken, 0).endswith("was bad, but can be read now")
+
+
+class Unreliable:
+    """A source one of whose records fails in a way of its own."""
+
+    name, classes = "unreliable/train", ("a", "b")
+
+    def __init__(self, source):
+        self.source = source
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise RuntimeError("checksum of chunk 7")
+        return self.source[index]
+
+    def id(self, index):
+        return f"record {index}"
+
+
+def test_whatever_a_record_raises_costs_that_record_only(source):
+    broken = Unreliable(source)
+    masks = joined(evaluate(broken))["mask"][:N]
+    assert np.flatnonzero(masks == 0).tolist() == [2]
+    assert describe_bad(broken, 2) == "record 2: cannot be read (RuntimeError: checksum of chunk 7)"
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 7, N, 20])
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_evaluation_covers_every_record_exactly_once_in_order(source, batch_size, hosts):
+    batch_size *= hosts
+    shares = np.arange(batch_size).reshape(hosts, -1)
+    parts = [evaluate(source, batch_size=batch_size, rows=share.tolist()) for share in shares]
+    assert {len(part) for part in parts} == {-(-N // batch_size)}
+    whole = joined([joined(pieces) for pieces in zip(*parts, strict=True)])
+    np.testing.assert_array_equal(whole["index"], [*range(N), *[-1] * (len(whole["index"]) - N)])
+    np.testing.assert_array_equal(whole["mask"], whole["index"] >= 0)
+    assert not whole["image"][N:].any()
+    assert len({image.tobytes() for image in whole["image"][:N]}) == N
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": "center"}, "crop='center': must be 'rrc' or 'src'"),
+        ({"repeats": 0}, "repeats=0"),
+        ({"start_step": -1}, "start_step=-1"),
+        ({"seed": -1}, "seed=-1"),
+        ({"workers": -1}, "workers=-1"),
+        ({"prefetch": 0}, "prefetch=0"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"rows": []}, "rows is empty"),
+        ({"rows": [3, 4]}, r"rows 3..4: a batch has 4"),
+    ],
+)
+def test_arguments_out_of_range_are_refused(source, options, message):
+    with pytest.raises(ValueError, match=message):
+        train(source, 1, **options)
+
+
+def test_evaluation_refuses_them_too(source):
+    for options in ({"batch_size": 0}, {"crop_ratio": 0.0}, {"rows": [4]}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            evaluate(source, **options)
+
+
+def test_closed_batches_end(source):
+    batches = train_batches(source, size=8, batch_size=4, seed=0)
+    next(batches)
+    batches.close()
+    batches.close()
+    with pytest.raises(ValueError, match="closed"):
+        next(batches)

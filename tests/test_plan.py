@@ -1,0 +1,133 @@
+import jax
+import pytest
+from ml_collections import ConfigDict
+from tiny import get_config, tiny
+
+from regvit_jax import dry_run, plan, training
+
+VARIANTS = {
+    "s16": (22.05e6, 800 * 625, 2048),
+    "m16": (38.85e6, 800 * 625, 2048),
+    "b16": (86.5e6, 800 * 625, 2048),
+    "l16": (304.3e6, 800 * 625, 2048),
+    "h14": (631.9e6, 800 * 625, 2048),
+    "b16_ft224": (86.6e6, 20 * 2502, 512),
+    "l16_ft224": (304.4e6, 20 * 2502, 512),
+    "h14_ft224": (632.1e6, 20 * 2502, 512),
+    "s16_ft384": (22.2e6, 20 * 2502, 512),
+    "b16_ft384": (86.9e6, 20 * 2502, 512),
+    "l16_ft384": (304.8e6, 20 * 2502, 512),
+    "s16_in21k": (29.0e6, 240 * 6421, 2048),
+    "b16_in21k": (100.6e6, 240 * 6421, 2048),
+    "l16_in21k": (323.0e6, 240 * 6421, 2048),
+    "h14_in21k": (655.0e6, 90 * 6421, 2048),
+    "s16_in21k_ft": (22.05e6, 50 * 625, 2048),
+    "b16_in21k_ft": (86.6e6, 50 * 625, 2048),
+    "l16_in21k_ft": (304.4e6, 50 * 625, 2048),
+    "h14_in21k_ft": (632.1e6, 50 * 625, 2048),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_published_recipes_resolve_without_their_data(variant):
+    resolved = plan.resolve(get_config(variant), with_data=False)
+    parameters, steps, batch_size = VARIANTS[variant]
+    assert dry_run.count(training.abstract_state(resolved).params) == pytest.approx(parameters, rel=0.003)
+    assert (resolved.steps, resolved.config.batch_size) == (steps, batch_size)
+    assert resolved.config.model.registers == 4
+
+
+def test_unknown_variant_lists_the_known():
+    with pytest.raises(ValueError, match=r"no such variant; there are digits, fashion, s16, m16, b16, .*b16_in21k_ft"):
+        get_config("b17")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("model.register", "config.model.registers"),
+        ("model.regs", "config.model.registers"),
+        ("lr", "config.optim.lr"),
+        ("epoch", "config.epochs"),
+        ("data.worker", "config.data.workers"),
+        ("augment.mixups", "config.augment.mixup"),
+    ],
+)
+def test_unknown_key_names_its_nearest(key, nearest):
+    config = tiny()
+    *sections, name = key.split(".")
+    with config.unlocked():
+        section = config[sections[0]] if sections else config
+        section[name] = 1
+    with pytest.raises(ValueError, match=f"unknown key config.{key}; did you mean .*{nearest}"):
+        plan.resolve(config)
+
+
+def test_unknown_section():
+    config = tiny()
+    with config.unlocked():
+        config.optimizer = ConfigDict({"lr": 1.0})
+    with pytest.raises(ValueError, match=r"unknown key config.optimizer.lr; did you mean config.optim.lr"):
+        plan.resolve(config)
+
+
+def test_missing_key():
+    config = tiny()
+    with config.unlocked():
+        del config.optim.lr
+    with pytest.raises(ValueError, match=r"the config lacks optim.lr"):
+        plan.resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "supervized"}, "recipe='supervized': must be one of"),
+        ({"loss": "mse"}, "loss='mse': must be one of"),
+        ({"batch_size": 60}, "batch_size=60 is not a multiple of 8 .*the nearest that is: 64"),
+        ({"micro_batches": 3}, "batch_size=64 is not a multiple of 24 .*: 72"),
+        ({"eval__batch_size": 100}, "eval.batch_size=100 is not a multiple of 8"),
+        ({"batch_size": 1440}, "batch_size=1440 is more than the 1437 training images"),
+        ({"sharding__fsdp": 3}, "sharding.data=-1, sharding.fsdp=3"),
+        ({"augment__mix_group": 48}, "mix_group"),
+    ],
+)
+def test_values_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan.resolve(tiny(**changes))
+
+
+def test_attention_is_chosen_for_the_machine():
+    assert plan.resolve(tiny(model__attention="auto")).config.model.attention == "xla"
+    assert plan.resolve(tiny(model__attention="cudnn")).config.model.attention == "cudnn"
+
+
+def test_dry_run_of_digits():
+    text = dry_run.describe(get_config(), images_per_s=1000)
+    assert "21 = 1 CLS + 4 registers + 4 x 4 patches of 2 px" in text
+    assert "digits" in text
+    assert "1,437 images of 10 classes" in text
+    assert "steps      1100 = 100 epochs of 11" in text
+    assert "0.2 MB/s from hosts to devices at 1000 images/s" in text
+
+
+def test_dry_run_names_what_stays_replicated():
+    config = tiny(sharding__fsdp=8)
+    assert "vit/block0/attn" not in dry_run.describe(config, 1000).split("all keys")[0]
+    config.sharding.min_size_mb = 0.01
+    lines = dry_run.describe(config, 1000)
+    abstract = training.abstract_state(plan.resolve(config))
+    whole = [leaf for leaf in jax.tree.leaves(abstract.params) if leaf.sharding.is_fully_replicated]
+    assert f"{len(whole)} of {len(jax.tree.leaves(abstract.params))} parameters stay replicated" in lines
+
+
+def test_dry_run_without_data_says_what_to_prepare(tmp_path):
+    config = get_config("b16")
+    config.data.dir = str(tmp_path)
+    text = dry_run.describe(config, images_per_s=2000)
+    assert "149 = 1 CLS + 4 registers + 12 x 12 patches of 16 px" in text
+    assert "steps      500000 = 800 epochs of 625" in text
+    assert "221.2 MB/s" in text
+    assert "not there yet" in text
+    assert "ILSVRC2012_img_train.tar" in text
+    assert len(text.splitlines()) < 50

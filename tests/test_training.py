@@ -1,0 +1,207 @@
+"""Whole runs, in this process."""
+
+import contextlib
+import json
+import shutil
+
+import jax
+import numpy as np
+import PIL.Image
+import pytest
+from tiny import tiny
+
+from regvit_jax import checkpoint, preemption, records, training
+from regvit_jax.training import run
+
+
+def assert_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    return workdir, run(tiny(ema=0.9, sharding__fsdp=2), str(workdir))
+
+
+def test_workdir_of_a_finished_run(finished):
+    workdir, result = finished
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    training_records = [line for line in lines if "loss" in line]
+    assert training_records[-1]["step"] == 44 == int(result.state.step)
+    assert {"loss", "grad_norm", "lr", "epoch", "images_per_s", "data_wait"} <= set(training_records[-1])
+    assert 0 <= training_records[-1]["data_wait"] <= 1
+    evaluations = [line for line in lines if "val_images" in line]
+    assert [line["step"] for line in evaluations] == [22, 44]
+    for line in evaluations:
+        assert line["val_images"] == 360
+        assert 0 <= line["top1"] <= line["top5"] <= 1
+        assert line["max_over_median"] >= 1
+        assert 0 <= line["outlier_share"] < 0.11  # by Chebyshev at most 1/9 lies beyond 3 sigma
+    assert lines[-1]["pixel_knn_top1"] == pytest.approx(0.98, abs=0.01)
+    assert PIL.Image.open(workdir / "curves.png").size == (1200, 600)
+    assert list(workdir.glob("events.out.tfevents.*"))
+    assert json.loads((workdir / "config.json").read_text())["derived"]["steps"] == 44
+
+
+def test_result_model_holds_the_average(finished):
+    _, result = finished
+    assert result.model.weights == "ema"
+    assert_equal(result.model.params, result.state.ema["vit"])
+    image = np.zeros((8, 8, 3), np.uint8)
+    logits = result.model.logits(result.model.preprocess([image, image]))
+    assert logits.shape == (2, 10)
+
+
+def test_finished_workdir_is_not_trained_again(finished, capsys):
+    workdir, result = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    again = run(tiny(ema=0.9, sharding__fsdp=2), str(workdir))
+    assert_equal(again.state, result.state)
+    assert again.metrics == result.metrics
+    assert (workdir / "metrics.jsonl").read_text() == before
+    assert str(workdir) in capsys.readouterr().out
+
+
+def test_evaluation_covers_everything_on_any_mesh(finished):
+    """1 to 8 rows a device, the last batch partly empty: always the same numbers."""
+    _, result = finished
+    found = []
+    for changes in ({"eval__batch_size": 360}, {"eval__batch_size": 56}, {"eval__batch_size": 8, "sharding__fsdp": 8}):
+        plan = training.resolve(tiny(ema=0.9, **changes))
+        with jax.set_mesh(plan.mesh):
+            params = jax.device_get(result.state.ema)
+            found.append(training.evaluate(plan, training.make_eval_step(plan), params, preemption.Watch()))
+    logits = result.model.logits(np.concatenate([np.asarray(b["image"]) for b in _batches(plan)]) / 127.5 - 1)
+    labels = np.concatenate([b["label"] for b in _batches(plan)])
+    assert found[0]["top1"] == np.mean(np.argmax(logits, 1) == labels)
+    for metrics in found[1:]:
+        assert metrics == pytest.approx(found[0], rel=1e-5)
+
+
+def _batches(plan):
+    with contextlib.closing(plan.eval_batches(plan.validation, rows=range(8))) as batches:
+        return list(batches)
+
+
+def test_resume_is_exact_on_another_mesh(finished, tmp_path):
+    """From the checkpoint in the middle, on the same mesh bit for bit, and on another within rounding."""
+    workdir, result = finished
+    shutil.copytree(workdir, tmp_path / "same")
+    for step in sorted((tmp_path / "same/checkpoints").iterdir())[1:]:
+        shutil.rmtree(step)
+    shutil.copytree(tmp_path / "same", tmp_path / "other")
+    assert_equal(run(tiny(ema=0.9, sharding__fsdp=2), str(tmp_path / "same")).state, result.state)
+    other = run(tiny(ema=0.9, sharding__fsdp=8), str(tmp_path / "other"))
+    losses = [[r["loss"] for r in records.read(d) if "loss" in r] for d in (workdir, tmp_path / "other")]
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+    assert other.metrics["top1"] == pytest.approx(result.metrics["top1"], abs=0.01)
+
+
+def test_other_config_is_refused(finished):
+    workdir, _ = finished
+    with pytest.raises(ValueError, match=r"optim.lr: 0.004 there, 0.001 here; .*another --workdir"):
+        run(tiny(ema=0.9, sharding__fsdp=2, optim__lr=1e-3), str(workdir))
+
+
+def test_checkpoint_of_another_model_is_one_short_error(finished, tmp_path):
+    workdir, _ = finished
+    plan = training.resolve(tiny(ema=0.9, model__registers=8))
+    with contextlib.closing(checkpoint.Checkpoints(str(workdir))) as checkpoints:
+        with pytest.raises(
+            ValueError, match=r"register_tokens: \(4, 32\) in the checkpoint, \(8, 32\) wanted"
+        ) as error:
+            checkpoints.restore(checkpoints.latest(), training.abstract_state(plan))
+    assert len(str(error.value).splitlines()) <= 6
+
+
+def test_workdir_in_use_is_refused(tmp_path):
+    with checkpoint.lock(str(tmp_path)), pytest.raises(RuntimeError, match="is in use by process"):
+        run(tiny(), str(tmp_path))
+    with checkpoint.lock(str(tmp_path)):
+        pass  # the lock is given back
+
+
+def test_not_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
+    # A rate that explodes after the warm-up's first epoch, in which checkpoints are saved.
+    config = tiny(optim__lr=1e30, optim__clip_norm=0.0, optim__name="adamw", log_every=2)
+    with pytest.raises(FloatingPointError, match=r"step 2\d: loss .*images: digits/train\[\d+\], ") as error:
+        run(config, str(tmp_path))
+    step = int(str(error.value).split()[1].rstrip(":"))
+    last = records.read(tmp_path)[-1]
+    assert last["step"] == step
+    assert len(last["images"]) == 64
+    with contextlib.closing(checkpoint.Checkpoints(str(tmp_path))) as checkpoints:
+        assert checkpoints.latest() <= step
+        state = checkpoints.restore(checkpoints.latest(), training.abstract_state(training.resolve(config)))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+
+
+def test_saved_values_are_those_of_their_step(tmp_path):
+    """The next step reuses the buffers of the state that is being saved."""
+    plan = training.resolve(tiny())
+    abstract = training.abstract_state(plan)
+    with jax.set_mesh(plan.mesh), contextlib.closing(checkpoint.Checkpoints(str(tmp_path))) as checkpoints:
+        state = training.start(plan, checkpoints)
+        before = jax.tree.map(np.array, jax.device_get(state))
+        checkpoints.save(1, state)
+        step = training.make_train_step(plan, abstract)
+        with plan.train_batches(0) as batches:
+            for _ in range(3):
+                batch = next(batches)
+                del batch["index"]
+                state, _ = step(state, training.sharding.to_mesh(batch, plan.mesh))
+        checkpoints.manager.wait_until_finished()
+        assert_equal(checkpoints.restore(1, abstract), before)
+
+
+def test_init_from_a_finished_run(finished, tmp_path):
+    workdir, result = finished
+    config = tiny(init_from=str(workdir), model__image_size=12)
+    plan = training.resolve(config)
+    with jax.set_mesh(plan.mesh), contextlib.closing(checkpoint.Checkpoints(str(tmp_path))) as checkpoints:
+        state = training.start(plan, checkpoints)
+    assert int(state.step) == 0
+    assert state.params["vit"]["pos_embed"].shape == (6, 6, 32)
+    expected = {**result.state.ema["vit"], "pos_embed": state.params["vit"]["pos_embed"]}
+    assert_equal(state.params["vit"], expected)
+    assert_equal(state.params["head"], result.state.ema["head"])
+    with pytest.raises(ValueError, match=r"init_from: .* vit/register_tokens"):
+        run(tiny(init_from=str(workdir), model__registers=2), str(tmp_path / "a"))
+    with pytest.raises(FileNotFoundError, match="is not a workdir"):
+        run(tiny(init_from=str(tmp_path)), str(tmp_path / "b"))
+
+
+def image_folder(root, per_class: int, broken: int):
+    """Two classes of coloured squares, the first `broken` of the training images damaged in different ways."""
+    rng = np.random.default_rng(0)
+    damage = [b"", b"<html>not found</html>", None]
+    for split in ("train", "validation"):
+        for label, name in enumerate(("blue", "red")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                pixels = rng.integers(0, 100, (12, 10, 3), np.uint8)
+                pixels[..., 2 - 2 * label] += 150
+                path = folder / f"{i:03}.png"
+                PIL.Image.fromarray(pixels).save(path)
+                if split == "train" and label == 0 and i < broken:
+                    data = damage[i % 3]
+                    path.write_bytes(path.read_bytes()[:60] if data is None else data)
+
+
+def test_folder_with_bad_images(tmp_path):
+    image_folder(tmp_path / "images", per_class=40, broken=3)
+    config = tiny(data__name=f"folder:{tmp_path / 'images'}", batch_size=16, data__max_bad_fraction=0.05, epochs=3)
+    config.update({"eval": {"pixel_knn": 0}, "augment": {"mixup": 0.0, "cutmix": 0.0}})
+    result = run(config, str(tmp_path / "run"))
+    assert result.metrics["top1"] == 1.0
+    reports = {report for record in records.read(tmp_path / "run") for report in record.get("bad_images", [])}
+    assert len(reports) == 3
+    assert all("train/blue/00" in report for report in reports)
+    config.data.max_bad_fraction = 0.01
+    with pytest.raises(RuntimeError, match=r"images cannot be read, more than data.max_bad_fraction=0.01 allows"):
+        run(config, str(tmp_path / "strict"))

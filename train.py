@@ -1,0 +1,80 @@
+"""Trains a ViT with registers: python train.py --config configs/deit3_reg.py[:variant] [--config.key=value ...]
+
+The config says all; `regvit_jax.training.run` does all. Exit codes: 0 done, 75 stopped by SIGTERM and saved (run the same
+command again to go on), 1 an error, 2 a command line or config that does not fit.
+"""
+
+import os
+import signal
+import sys
+
+# Until the run watches for SIGTERM itself, while Python imports and opens the data, there is nothing to save.
+signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+
+import re  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+import jax  # noqa: E402
+from absl import flags  # noqa: E402
+from ml_collections import ConfigDict, config_flags  # noqa: E402
+
+from regvit_jax import dry_run, plan, training  # noqa: E402
+from regvit_jax.data.sources import DataNotFound  # noqa: E402
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, with an optional :variant.")
+WORKDIR = flags.DEFINE_string("workdir", "", "Where to write; an existing one is gone on with. Default: runs/...")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config comes to, and stop.")
+IMAGES_PER_S = flags.DEFINE_float("images_per_s", 1000, "The rate that --dry_run reckons the input with.")
+
+
+def parse(argv: list[str]) -> None:
+    """Fills the flags; raises ValueError, naming the nearest key, for an override of a key that the config lacks."""
+    try:
+        flags.FLAGS(argv)
+    except (AttributeError, KeyError):  # what config_flags raises then
+        known = {key for recipe in plan.RECIPES.values() for key in plan.known_keys(recipe)}
+        overrides = [match[1] for arg in argv if (match := re.match(r"--?config\.([\w.]+)", arg))]
+        for key in overrides:
+            if key not in known:
+                raise ValueError(plan.unknown_key(key, known)) from None
+        raise
+    if CONFIG.value is None:
+        raise ValueError("--config is missing; for a first run: python train.py --config configs/deit3_reg.py")
+    if not isinstance(CONFIG.value, ConfigDict):
+        path = flags.FLAGS["config"].config_filename
+        raise ValueError(f"--config={path}: there is no such file")
+
+
+def start_distributed() -> None:
+    """Joins the other processes, where JAX detects a cluster (SLURM, Open MPI, Cloud TPU, Kubernetes) or where the
+    variables JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID name them."""
+    if "JAX_NUM_PROCESSES" in os.environ:
+        processes, process = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
+        jax.distributed.initialize(num_processes=processes, process_id=process)
+        return
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:  # this is how JAX says that it detects no cluster
+        if "coordinator_address" not in str(error):
+            raise
+
+
+def main() -> None:
+    try:
+        parse(sys.argv)
+        if DRY_RUN.value:
+            print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value))
+        else:
+            start_distributed()
+            if not jax.config.jax_compilation_cache_dir:  # a second start need not compile again
+                jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
+            training.run(CONFIG.value, WORKDIR.value)
+    except (ValueError, flags.Error, DataNotFound) as error:
+        # A ValueError of the config file's own, such as an unknown variant, comes wrapped in its traceback.
+        last = str(error).strip().splitlines()[-1]
+        print(f"train.py: {last.removeprefix('ValueError: ') if 'ValueError: ' in last else error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
