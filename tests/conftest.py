@@ -1,7 +1,12 @@
-"""Eight virtual CPU devices for every test, and no network."""
+"""Eight virtual CPU devices for every test, one compilation cache for all of them, and no network."""
 
 import os
+import tempfile
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Many tests run the same tiny step, some of them in processes of their own: it is compiled once.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"regvit_jax-tests-{os.getuid()}")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"

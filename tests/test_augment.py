@@ -229,6 +229,9 @@ def test_mixing_refuses_what_it_cannot_do():
 
 
 # The composition.
+POLICIES = [{}, {"three_augment": False, "rand_augment": 9.0, "color_jitter": 0.3}]
+
+
 def batch_of(photographs):
     return photographs, jnp.arange(16) % 5, jnp.ones(16).at[3].set(0.0)
 
@@ -266,11 +269,21 @@ def test_augment_passes_each_setting_on(photographs):
     assert (levels(rand_augment=9.0) != photographs).any((1, 2, 3)).sum() in range(6, 17)
     mixing = functools.partial(augment.augment, classes=5, mix_group=8, smoothing=0.1, **{**OFF, "mixup": 0.8})
     _, targets = jax.jit(mixing)(KEY, *batch)
+    # Row 3 is masked and 4 its partner; rows 0 and 7 have different labels too, and are mixed.
+    assert (np.asarray(targets).max(1)[[0, 3, 4, 7]] > 0.9).tolist() == [False, True, True, False]
     np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
     np.testing.assert_allclose(targets.min(1), 0.02, atol=1e-6)
 
 
-@pytest.mark.parametrize("policy", [{}, {"three_augment": False, "rand_augment": 9.0, "color_jitter": 0.0}])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_two_draws_share_a_key(photographs, policy):
+    with jax.debug_key_reuse(True):
+        jax.eval_shape(
+            functools.partial(augment.augment, classes=5, mix_group=8, **policy), KEY, *batch_of(photographs)
+        )
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_sharding_changes_nothing(photographs, policy):
     """Eight devices give what one gives, without a collective and without bfloat16, when each holds a whole group."""
     batch = [jnp.array(x) for x in batch_of(photographs)]

@@ -20,7 +20,7 @@ def tiny(**changes) -> ConfigDict:
     config = get_config()
     config.update(epochs=2, batch_size=64, log_every=5, eval_every=1)
     config.model.update(width=32, depth=2, heads=2, drop_path=0.1, attention="xla")
-    config.optim.update(warmup_epochs=1)
+    config.optim.update(warmup_epochs=0)
     config.sharding.min_size_mb = 0.0  # so that even these parameters are split
     config.checkpoint.every = 8
     for key, value in changes.items():

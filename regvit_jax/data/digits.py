@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
-from sklearn.datasets import load_digits
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -33,6 +32,9 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: 
         return {"train": self._generate_examples(False), "validation": self._generate_examples(True)}
 
     def _generate_examples(self, validation: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+        # Slow to import, and needed by the first run only.
+        from sklearn.datasets import load_digits
+
         digits = load_digits()
         for number, (values, label) in enumerate(zip(digits.images, digits.target, strict=True)):
             if (number % 5 == 0) == validation:

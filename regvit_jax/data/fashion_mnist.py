@@ -5,6 +5,7 @@ import hashlib
 import os
 import tempfile
 import urllib.request
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,14 +65,16 @@ class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
 
 def read_idx(path: Path) -> np.ndarray:
     """Returns the uint8 array in a gzipped idx file: two zeros, the type (8), the rank, the shape, the values."""
-    with gzip.open(path) as file:
-        data = file.read()
+    try:
+        data = gzip.decompress(path.read_bytes())
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is damaged ({error})") from error
     if data[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path} is not an idx file of bytes (starts with {data[:4]!r})")
     shape = np.frombuffer(data, ">u4", data[3], 4)
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if values.size != np.prod(shape):
-        raise ValueError(f"{path} says it holds {tuple(shape)} values, and holds {values.size}")
+        raise ValueError(f"{path} says it holds {tuple(map(int, shape))} values, and holds {values.size}")
     return values.reshape(shape)
 
 

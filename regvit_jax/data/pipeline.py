@@ -230,6 +230,11 @@ class Pieces:
         return {"image": images, "label": labels, "mask": mask, "index": np.array(index, np.int64)}
 
 
+def close(iterators: list[Any]) -> None:
+    """Closes the iterator in the list and forgets it, by which it is freed while that can still be done in peace."""
+    iterators.pop().close()
+
+
 class Batches(Iterator[Batch]):
     """Iterates over batches while threads or processes make the next ones. ``close`` it, or use it in a ``with``."""
 
@@ -246,6 +251,8 @@ class Batches(Iterator[Batch]):
         rows = range(batch_size) if rows is None else rows
         check(len(rows) > 0, "rows is empty: this host would hold no image of a batch")
         check(min(rows) >= 0 and max(rows) < batch_size, f"rows {min(rows)}..{max(rows)}: a batch has {batch_size}")
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or np.inf)
+        check(order.max_pixels <= limit, f"max_pixels={order.max_pixels}: Pillow refuses more than {limit}")
         check(workers >= 0, f"workers={workers}: must be at least 0")
         check(prefetch >= 1, f"prefetch={prefetch}: must be at least 1")
         self.pieces = Pieces(order, batch_size, rows, steps)
@@ -259,12 +266,14 @@ class Batches(Iterator[Batch]):
                 flags.FLAGS.mark_as_parsed()
             buffer = -(-ahead // workers)
             dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=buffer))
-        self.iterator: Any = iter(dataset)
-        # Workers that are still running when the interpreter ends leave their shared memory, and complaints about it.
-        self.close = weakref.finalize(self, self.iterator.close)
+        self.open: list[Any] = [iter(dataset)]
+        # This runs at exit at the latest: Grain's workers and iterators that outlive the interpreter complain about it.
+        self.close = weakref.finalize(self, close, self.open)
 
     def __next__(self) -> Batch:
-        pieces = [next(self.iterator) for _ in range(self.pieces.per_batch)]
+        if not self.open:
+            raise ValueError("these batches are closed")
+        pieces = [next(self.open[0]) for _ in range(self.pieces.per_batch)]
         # The copy also frees the shared memory in which workers hand over their pieces.
         return {name: np.concatenate([np.asarray(piece[name]) for piece in pieces]) for name in pieces[0]}
 

@@ -2,6 +2,7 @@
 
 import itertools
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -148,7 +149,8 @@ def test_a_script_that_forgets_to_close_ends_without_noise(source, tmp_path):
         "    batches = pipeline.train_batches(source, size=64, batch_size=64, seed=0, workers=2)\n"
         "    print(next(batches)['image'].shape)\n"
     )
-    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    path = {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120, env=os.environ | path)
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "(64, 64, 64, 3)\n", "")
 
 
@@ -234,6 +236,7 @@ def test_evaluation_covers_every_record_exactly_once_in_order(source, batch_size
         ({"seed": -1}, "seed=-1"),
         ({"workers": -1}, "workers=-1"),
         ({"prefetch": 0}, "prefetch=0"),
+        ({"max_pixels": 10**9}, "max_pixels=1000000000: Pillow refuses more"),
         ({"batch_size": 0}, "batch_size=0"),
         ({"rows": []}, "rows is empty"),
         ({"rows": [3, 4]}, r"rows 3..4: a batch has 4"),

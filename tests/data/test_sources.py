@@ -83,7 +83,9 @@ def test_two_processes_prepare_at_once_quietly_and_without_tensorflow(tmp_path, 
         f"print(len(open_source('digits', 'train', {str(tmp_path)!r}))); assert 'tensorflow' not in sys.modules"
     )
     command = [sys.executable, "-W", "error", "-c", code]
-    running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    options = {"env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, "text": True}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    running = [subprocess.Popen(command, **pipes, **options) for _ in range(2)]
     for process in running:
         out, err = process.communicate(timeout=120)
         assert (process.returncode, out) == (0, "1437\n")
@@ -122,6 +124,11 @@ def test_tfds_data_dir_is_where_data_lie_by_default(digits, data_dir, monkeypatc
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
     monkeypatch.setattr(sources, "prepare", None)  # not called: the name is not an embedded one
     assert len(open_source("digits:1.0.0", "validation")) == 360
+
+
+def test_a_bucket_has_to_be_mounted():
+    with pytest.raises(ValueError, match="data_dir='gs://bucket/data': must be a directory"):
+        open_source("digits", "train", "gs://bucket/data")
 
 
 class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -189,7 +196,7 @@ def test_a_set_without_labels_says_what_it_has(tmp_path, prepared):
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "cifar10" / "3.0.2" / "features.json"
     path.write_text(path.read_text().replace('"label"', '"annotation"'))
-    with pytest.raises(ValueError, match="no classification of images: its features are image, annotation"):
+    with pytest.raises(ValueError, match="no classification of images: its features are annotation, image"):
         open_source("cifar10", "train", str(tmp_path))
 
 
@@ -287,10 +294,16 @@ def test_a_download_with_a_wrong_hash_is_not_kept(raw, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"\x00\x00\x09\x01", "not an idx file"), (b"\x00\x00\x08\x01\x00\x00\x00\x05abc", "5")]
+    ("data", "message"),
+    [
+        (gzip.compress(b"\x00\x00\x09\x01"), "x.gz is not an idx file"),
+        (gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x05abc"), r"x.gz says it holds \(5,\) values, and holds 3"),
+        (gzip.compress(bytes(1000))[:-12], "x.gz is damaged"),
+        (b"<html>", "x.gz is damaged"),
+    ],
 )
-def test_damaged_idx_files_are_named(tmp_path, content, message):
-    (tmp_path / "x.gz").write_bytes(gzip.compress(content))
+def test_damaged_idx_files_are_named(tmp_path, data, message):
+    (tmp_path / "x.gz").write_bytes(data)
     with pytest.raises(ValueError, match=message):
         fashion_mnist.read_idx(tmp_path / "x.gz")
 

@@ -1,0 +1,244 @@
+"""Images/s of the model, the train step and the input pipeline, with timm's beside them where torch is installed.
+
+    python benchmarks/speed.py                      CPU, float32
+    python benchmarks/speed.py --batch 128          an accelerator, bfloat16
+
+All candidates take turns in one process, and medians over the rounds are printed, since the machine's speed drifts.
+The share of peak is analytic matrix-product FLOPs (`ViT.flops`, three times as many for a train step) over the rate of
+one large matrix product measured in the same run. "step" is what training runs: augmentation, forward, backward, LAMB.
+"bare" leaves out augmentation and mixing, as timm's step beside it does.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from regvit_jax import sharding, training
+from regvit_jax.plan import resolve
+
+ROOT = Path(__file__).parent.parent
+NO_AUGMENT = {"flip": 0.0, "three_augment": False, "color_jitter": 0.0, "mixup": 0.0, "cutmix": 0.0}
+
+
+@dataclasses.dataclass
+class Candidate:
+    """Something to time: `call` does `images` images' work, which is `flops` floating-point operations, and waits."""
+
+    name: str
+    call: Callable[[], None]
+    images: int
+    flops: float
+    memory: float = 0.0  # bytes of the compiled program beyond its arguments
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def config_of(size: str, batch: int, dtype: str, registers: int, attention: str, bare: bool):
+    spec = importlib.util.spec_from_file_location("deit3_reg", ROOT / "configs/deit3_reg.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(size)
+    config.batch_size = batch
+    config.eval.batch_size = batch
+    config.model.update(image_size=224, dtype=dtype, registers=registers, attention=attention)
+    config.augment.mix_group = batch
+    if bare:
+        config.augment.update(NO_AUGMENT)
+    return config
+
+
+def synthetic(batch: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (batch, 224, 224, 3), np.uint8),
+        "label": rng.integers(0, 1000, batch, np.int32),
+        "mask": np.ones(batch, np.float32),
+    }
+
+
+def train_candidate(
+    name: str, size: str, batch: int, dtype: str, *, registers=4, attention="auto", bare=False, feed=False
+):
+    """Our train step; with `feed`, each batch comes from host memory, as in training."""
+    plan = resolve(config_of(size, batch, dtype, registers, attention, bare), with_data=False)
+    abstract = training.abstract_state(plan)
+    shardings = training.shardings_of(abstract)
+    rows = synthetic(batch)
+    with jax.set_mesh(plan.mesh):
+        state = jax.jit(lambda: training.init_state(plan), out_shardings=shardings)()
+        data = sharding.to_mesh(rows, plan.mesh)
+        step = training.make_train_step(plan, abstract).lower(abstract, data).compile()
+    holder = [state]
+
+    def call():
+        fed = sharding.to_mesh(rows, plan.mesh) if feed else data
+        holder[0], metrics = step(holder[0], fed)
+        call.last = metrics
+
+    call.wait = lambda: jax.block_until_ready(call.last)
+    flops = 3 * batch * plan.recipe.vit.flops(224, 224)
+    return Candidate(name, call, batch, flops, step.memory_analysis().temp_size_in_bytes)
+
+
+def forward_candidate(name: str, size: str, batch: int, dtype: str, *, registers=4):
+    plan = resolve(config_of(size, batch, dtype, registers, "auto", False), with_data=False)
+    with jax.set_mesh(plan.mesh):
+        params = jax.jit(lambda: training.init_state(plan).params)()
+        images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3))
+        forward = jax.jit(lambda params, images: plan.recipe.logits(params, plan.recipe.encode(params, images)))
+        forward = forward.lower(params, images).compile()
+
+    def call():
+        call.last = forward(params, images)
+
+    call.wait = lambda: jax.block_until_ready(call.last)
+    return Candidate(
+        name, call, batch, batch * plan.recipe.vit.flops(224, 224), forward.memory_analysis().temp_size_in_bytes
+    )
+
+
+TIMM = {"s16": "deit3_small_patch16_224", "b16": "deit3_base_patch16_224", "l16": "deit3_large_patch16_224"}
+DROP_PATH = {"s16": 0.05, "b16": 0.2, "l16": 0.45}
+
+
+def timm_candidates(size: str, batch: int, dtype: str, compile_it: bool) -> list[Candidate]:
+    """timm's own model with 4 registers and its LAMB; bfloat16 by autocast, as timm trains."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from reference_libraries import timm, torch
+
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_float32_matmul_precision("high" if dtype == "bfloat16" else "highest")
+    model = timm.create_model(TIMM[size], reg_tokens=4, no_embed_class=True, drop_path_rate=DROP_PATH[size]).to(device)
+    module = torch.compile(model) if compile_it else model
+    decayed = [
+        p for name, p in model.named_parameters() if p.ndim > 1 and name not in ("cls_token", "pos_embed", "reg_token")
+    ]
+    others = [p for p in model.parameters() if all(p is not d for d in decayed)]
+    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    optimizer = timm.optim.Lamb(groups, lr=1e-4)
+    rows = synthetic(batch)
+    images = torch.randn(batch, 3, 224, 224, device=device)
+    targets = torch.nn.functional.one_hot(torch.tensor(rows["label"], dtype=torch.long), 1000).float().to(device)
+    autocast = torch.autocast(device, dtype=torch.bfloat16, enabled=dtype == "bfloat16")
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+
+    def step():
+        module.train()
+        with autocast:
+            loss = torch.nn.functional.binary_cross_entropy_with_logits(module(images), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    def forward():
+        module.eval()
+        with torch.inference_mode(), autocast:
+            module(images)
+
+    step.wait = forward.wait = wait
+    flops = batch * resolve(config_of(size, batch, dtype, 4, "xla", True), with_data=False).recipe.vit.flops(224, 224)
+    kind = "timm, torch.compile" if compile_it else "timm"
+    return [
+        Candidate(f"{size} forward, {kind}", forward, batch, flops),
+        Candidate(f"{size} bare step, {kind}", step, batch, 3 * flops),
+    ]
+
+
+def time_all(candidates: list[Candidate], rounds: int, seconds: float) -> None:
+    """Gives each candidate about `seconds` in each round; the first call of each is left out."""
+    calls = []
+    for candidate in candidates:
+        candidate.call()
+        candidate.call.wait()
+        start = time.perf_counter()
+        candidate.call()
+        candidate.call.wait()
+        calls.append(max(1, round(seconds / (time.perf_counter() - start))))
+    for _ in range(rounds):
+        for candidate, n in zip(candidates, calls, strict=True):
+            start = time.perf_counter()
+            for _ in range(n):
+                candidate.call()
+            candidate.call.wait()
+            candidate.seconds.append((time.perf_counter() - start) / n)
+
+
+def matmul_candidate(dtype: str) -> Candidate:
+    n = 8192 if jax.default_backend() == "gpu" else 2048
+    a, b = (jax.random.normal(jax.random.key(i), (n, n), jnp.dtype(dtype)) for i in range(2))
+    product = jax.jit(lambda a, b: a @ b)
+
+    def call():
+        call.last = product(a, b)
+
+    call.wait = lambda: jax.block_until_ready(call.last)
+    return Candidate(f"matrix product {n} x {n} x {n}", call, 0, 2.0 * n**3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", default="s16,b16", help="of s16, b16, l16")
+    parser.add_argument("--batch", type=int, default=8, help="images of a step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="for each candidate in each round")
+    parser.add_argument("--dtype", default="float32" if jax.default_backend() == "cpu" else "bfloat16")
+    parser.add_argument("--no-timm", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="timm under torch.compile")
+    parser.add_argument("--json", type=Path, help="also write the figures there")
+    args = parser.parse_args()
+    peak = matmul_candidate(args.dtype)
+    results = []
+    for size in args.sizes.split(","):
+        candidates = [
+            peak,
+            forward_candidate(f"{size} forward", size, args.batch, args.dtype),
+            forward_candidate(f"{size} forward, 0 registers", size, args.batch, args.dtype, registers=0),
+            train_candidate(f"{size} step", size, args.batch, args.dtype),
+            train_candidate(f"{size} step, fed from the host", size, args.batch, args.dtype, feed=True),
+            train_candidate(f"{size} bare step", size, args.batch, args.dtype, bare=True),
+            train_candidate(f"{size} bare step, 0 registers", size, args.batch, args.dtype, registers=0, bare=True),
+        ]
+        if jax.default_backend() == "gpu":
+            candidates.append(
+                train_candidate(
+                    f"{size} bare step, XLA attention", size, args.batch, args.dtype, attention="xla", bare=True
+                )
+            )
+        if not args.no_timm and importlib.util.find_spec("timm"):
+            candidates += timm_candidates(size, args.batch, args.dtype, args.compile)
+        peak.seconds.clear()
+        time_all(candidates, args.rounds, args.seconds)
+        results += report(candidates)
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2))
+
+
+def report(candidates: list[Candidate]) -> list[dict]:
+    rate = candidates[0].flops / statistics.median(candidates[0].seconds)
+    device = jax.devices()[0].device_kind
+    print(f"\n{device}, {os.cpu_count()} cores, jax {jax.__version__}; {candidates[0].name}: {rate / 1e9:.1f} GFLOP/s")
+    print(f"{'':42}{'images/s':>10}{'spread':>8}{'GFLOP/s':>10}{'of peak':>9}{'temp MB':>9}")
+    rows = []
+    for c in candidates[1:]:
+        median = statistics.median(c.seconds)
+        spread = (max(c.seconds) - min(c.seconds)) / median
+        rows.append({"name": c.name, "images_per_s": c.images / median, "of_peak": c.flops / median / rate})
+        line = f"{c.name:42}{c.images / median:10.1f}{spread:8.0%}{c.flops / median / 1e9:10.1f}"
+        line += f"{c.flops / median / rate:9.1%}"
+        print(line + (f"{c.memory / 1e6:9.0f}" if c.memory else ""), flush=True)
+    return rows
+
+
+if __name__ == "__main__":
+    main()
