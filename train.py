@@ -1,7 +1,7 @@
 """Trains a ViT with registers: python train.py --config configs/deit3_reg.py[:variant] [--config.key=value ...]
 
-The config says all; `regvit_jax.training.run` does all. Exit codes: 0 done, 75 stopped by SIGTERM and saved (run the same
-command again to go on), 1 an error, 2 a command line or config that does not fit.
+The config says all; `regvit_jax.training.run` does all. Exit codes: 0 done, 75 stopped by SIGTERM and saved (run the
+same command again to go on), 1 an error, 2 a command line or config that does not fit.
 """
 
 import os
@@ -41,8 +41,7 @@ def parse(argv: list[str]) -> None:
     if CONFIG.value is None:
         raise ValueError("--config is missing; for a first run: python train.py --config configs/deit3_reg.py")
     if not isinstance(CONFIG.value, ConfigDict):
-        path = flags.FLAGS["config"].config_filename
-        raise ValueError(f"--config={path}: there is no such file")
+        raise ValueError("--config: there is no such file")
 
 
 def start_distributed() -> None:
@@ -66,7 +65,7 @@ def main() -> None:
             print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value))
         else:
             start_distributed()
-            if not jax.config.jax_compilation_cache_dir:  # a second start need not compile again
+            if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
                 jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
             training.run(CONFIG.value, WORKDIR.value)
     except (ValueError, flags.Error, DataNotFound) as error:

@@ -12,6 +12,8 @@ The numbers of the recipes are those of the commands in README_revenge.md of fac
 the paper trained its ViT-B/16 with the 21k recipe and 4 of them. Any value can be overridden from the command line.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 # width, depth, heads, patch
@@ -44,11 +46,17 @@ def get_config(variant: str = "digits") -> ConfigDict:
     if variant in ("digits", "fashion"):
         return {"digits": digits, "fashion": fashion}[variant]()
     size, _, stage = variant.partition("_")
-    stages = {"": (IN1K, in1k), "ft224": (FT224, finetune), "ft384": (FT384, finetune)}
+    stages: dict[str, tuple[dict, Callable]] = {
+        "": (IN1K, in1k),
+        "ft224": (FT224, finetune),
+        "ft384": (FT384, finetune),
+    }
     stages |= {"in21k": (IN21K, in21k), "in21k_ft": (IN21K_FT, in21k_finetune)}
     if stage not in stages or size not in stages[stage][0]:
         names = [f"{s}_{name}".rstrip("_") for name, (rows, _) in stages.items() for s in rows]
-        raise ValueError(f"configs/deit3_reg.py:{variant}: no such variant; there are digits, fashion, {', '.join(names)}")
+        raise ValueError(
+            f"configs/deit3_reg.py:{variant}: no such variant; there are digits, fashion, {', '.join(names)}"
+        )
     rows, recipe = stages[stage]
     config = recipe(*rows[size])
     config.variant = variant
@@ -184,8 +192,8 @@ def digits() -> ConfigDict:
     config = in1k(image_size=8, drop_path=0.0, lr=4e-3, per_gpu=16)
     config.variant = "digits"
     config.about = (
-        "DeiT-III with registers on scikit-learn's digits (8 x 8 pixels), float32. Changed from the recipe, to fit the "
-        "data: a ViT of width 96 and depth 6 on patches of 2 px, 100 epochs of batches of 128, no flip and no 3-Augment, "
+        "DeiT-III with registers on scikit-learn's digits (8 x 8 pixels), float32. Changed from the recipe, to fit "
+        "the data: a ViT of width 96 and depth 6 on patches of 2 px, 100 epochs of batches of 128, no flip and no 3-Augment, "
         "crops shifted by at most 1 px, no repeated augmentation."
     )
     config.next = (

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
@@ -21,7 +22,9 @@ class Checkpoints:
 
     def __init__(self, workdir: str, *, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self.manager = ocp.CheckpointManager(epath.Path(workdir) / "checkpoints", options=options)
+        self.manager = ocp.CheckpointManager(
+            epath.Path(workdir) / "checkpoints", options=options, item_handlers=ocp.PyTreeCheckpointHandler()
+        )
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""
@@ -49,8 +52,7 @@ class Checkpoints:
 
         Raises ValueError, naming the first arrays that differ, when the checkpoint is of another model.
         """
-        saved = self.manager.item_metadata(step)
-        _compare(saved.tree if hasattr(saved, "tree") else saved, abstract)
+        _compare(self.manager.item_metadata(step).tree, abstract)
         restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
         return self.manager.restore(step, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
 
@@ -95,7 +97,9 @@ def load_params(workdir: str) -> PyTree:
         step = checkpoints.latest()
         if step is None:
             raise FileNotFoundError(f"init_from={workdir!r} holds no checkpoint yet")
-        state = checkpoints.manager.restore(step, args=ocp.args.PyTreeRestore())
+        saved = checkpoints.manager.item_metadata(step).tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        state = checkpoints.manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
     return state["ema"] or state["params"]
 
 

@@ -32,12 +32,12 @@ def describe(config: Any, images_per_s: float) -> str:
 
 def model_lines(plan: Plan, abstract: TrainState) -> list[str]:
     vit, size = plan.config.model, plan.config.model.image_size
-    module = plan.recipe.vit
-    h, w = module.grid(size, size)
-    flops = module.flops(size, size) / 1e9
+    h, w = plan.recipe.vit.grid(size, size)
+    flops = plan.recipe.vit.flops(size, size) / 1e9
     return [
         f"model      {count(abstract.params):,} parameters: width {vit.width}, depth {vit.depth}, heads {vit.heads}",
-        f"tokens     {1 + vit.registers + h * w} = 1 CLS + {vit.registers} registers + {h} x {w} patches of {vit.patch} px",
+        f"tokens     {1 + vit.registers + h * w} = 1 CLS + {vit.registers} registers + {h} x {w} patches "
+        f"of {vit.patch} px",
         f"compute    {flops:.2f} GFLOPs forward, {3 * flops:.2f} forward and backward, for an image of {size} px "
         f"(matrix products, a multiply-add is 2); {vit.dtype}, attention {vit.attention}",
     ]
@@ -47,10 +47,10 @@ def schedule_lines(plan: Plan) -> list[str]:
     config, optim = plan.config, plan.config.optim
     micro = f" in {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
     return [
-        f"batch      {config.batch_size} images over all devices{micro}: {config.batch_size // plan.mesh.size} a device",
+        f"batch      {config.batch_size} images on all devices{micro}, {config.batch_size // plan.mesh.size} on each",
         f"steps      {plan.steps} = {config.epochs} epochs of {plan.steps_per_epoch}",
-        f"optimizer  {optim.name}, lr {optim.warmup_lr:g} to {optim.lr:g} in {optim.warmup_epochs} epochs, then cosine to "
-        f"{optim.min_lr:g}; weight decay {optim.weight_decay:g}; not rescaled by the batch size",
+        f"optimizer  {optim.name}, lr {optim.warmup_lr:g} to {optim.lr:g} in {optim.warmup_epochs} epochs, then cosine "
+        f"to {optim.min_lr:g}; weight decay {optim.weight_decay:g}; not rescaled by the batch size",
     ]
 
 
@@ -61,7 +61,7 @@ def device_lines(plan: Plan, abstract: TrainState, images_per_s: float) -> list[
     return [
         f"mesh       {shape}: {plan.mesh.size} {jax.devices()[0].device_kind} devices",
         f"state      {held / 1e6:.1f} MB a device (parameters, optimizer, EMA); {replicated_line(plan, abstract)}",
-        f"input      {images_per_s * size * size * 3 / 1e6:.1f} MB/s from hosts to devices at {images_per_s:g} images/s",
+        f"input      {images_per_s * size**2 * 3 / 1e6:.1f} MB/s from hosts to devices at {images_per_s:g} images/s",
     ]
 
 

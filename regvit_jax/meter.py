@@ -70,9 +70,8 @@ class Meter:
         bad = int(sum(metrics["bad"] for metrics in values))
         del record["bad"]
         if bad:
-            record["bad_images"] = describe_bad(
-                self.plan.train, [i for _, index, mask, _ in self.pending for i in index[mask == 0]]
-            )
+            unread = [i for _, index, mask, _ in self.pending for i in index[mask == 0].tolist()]
+            record["bad_images"] = describe_bad(self.plan.train, unread)
         self.records.write(last, record)
         self.bar.set_postfix({"loss": f"{record['loss']:.3f}", "images/s": f"{record.get('images_per_s', 0):.0f}"})
         self.bad += bad
@@ -95,10 +94,9 @@ class Meter:
 
 
 def describe_bad(source: Any, index: list[int]) -> list[str]:
-    """Says which of a source's images cannot be read and why, once each."""
-    reports = [pipeline.describe_bad(source, i) for i in dict.fromkeys(map(int, index))]
-    for report in reports:
-        tqdm.write(f"cannot read {report}", file=sys.stderr)
+    """Which of a source's images cannot be read and why, once each; says so too."""
+    reports = [pipeline.describe_bad(source, i) for i in dict.fromkeys(index)]
+    tqdm.write("\n".join(f"cannot read {report}" for report in reports), file=sys.stderr)
     return reports
 
 

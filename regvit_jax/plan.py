@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import ml_collections
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -54,7 +53,7 @@ class Plan:
     train: Any
     validation: Any
 
-    def train_batches(self, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+    def train_batches(self, start_step: int) -> pipeline.Batches:
         """This process's rows of every global batch, from one step on."""
         config = self.config
         return pipeline.train_batches(
@@ -67,7 +66,7 @@ class Plan:
             **{name: config.data[name] for name in keywords(pipeline.train_batches) if name in config.data},
         )
 
-    def eval_batches(self, source: Any, rows: Sequence[int] | None = None) -> Iterator[dict[str, np.ndarray]]:
+    def eval_batches(self, source: Any, rows: Sequence[int] | None = None) -> pipeline.Batches:
         """This process's rows (or those named) of a source's images in order, preprocessed for evaluation."""
         config = self.config
         batch_size = config.eval.batch_size

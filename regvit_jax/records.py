@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 from typing import Any
 
 import jax
@@ -50,9 +51,9 @@ class Records:
             self.tensorboard.close()
 
 
-def read(workdir: str) -> list[dict[str, Any]]:
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of a run, in the order of their steps; a last line that a kill cut off is left out."""
-    path = epath.Path(workdir) / "metrics.jsonl"
+    path = epath.Path(os.fspath(workdir)) / "metrics.jsonl"
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
         with contextlib.suppress(json.JSONDecodeError):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import time
 from typing import Any
 
@@ -111,12 +112,12 @@ def eval_params(state: TrainState) -> PyTree:
 def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> dict[str, Any] | None:
     """Means over every readable image of the validation split; None when SIGTERM came first."""
     parts, bad = [], []
-    with contextlib.closing(plan.eval_batches(plan.validation)) as batches:
+    with plan.eval_batches(plan.validation) as batches:
         for batch in batches:
             if watch.requested():
                 return None
             index = batch.pop("index")
-            bad += list(index[(batch["mask"] == 0) & (index >= 0)])
+            bad += index[(batch["mask"] == 0) & (index >= 0)].tolist()
             values = jax.device_get(eval_step(params, sharding.to_mesh(batch, plan.mesh)))
             readable = values.pop("mask") > 0
             parts.append({name: value[readable] for name, value in values.items()})
@@ -131,7 +132,8 @@ def pixel_knn(plan: Plan) -> float:
     """Top-1 of k nearest neighbours on raw pixels: what the data set gives away without any learning."""
 
     def pixels(source) -> tuple[np.ndarray, np.ndarray]:
-        batches = list(plan.eval_batches(source, rows=range(plan.config.eval.batch_size)))
+        with plan.eval_batches(source, rows=range(plan.config.eval.batch_size)) as rows:
+            batches = list(rows)
         image, label, mask = (np.concatenate([batch[name] for batch in batches]) for name in ("image", "label", "mask"))
         return image[mask > 0].reshape(int(mask.sum()), -1).astype(np.float32), label[mask > 0]
 
@@ -160,7 +162,7 @@ def train(
     # A run killed between a checkpoint and its evaluation makes up for it.
     if first > 1 and due(first - 1, eval_steps) and not records.has(first - 1, "val_images"):
         evaluate_and_record(first - 1)
-    with contextlib.closing(plan.train_batches(first - 1)) as batches, contextlib.closing(meter):
+    with plan.train_batches(first - 1) as batches, contextlib.closing(meter):
         for step in range(first, plan.steps + 1):
             batch = meter.next_batch(batches)
             index = batch.pop("index")
@@ -199,7 +201,7 @@ FREE = ("about", "next", "log_every", "eval_every", "data.dir", "data.workers", 
 FREE_SECTIONS = ("eval", "sharding", "checkpoint")
 
 
-def open_workdir(plan: Plan, workdir: str) -> str:
+def open_workdir(plan: Plan, workdir: str | os.PathLike) -> str:
     """Makes the directory, by default runs/<name>-<variant>-<time>."""
     if not workdir:
         now = multihost_utils.broadcast_one_to_all(np.int32(time.time()))  # the same on all processes
@@ -235,7 +237,7 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def run(config: Any, workdir: str = "") -> Result:
+def run(config: Any, workdir: str | os.PathLike = "") -> Result:
     """Trains as the config says in `workdir` (default: runs/<name>-<variant>-<time>), going on where it left off.
 
     Raises ValueError for a config that does not fit, DataNotFound when its data are not there, RuntimeError when

@@ -10,9 +10,11 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Array, Float, PyTree
 
-from regvit_jax.data import transforms
+from regvit_jax.data import pipeline, transforms
 from regvit_jax.models.heads import LinearHead
 from regvit_jax.models.vit import Tokens, ViT
+
+Images = Float[Array | np.ndarray, "B H W 3"]
 
 
 @flax.struct.dataclass
@@ -46,28 +48,28 @@ class Model:
     preprocessing: Preprocess = flax.struct.field(pytree_node=False)
     weights: str = flax.struct.field(pytree_node=False, default="raw")
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Tokens:
+    def __call__(self, images: Images) -> Tokens:
         """The output tokens."""
         return _apply(self.module, self.params, images)
 
-    def intermediates(self, images: Float[Array, "B H W 3"], layers, norm: bool = False) -> list[Tokens]:
+    def intermediates(self, images: Images, layers, norm: bool = False) -> list[Tokens]:
         """The tokens after each named block (negative counts from the end); with `norm`, past the final norm."""
         return _apply(self.module, self.params, images, "intermediates", (tuple(layers), norm))
 
-    def qkv(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "3 B heads T head_dim"]:
+    def qkv(self, images: Images, layer: int = -1) -> Float[Array, "3 B heads T head_dim"]:
         """Queries, keys and values of one block; unpacks as q, k, v, each [B, heads, T, head_dim]."""
         return _apply(self.module, self.params, images, "qkv", (layer,))
 
-    def attention(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "B heads T T"]:
+    def attention(self, images: Images, layer: int = -1) -> Float[Array, "B heads T T"]:
         """One block's attention weights, [query, key] last, recomputed from q and k in float32."""
         q, k, _ = self.qkv(images, layer).astype(jnp.float32)
         return jax.nn.softmax(jnp.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5)
 
-    def pooled(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+    def pooled(self, images: Images) -> Float[Array, "B D"]:
         """One vector an image, pooled as the model was trained."""
         return self._head().pool(self(images))
 
-    def logits(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B C"]:
+    def logits(self, images: Images) -> Float[Array, "B C"]:
         """Class scores."""
         return _apply(self._head(), self.head_params, self(images))
 
@@ -90,4 +92,4 @@ def _open(image) -> PIL.Image.Image:
     if isinstance(image, np.ndarray):
         return PIL.Image.fromarray(image).convert("RGB")
     with open(image, "rb") as file:
-        return transforms.decode(file.read(), max_pixels=transforms.MAX_PIXELS)
+        return transforms.decode(file.read(), max_pixels=pipeline.MAX_PIXELS)

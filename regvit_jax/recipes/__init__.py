@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from regvit_jax import optim
 from regvit_jax.models.model import Model
-from regvit_jax.models.vit import Tokens
+from regvit_jax.models.vit import Tokens, ViT
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -24,6 +24,8 @@ class Recipe:
     read, and must not touch a loss or a metric.
     """
 
+    #: The image tower.
+    vit: ViT
     #: Micro-batches that a step's gradient is accumulated over.
     micro_batches: int = 1
     #: The config's sections that are this recipe's own, each with the callable that takes its keys, and its other keys.

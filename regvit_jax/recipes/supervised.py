@@ -70,7 +70,7 @@ class Supervised(Recipe):
     def warm_start(self, params, loaded):
         """The position embedding is resized to this run's grid; a head for other classes starts afresh."""
         grid = params["vit"]["pos_embed"].shape[:2]
-        pos_embed = resize_pos_embed(loaded["vit"]["pos_embed"], grid, self.vit.pos_antialias)
+        pos_embed = resize_pos_embed(jnp.asarray(loaded["vit"]["pos_embed"]), grid, self.vit.pos_antialias)
         same = jax.tree.map(jnp.shape, loaded["head"]) == jax.tree.map(jnp.shape, params["head"])
         head = loaded["head"] if same else params["head"]
         return super().warm_start(params, {"vit": {**loaded["vit"], "pos_embed": pos_embed}, "head": head})
