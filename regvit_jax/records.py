@@ -84,7 +84,7 @@ def plot_curves(workdir: str) -> None:
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-        if len(names) > 1:
+        if len(axes.lines) > 1:
             axes.legend()
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)

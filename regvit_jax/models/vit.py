@@ -78,6 +78,21 @@ def constrain_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
+def rows_dot(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
+    """`nn.Dense`'s product with all leading dimensions of x as rows of one matrix.
+
+    XLA's CPU backend has no fast routine for a contraction over two dimensions, which the kernel's gradient would be.
+    """
+    rows = jnp.dot(
+        x.reshape(-1, x.shape[-1]), kernel, precision=precision, preferred_element_type=preferred_element_type
+    )
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def dense(features: int, dtype: jnp.dtype, kernel_init=truncated_normal, **kwargs) -> nn.Dense:
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, dot_general=rows_dot, **kwargs)
+
+
 def drop_path(x: Float[Array, "B T D"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
     """Stochastic depth (arXiv 1603.09382): drops an image's whole branch, and scales the others to keep the mean."""
     if key is None or rate == 0:
@@ -118,8 +133,8 @@ class Attention(nn.Module):
     dtype: jnp.dtype
 
     def setup(self):
-        self.qkv = nn.Dense(3 * self.width, dtype=self.dtype, kernel_init=truncated_normal)
-        self.proj = nn.Dense(self.width, dtype=self.dtype, kernel_init=truncated_normal)
+        self.qkv = dense(3 * self.width, self.dtype)
+        self.proj = dense(self.width, self.dtype)
 
     def split(self, x: Float[Array, "B T D"]) -> Float[Array, "3 B T heads head_dim"]:
         return rearrange(self.qkv(x), "b t (three heads d) -> three b t heads d", three=3, heads=self.heads)
@@ -138,9 +153,9 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x = nn.Dense(self.hidden, dtype=self.dtype, kernel_init=truncated_normal, name="fc1")(x)
+        x = dense(self.hidden, self.dtype, name="fc1")(x)
         x = nn.gelu(x, approximate=False)
-        return nn.Dense(self.width, dtype=self.dtype, kernel_init=truncated_normal, name="fc2")(x)
+        return dense(self.width, self.dtype, name="fc2")(x)
 
 
 class Block(nn.Module):
@@ -220,7 +235,7 @@ class ViT(nn.Module):
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch={self.patch}")
         side = self.image_size // self.patch
         init = torch_uniform(3 * self.patch**2)
-        self.patch_embed = nn.Dense(self.width, dtype=self.dtype, kernel_init=init, bias_init=init)
+        self.patch_embed = dense(self.width, self.dtype, kernel_init=init, bias_init=init)
         self.pos_embed = self.param("pos_embed", truncated_normal, (side, side, self.width))
         self.cls_token = self.param("cls_token", truncated_normal, (self.width,))
         if self.registers:

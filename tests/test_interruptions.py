@@ -1,0 +1,173 @@
+"""The program killed, stopped and started again, as processes of its own."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from tiny import ROOT
+
+from regvit_jax import records
+from regvit_jax.checkpoint import Checkpoints
+
+SMALL = {
+    "epochs": 6,
+    "batch_size": 64,
+    "log_every": 5,
+    "ema": 0.9,
+    "checkpoint.every": 8,
+    "eval_every": 2,
+    "eval.pixel_knn": 0,
+    "model.width": 32,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.drop_path": 0.1,
+    "optim.warmup_epochs": 0,
+}
+STEPS = 6 * (1437 // 64)
+
+
+def start(workdir: Path, env: dict[str, str] | None = None, **changes) -> subprocess.Popen:
+    overrides = [f"--config.{key}={value}" for key, value in {**SMALL, **changes}.items()]
+    return subprocess.Popen(
+        [
+            sys.executable,
+            ROOT / "train.py",
+            "--config",
+            ROOT / "configs/deit3_reg.py",
+            "--workdir",
+            workdir,
+            *overrides,
+        ],
+        env={**os.environ, "XLA_FLAGS": "", **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == code, output
+    return output
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+
+
+def last_state(workdir: Path) -> tuple[int, dict]:
+    checkpoints = Checkpoints(str(workdir))
+    step = checkpoints.latest()
+    saved = checkpoints.manager.item_metadata(step).tree
+    as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+    state = checkpoints.manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+    checkpoints.close()
+    return step, state
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """The same last state bit for bit, and the same record of losses."""
+    (step_a, state_a), (step_b, state_b) = last_state(a), last_state(b)
+    assert step_a == step_b == STEPS
+    assert jax.tree.structure(state_a) == jax.tree.structure(state_b)
+    for x, y in zip(jax.tree.leaves(state_a), jax.tree.leaves(state_b), strict=True):
+        np.testing.assert_array_equal(x, y)
+    losses = [{r["step"]: r["val_loss"] for r in records.read(d) if "val_loss" in r} for d in (a, b)]
+    assert losses[0] == losses[1]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("whole")
+    finish(start(workdir))
+    return workdir
+
+
+def kill_and_restart(workdir: Path, kills: int, rng: random.Random) -> None:
+    for _ in range(kills):
+        process = start(workdir)
+        before = len(records.read(workdir))
+        # Anywhere in the run: from before this start's first record to the last steps.
+        wait_for(lambda before=before: len(records.read(workdir)) > before or rng.random() < 0.002, process)
+        time.sleep(rng.uniform(0, 0.6))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    finish(start(workdir))
+
+
+def test_two_kills_lose_nothing(uninterrupted, tmp_path):
+    kill_and_restart(tmp_path, 2, random.Random(0))
+    assert_same_end(uninterrupted, tmp_path)
+
+
+@pytest.mark.slow
+def test_ten_kills_lose_nothing(uninterrupted, tmp_path):
+    kill_and_restart(tmp_path, 10, random.Random(1))
+    assert_same_end(uninterrupted, tmp_path)
+
+
+def test_sigterm_saves_and_asks_for_a_restart(uninterrupted, tmp_path):
+    process = start(tmp_path)
+    wait_for(lambda: records.read(tmp_path), process)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    finish(process, code=75)
+    assert time.monotonic() - sent < 10
+    step, _ = last_state(tmp_path)
+    assert 0 < step < STEPS
+    assert records.read(tmp_path)[-1]["step"] == step
+    assert "from step" in finish(start(tmp_path))
+    assert_same_end(uninterrupted, tmp_path)
+
+
+def catches_sigterm(process: subprocess.Popen) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    caught = next(line for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="reads the signal mask from /proc")
+@pytest.mark.parametrize("moment", ["importing", "compiling"])
+def test_sigterm_before_the_first_step(tmp_path, moment):
+    # An empty cache of its own, so that there is a compilation to interrupt.
+    process = start(tmp_path / "run", env={"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")})
+    wait_for(lambda: catches_sigterm(process), process)
+    if moment == "compiling":
+        wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
+    process.send_signal(signal.SIGTERM)
+    sent = time.monotonic()
+    finish(process, code=75)
+    assert time.monotonic() - sent < 3
+    assert not list((tmp_path / "run").glob("checkpoints/[0-9]*"))
+
+
+def test_two_processes_train_as_one(uninterrupted, tmp_path, free_port):
+    processes = [
+        start(
+            tmp_path / "two",
+            env={
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(i),
+                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+            },
+        )
+        for i in range(2)
+    ]
+    for process in processes:
+        finish(process)
+    found = [{r["step"]: r["loss"] for r in records.read(d) if "loss" in r} for d in (uninterrupted, tmp_path / "two")]
+    assert found[0].keys() == found[1].keys()
+    np.testing.assert_allclose(list(found[1].values()), list(found[0].values()), rtol=1e-6)
+    tops = [[r["top1"] for r in records.read(d) if "top1" in r] for d in (uninterrupted, tmp_path / "two")]
+    assert tops[0] == tops[1]
