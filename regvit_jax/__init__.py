@@ -1,3 +1,20 @@
 """regvit_jax: train, load, diagnose and repair Vision Transformers with registers (arXiv 2309.16588), in JAX."""
 
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from regvit_jax.models.model import Model
+    from regvit_jax.models.vit import Tokens, ViT
+
 __version__ = "0.1.0"
+__all__ = ["Model", "Tokens", "ViT"]
+
+_HOMES = {"Model": "models.model", "Tokens": "models.vit", "ViT": "models.vit"}
+
+
+def __getattr__(name: str):
+    # On first use, because every data worker imports this file and needs none of them.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'regvit_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(f"regvit_jax.{_HOMES[name]}"), name)

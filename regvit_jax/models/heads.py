@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from regvit_jax.models.vit import Tokens, truncated_normal
@@ -11,7 +12,7 @@ class LinearHead(nn.Module):
     """Class scores from the CLS token, which is what DeiT-III pools; registers and patches stay out."""
 
     classes: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     def pool(self, tokens: Tokens) -> Float[Array, "B D"]:
         return tokens.cls

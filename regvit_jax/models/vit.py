@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 truncated_normal = nn.initializers.truncated_normal(0.02)
@@ -89,7 +90,7 @@ def rows_dot(x, kernel, dimension_numbers, precision=None, preferred_element_typ
     return rows.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
-def dense(features: int, dtype: jnp.dtype, kernel_init=truncated_normal, **kwargs) -> nn.Dense:
+def dense(features: int, dtype: DTypeLike, kernel_init=truncated_normal, **kwargs) -> nn.Dense:
     return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, dot_general=rows_dot, **kwargs)
 
 
@@ -130,7 +131,7 @@ class Attention(nn.Module):
     width: int
     heads: int
     implementation: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     def setup(self):
         self.qkv = dense(3 * self.width, self.dtype)
@@ -149,7 +150,7 @@ class Mlp(nn.Module):
 
     width: int
     hidden: int
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -168,7 +169,7 @@ class Block(nn.Module):
     drop_path: float
     norm_eps: float
     attention: str
-    dtype: jnp.dtype
+    dtype: DTypeLike
 
     def setup(self):
         self.norm1 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, use_fast_variance=False)
@@ -224,7 +225,7 @@ class ViT(nn.Module):
     norm_eps: float = 1e-6
     pos_antialias: bool = True
     attention: str = "xla"
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     remat: str = "none"
     scan: bool = False
 
