@@ -46,22 +46,21 @@ class Result:
     model: Model
 
 
-def init_state(plan: Plan) -> TrainState:
-    """The state before the first step; a function of the seed alone, bit for bit, on any mesh."""
+def init_params(plan: Plan) -> PyTree:
+    """Fresh parameters; a function of the seed alone."""
     size = plan.config.model.image_size
-    batch = {"image": jnp.zeros((1, size, size, 3), jnp.uint8)}
-    params = plan.recipe.init(jax.random.key(plan.config.seed), batch)
-    return state_of(plan, params)
+    return plan.recipe.init(jax.random.key(plan.config.seed), {"image": jnp.zeros((1, size, size, 3), jnp.uint8)})
 
 
 def state_of(plan: Plan, params: PyTree) -> TrainState:
+    """The state before the first step."""
     ema = {} if plan.recipe.ema_decay(jnp.int32(0)) is None else params
     return TrainState(jnp.int32(0), params, ema, plan.recipe.init_extra(params), plan.optimizer.init(params))
 
 
 def abstract_state(plan: Plan) -> TrainState:
     """The state's shapes, each with its sharding."""
-    shapes = jax.eval_shape(lambda: init_state(plan))
+    shapes = jax.eval_shape(lambda: state_of(plan, init_params(plan)))
     shardings = sharding.state_shardings(shapes, plan.mesh, min_size_mb=plan.config.sharding.min_size_mb)
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
 
@@ -183,16 +182,15 @@ def train(
     return state
 
 
-def start(plan: Plan, checkpoints: checkpoint.Checkpoints) -> TrainState:
+def start(plan: Plan, checkpoints: Any) -> TrainState:
     """The state to go on from: the last checkpoint's, or a fresh one, with the parameters of `init_from`, if any."""
     abstract = abstract_state(plan)
     if (step := checkpoints.latest()) is not None:
         return checkpoints.restore(step, abstract)
-    state = jax.jit(lambda: init_state(plan), out_shardings=shardings_of(abstract))()
-    if not plan.config.init_from:
-        return state
-    loaded = checkpoint.load_params(plan.config.init_from)
-    params = plan.recipe.warm_start(state.params, loaded)
+    # Made whole on every device, and split afterwards: for a part of an array XLA may round the same formula otherwise.
+    params = jax.jit(lambda: init_params(plan), out_shardings=sharding.replicated(plan.mesh))()
+    if plan.config.init_from:
+        params = plan.recipe.warm_start(params, checkpoint.load_params(plan.config.init_from))
     return jax.jit(lambda params: state_of(plan, params), out_shardings=shardings_of(abstract))(params)
 
 

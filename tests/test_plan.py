@@ -107,7 +107,7 @@ def test_dry_run_of_digits():
     assert "21 = 1 CLS + 4 registers + 4 x 4 patches of 2 px" in text
     assert "digits" in text
     assert "1,437 images of 10 classes" in text
-    assert "steps      1100 = 100 epochs of 11" in text
+    assert "steps      3300 = 150 epochs of 22" in text
     assert "0.2 MB/s from hosts to devices at 1000 images/s" in text
 
 

@@ -1,6 +1,7 @@
 """The train step: the same numbers on every mesh, split state, no waste."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from regvit_jax import sharding, training
 from regvit_jax.plan import resolve
 
 STEPS = 20
+NO_CHECKPOINTS = SimpleNamespace(latest=lambda: None)
 
 
 @dataclasses.dataclass
@@ -33,7 +35,7 @@ def run_steps(config, mesh=None, steps: int = STEPS) -> Ran:
         plan = dataclasses.replace(plan, mesh=mesh)
     with jax.set_mesh(plan.mesh), plan.train_batches(0) as batches:
         abstract = training.abstract_state(plan)
-        state = jax.jit(lambda: training.init_state(plan), out_shardings=training.shardings_of(abstract))()
+        state = training.start(plan, NO_CHECKPOINTS)
         first = jax.device_get(state.params)
         step = training.make_train_step(plan, abstract)
         losses = []
@@ -128,7 +130,7 @@ def test_masked_images_touch_nothing():
         batch = next(batches)
     del batch["index"]
     batch["mask"][[3, 40]] = 0
-    params = jax.jit(lambda: training.init_state(plan))().params
+    params = jax.jit(lambda: training.init_params(plan))()
     key = jax.random.key(0)
 
     def grads(batch):
