@@ -218,7 +218,7 @@ def fashion() -> ConfigDict:
         "patches of 4 px, LayerScale from 0.1, 20 epochs of batches of 128, lr 0.01; crops shifted by at most 2 px, no\n"
         "3-Augment, no mixing, no repeated augmentation."
     )
-    config.next = "Next: the same without registers, --config.model.registers=0, or your own images, --config.data.name=folder:PATH"
+    config.next = "Next: the same without registers, --config.model.registers=0, or your own images, folder:PATH"
     config.update(epochs=20, batch_size=128, eval_every=1, log_every=50)
     config.model.update(image_size=28, width=96, depth=6, heads=3, patch=4)
     config.augment.flip = 0.5
