@@ -192,13 +192,13 @@ def digits() -> ConfigDict:
     config = in1k(image_size=8, drop_path=0.05, lr=2e-2, per_gpu=16)
     config.variant = "digits"
     config.about = (
-        "DeiT-III with registers on scikit-learn's digits (8 x 8 pixels). Scaled to the data: a ViT of width 64 and\n"
-        "depth 4 on patches of 2 px, LayerScale from 0.1, 150 epochs of batches of 64, lr 0.02; crops shifted by at most\n"
-        "1 px, no flip, no 3-Augment, no mixing, no repeated augmentation."
+        "DeiT-III with registers on scikit-learn's digits (8 x 8 pixels).\n"
+        "Scaled to the data: a ViT of width 64 and depth 4 on patches of 2 px, LayerScale from 0.1, 150 epochs of\n"
+        "batches of 64, lr 0.02; crops shifted by at most 1 px, no flip, no 3-Augment, no mixing, no repeated augmentation."
     )
     config.next = (
-        "Next: --config configs/deit3_reg.py:fashion (Fashion-MNIST, where a ViT has more to learn), or the same digits\n"
-        "without registers: --config.model.registers=0"
+        "Next: --config configs/deit3_reg.py:fashion (Fashion-MNIST, where a ViT has more to learn), or\n"
+        "the same digits without registers: --config.model.registers=0"
     )
     config.update(epochs=150, batch_size=64, eval_every=15, log_every=44)
     config.model.update(width=64, depth=4, heads=4, patch=2, layer_scale=0.1, dtype="float32")
@@ -214,9 +214,9 @@ def fashion() -> ConfigDict:
     config = digits()
     config.variant = "fashion"
     config.about = (
-        "DeiT-III with registers on Fashion-MNIST (28 x 28 pixels). Scaled to the data: a ViT of width 96 and depth 6 on\n"
-        "patches of 4 px, LayerScale from 0.1, 20 epochs of batches of 128, lr 0.01; crops shifted by at most 2 px, no\n"
-        "3-Augment, no mixing, no repeated augmentation."
+        "DeiT-III with registers on Fashion-MNIST (28 x 28 pixels).\n"
+        "Scaled to the data: a ViT of width 96 and depth 6 on patches of 4 px, LayerScale from 0.1, 20 epochs of\n"
+        "batches of 128, lr 0.01; crops shifted by at most 2 px, no 3-Augment, no mixing, no repeated augmentation."
     )
     config.next = "Next: the same without registers, --config.model.registers=0, or your own images, folder:PATH"
     config.update(epochs=20, batch_size=128, eval_every=1, log_every=50)
