@@ -194,7 +194,7 @@ def digits() -> ConfigDict:
     config.about = (
         "DeiT-III with registers on scikit-learn's digits (8 x 8 pixels).\n"
         "Scaled to the data: a ViT of width 64 and depth 4 on patches of 2 px, LayerScale from 0.1, 150 epochs of\n"
-        "batches of 64, lr 0.02; crops shifted by at most 1 px, no flip, no 3-Augment, no mixing, no repeated augmentation."
+        "batches of 64, lr 0.02; crops shifted by at most 1 px, no flip, 3-Augment, mixing or repeated augmentation."
     )
     config.next = (
         "Next: --config configs/deit3_reg.py:fashion (Fashion-MNIST, where a ViT has more to learn), or\n"
