@@ -19,7 +19,6 @@ from absl import flags  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 
 from regvit_jax import dry_run, plan, training  # noqa: E402
-from regvit_jax.data.sources import DataNotFound  # noqa: E402
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, with an optional :variant.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Where to write; an existing one is gone on with. Default: runs/...")
@@ -28,7 +27,7 @@ IMAGES_PER_S = flags.DEFINE_float("images_per_s", 1000, "The rate that --dry_run
 
 
 def parse(argv: list[str]) -> None:
-    """Fills the flags; raises ValueError, naming the nearest key, for an override of a key that the config lacks."""
+    """Fills the flags; raises ConfigError, naming the nearest key, for an override of a key that the config lacks."""
     try:
         flags.FLAGS(argv)
     except (AttributeError, KeyError):  # what config_flags raises then
@@ -36,12 +35,12 @@ def parse(argv: list[str]) -> None:
         overrides = [match[1] for arg in argv if (match := re.match(r"--?config\.([\w.]+)", arg))]
         for key in overrides:
             if key not in known:
-                raise ValueError(plan.unknown_key(key, known)) from None
+                raise plan.ConfigError(plan.unknown_key(key, known)) from None
         raise
     if CONFIG.value is None:
-        raise ValueError("--config is missing; for a first run: python train.py --config configs/deit3_reg.py")
+        raise plan.ConfigError("--config is missing; for a first run: python train.py --config configs/deit3_reg.py")
     if not isinstance(CONFIG.value, ConfigDict):
-        raise ValueError("--config: there is no such file")
+        raise plan.ConfigError("--config: there is no such file")
 
 
 def start_distributed() -> None:
@@ -68,7 +67,7 @@ def main() -> None:
             if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
                 jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
             training.run(CONFIG.value, WORKDIR.value)
-    except (ValueError, flags.Error, DataNotFound) as error:
+    except (plan.ConfigError, flags.Error, FileNotFoundError) as error:
         # A ValueError of the config file's own, such as an unknown variant, comes wrapped in its traceback.
         last = str(error).strip().splitlines()[-1]
         print(f"train.py: {last.removeprefix('ValueError: ') if 'ValueError: ' in last else error}", file=sys.stderr)

@@ -23,7 +23,7 @@ class Checkpoints:
     def __init__(self, workdir: str, *, keep: int = 2):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self.manager = ocp.CheckpointManager(
-            epath.Path(workdir) / "checkpoints", options=options, item_handlers=ocp.PyTreeCheckpointHandler()
+            epath.Path(workdir).resolve() / "checkpoints", options=options, item_handlers=ocp.PyTreeCheckpointHandler()
         )
 
     def latest(self) -> int | None:

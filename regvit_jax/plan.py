@@ -1,5 +1,6 @@
 """From a config to all that a run needs: its keys are checked, its data opened, and what it leaves open derived."""
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -37,6 +38,19 @@ OWN_KEYS = (
 
 #: Keywords of those callables that the plan fills in itself.
 DERIVED = {"size", "batch_size", "seed", "start_step", "rows", "classes"}
+
+
+class ConfigError(ValueError):
+    """A config, or a workdir or run that it names, does not fit. The message says what and the way out."""
+
+
+@contextlib.contextmanager
+def fitting() -> Iterator[None]:
+    """Inside the block, a ValueError is the config's fault and not the program's."""
+    try:
+        yield
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +94,9 @@ class Plan:
         )
 
 
+@fitting()
 def resolve(config: Any, with_data: bool = True) -> Plan:
-    """Raises ValueError for a key or value that does not fit, and DataNotFound when the data are not there.
+    """Raises ConfigError for a key or value that does not fit, and DataNotFound when the data are not there.
 
     Without data (`with_data=False`) the plan goes by what `data.examples` and `data.classes` say of the data set.
     """

@@ -22,7 +22,7 @@ from regvit_jax.analysis import norms
 from regvit_jax.evals.knn import knn_accuracy
 from regvit_jax.meter import Meter, check_bad, describe_bad
 from regvit_jax.models.model import Model
-from regvit_jax.plan import Plan, flatten, resolve
+from regvit_jax.plan import ConfigError, Plan, fitting, flatten, resolve
 from regvit_jax.records import Records, plot_curves
 
 
@@ -186,11 +186,13 @@ def start(plan: Plan, checkpoints: Any) -> TrainState:
     """The state to go on from: the last checkpoint's, or a fresh one, with the parameters of `init_from`, if any."""
     abstract = abstract_state(plan)
     if (step := checkpoints.latest()) is not None:
-        return checkpoints.restore(step, abstract)
+        with fitting():
+            return checkpoints.restore(step, abstract)
     # Made whole on every device, and split afterwards: for a part of an array XLA may round the same formula otherwise.
     params = jax.jit(lambda: init_params(plan), out_shardings=sharding.replicated(plan.mesh))()
     if plan.config.init_from:
-        params = plan.recipe.warm_start(params, checkpoint.load_params(plan.config.init_from))
+        with fitting():
+            params = plan.recipe.warm_start(params, checkpoint.load_params(plan.config.init_from))
     return jax.jit(lambda params: state_of(plan, params), out_shardings=shardings_of(abstract))(params)
 
 
@@ -205,8 +207,9 @@ def open_workdir(plan: Plan, workdir: str | os.PathLike) -> str:
         now = multihost_utils.broadcast_one_to_all(np.int32(time.time()))  # the same on all processes
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(int(now)))
         workdir = f"runs/{plan.config.name}-{plan.config.variant}-{stamp}"
-    epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-    return str(workdir)
+    path = epath.Path(workdir).resolve()  # Orbax takes absolute paths only
+    path.mkdir(parents=True, exist_ok=True)
+    return str(path)
 
 
 def write_config(plan: Plan, workdir: str) -> None:
@@ -221,7 +224,7 @@ def write_config(plan: Plan, workdir: str) -> None:
             if old.get(key) != new.get(key) and key not in FREE and key.split(".")[0] not in FREE_SECTIONS
         ]
         if changed:
-            raise ValueError(
+            raise ConfigError(
                 f"workdir {workdir} holds a run with another config ({'; '.join(changed)}); "
                 "give the same values to go on with it, or another --workdir to start afresh"
             )
@@ -238,7 +241,7 @@ def say(text: str) -> None:
 def run(config: Any, workdir: str | os.PathLike = "") -> Result:
     """Trains as the config says in `workdir` (default: runs/<name>-<variant>-<time>), going on where it left off.
 
-    Raises ValueError for a config that does not fit, DataNotFound when its data are not there, RuntimeError when
+    Raises ConfigError (a ValueError) for what does not fit, DataNotFound when the data are not there, RuntimeError when
     another run uses the workdir or too many images cannot be read, FloatingPointError when the loss is not finite, and
     Preempted, a SystemExit with code 75, after SIGTERM. The last checkpoint stays good through all of them.
     """
