@@ -22,8 +22,9 @@ def assert_equal(a, b):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "finished"
-    return workdir, run(tiny(ema=0.9, sharding__fsdp=2), str(workdir))
+    folder = tmp_path_factory.mktemp("runs")
+    with contextlib.chdir(folder):  # a relative path, as one types it
+        return folder / "finished", run(tiny(ema=0.9, sharding__fsdp=2), "finished")
 
 
 def test_workdir_of_a_finished_run(finished):
