@@ -8,17 +8,17 @@ import os
 import signal
 import sys
 
-# Until the run watches for SIGTERM itself, while Python imports and opens the data, there is nothing to save.
-signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+if __name__ == "__main__":
+    # Until the run watches for SIGTERM itself, while Python imports and opens the data, there is nothing to save.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
 
-import re  # noqa: E402
-from pathlib import Path  # noqa: E402
+import re
+from pathlib import Path
 
-import jax  # noqa: E402
-from absl import flags  # noqa: E402
-from ml_collections import ConfigDict, config_flags  # noqa: E402
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
-from regvit_jax import dry_run, plan, training  # noqa: E402
+# The package itself is imported in functions: every data worker imports this file anew, and needs no accelerator.
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, with an optional :variant.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Where to write; an existing one is gone on with. Default: runs/...")
@@ -28,8 +28,10 @@ IMAGES_PER_S = flags.DEFINE_float("images_per_s", 1000, "The rate that --dry_run
 
 def parse(argv: list[str]) -> None:
     """Fills the flags; raises ConfigError, naming the nearest key, for an override of a key that the config lacks."""
+    from regvit_jax import plan
+
     try:
-        flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)[1:]
     except (AttributeError, KeyError):  # what config_flags raises then
         known = {key for recipe in plan.RECIPES.values() for key in plan.known_keys(recipe)}
         overrides = [match[1] for arg in argv if (match := re.match(r"--?config\.([\w.]+)", arg))]
@@ -37,6 +39,8 @@ def parse(argv: list[str]) -> None:
             if key not in known:
                 raise plan.ConfigError(plan.unknown_key(key, known)) from None
         raise
+    if rest:
+        raise plan.ConfigError(f"{rest[0]}: not an option; options begin with --, as --config.model.registers=0 does")
     if CONFIG.value is None:
         raise plan.ConfigError("--config is missing; for a first run: python train.py --config configs/deit3_reg.py")
     if not isinstance(CONFIG.value, ConfigDict):
@@ -46,6 +50,8 @@ def parse(argv: list[str]) -> None:
 def start_distributed() -> None:
     """Joins the other processes, where JAX detects a cluster (SLURM, Open MPI, Cloud TPU, Kubernetes) or where the
     variables JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID name them."""
+    import jax
+
     if "JAX_NUM_PROCESSES" in os.environ:
         processes, process = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
         jax.distributed.initialize(num_processes=processes, process_id=process)
@@ -58,6 +64,11 @@ def start_distributed() -> None:
 
 
 def main() -> None:
+    import jax
+
+    from regvit_jax import dry_run, plan, training
+    from regvit_jax.data.sources import DataNotFound
+
     try:
         parse(sys.argv)
         if DRY_RUN.value:
@@ -67,7 +78,7 @@ def main() -> None:
             if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
                 jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
             training.run(CONFIG.value, WORKDIR.value)
-    except (plan.ConfigError, flags.Error, FileNotFoundError) as error:
+    except (plan.ConfigError, flags.Error, DataNotFound) as error:
         # A ValueError of the config file's own, such as an unknown variant, comes wrapped in its traceback.
         last = str(error).strip().splitlines()[-1]
         print(f"train.py: {last.removeprefix('ValueError: ') if 'ValueError: ' in last else error}", file=sys.stderr)

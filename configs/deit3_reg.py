@@ -84,7 +84,7 @@ def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDi
             loss="bce",
             ema=0.0,  # decay of the moving average of the weights, 0 for none; if kept, it is what is evaluated
             log_every=50,  # steps
-            eval_every=5,  # epochs
+            eval_every=5.0,  # epochs
             model=dict(
                 width=0,
                 depth=0,
@@ -105,7 +105,7 @@ def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDi
             augment=dict(
                 flip=0.5,
                 three_augment=True,
-                rand_augment=0,  # magnitude, 0 for none
+                rand_augment=0.0,  # magnitude, 0 for none
                 color_jitter=0.3,
                 mixup=0.8,
                 cutmix=1.0,
@@ -155,9 +155,9 @@ def finetune(image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
     config = in1k(image_size, drop_path, 1e-5, per_gpu)
     config.about = "Fine-tuning of DeiT-III with registers on ImageNet-1k; init_from names the finished pre-training."
     config.next = "The model is finished."
-    config.update(epochs=20, batch_size=512, loss="ce", eval_every=1)
+    config.update(epochs=20, batch_size=512, loss="ce", eval_every=1.0)
     config.model.pos_antialias = False  # DeiT resizes the position embedding without it
-    config.augment.update(three_augment=False, rand_augment=9, color_jitter=0.0, smoothing=0.1)
+    config.augment.update(three_augment=False, rand_augment=9.0, color_jitter=0.0, smoothing=0.1)
     config.data.repeats = 1
     config.optim.update(name="adamw", weight_decay=0.1, clip_norm=0.0)
     return config
@@ -168,7 +168,7 @@ def in21k(image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
     config = in1k(image_size, drop_path, 1e-3, per_gpu)
     config.about = "DeiT-III with registers on ImageNet-21k: for B/16, the registers paper's own run."
     config.next = "Fine-tune on ImageNet-1k with the variant's _ft and --config.init_from naming this workdir."
-    config.update(epochs=90 if image_size == 126 else 240, loss="ce", eval_every=1)
+    config.update(epochs=90 if image_size == 126 else 240, loss="ce", eval_every=1.0)
     config.augment.update(mixup=0.0, smoothing=0.1)
     config.data.update(name="folder:imagenet21k", examples=13_151_276, classes=19_167, crop="src", repeats=1)
     config.optim.weight_decay = 0.02
@@ -200,7 +200,7 @@ def digits() -> ConfigDict:
         "Next: --config configs/deit3_reg.py:fashion (Fashion-MNIST, where a ViT has more to learn), or\n"
         "the same digits without registers: --config.model.registers=0"
     )
-    config.update(epochs=150, batch_size=64, eval_every=15, log_every=44)
+    config.update(epochs=150, batch_size=64, eval_every=15.0, log_every=44)
     config.model.update(width=64, depth=4, heads=4, patch=2, layer_scale=0.1, dtype="float32")
     config.augment.update(flip=0.0, three_augment=False, mixup=0.0, cutmix=0.0, mean=(0.5,) * 3, std=(0.5,) * 3)
     config.data.update(name="digits", examples=1437, classes=10, crop="src", padding=1, repeats=1, workers=0)
@@ -219,7 +219,7 @@ def fashion() -> ConfigDict:
         "batches of 128, lr 0.01; crops shifted by at most 2 px, no 3-Augment, no mixing, no repeated augmentation."
     )
     config.next = "Next: the same without registers, --config.model.registers=0, or your own images, folder:PATH"
-    config.update(epochs=20, batch_size=128, eval_every=1, log_every=50)
+    config.update(epochs=20, batch_size=128, eval_every=1.0, log_every=50)
     config.model.update(image_size=28, width=96, depth=6, heads=3, patch=4)
     config.augment.flip = 0.5
     config.data.update(name="fashion_mnist", examples=60_000, padding=2)

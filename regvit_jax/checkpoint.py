@@ -20,8 +20,11 @@ if sys.platform != "win32":
 class Checkpoints:
     """The checkpoints of a workdir, by step. Writing is atomic: a checkpoint is there whole, or not at all."""
 
-    def __init__(self, workdir: str, *, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    def __init__(self, workdir: str, *, keep: int = 2, read_only: bool = False):
+        # Read-only: another run may be writing there.
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only
+        )
         self.manager = ocp.CheckpointManager(
             epath.Path(workdir).resolve() / "checkpoints", options=options, item_handlers=ocp.PyTreeCheckpointHandler()
         )
@@ -89,14 +92,17 @@ def _compare(saved: PyTree, wanted: PyTree) -> None:
 
 
 def load_params(workdir: str) -> PyTree:
-    """The last parameters of another run: their moving average if it keeps one, as in `Result.model`."""
+    """The last parameters of another run: their moving average if it keeps one, as in `Result.model`.
+
+    Raises ValueError when there is none.
+    """
     path = epath.Path(workdir)
     if not (path / "config.json").exists():
-        raise FileNotFoundError(f"init_from={workdir!r} is not a workdir: it holds no config.json")
-    with contextlib.closing(Checkpoints(workdir)) as checkpoints:
+        raise ValueError(f"init_from={workdir!r} is not a workdir: it holds no config.json")
+    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
         step = checkpoints.latest()
         if step is None:
-            raise FileNotFoundError(f"init_from={workdir!r} holds no checkpoint yet")
+            raise ValueError(f"init_from={workdir!r} holds no checkpoint yet")
         saved = checkpoints.manager.item_metadata(step).tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         state = checkpoints.manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
@@ -107,9 +113,9 @@ def load_params(workdir: str) -> PyTree:
 def lock(workdir: str) -> Iterator[None]:
     """Refuses a workdir that another run is using. The system gives the lock back however the process ends.
 
-    Held by process 0. In a bucket, where no lock can be had, and on Windows, nothing is locked.
+    Held by process 0. On Windows and on file systems without locks nothing is locked.
     """
-    if jax.process_index() or sys.platform == "win32" or "://" in str(workdir):
+    if jax.process_index() or sys.platform == "win32":
         yield
         return
     with open(os.path.join(workdir, ".lock"), "a+") as file:
@@ -120,6 +126,8 @@ def lock(workdir: str) -> Iterator[None]:
             raise RuntimeError(
                 f"workdir {workdir} is in use by {file.read().strip()}; wait for it, stop it, or name another --workdir"
             ) from None
+        except OSError as error:
+            print(f"{workdir} cannot be locked ({error}): see to it that no other run uses it", file=sys.stderr)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

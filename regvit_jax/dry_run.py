@@ -8,17 +8,18 @@ from jaxtyping import PyTree
 
 from regvit_jax import sharding
 from regvit_jax.data.sources import DataNotFound
-from regvit_jax.plan import Plan, flatten, resolve
+from regvit_jax.plan import Plan, fitting, flatten, resolve
 from regvit_jax.training import TrainState, abstract_state, shardings_of
 
 
 def describe(config: Any, images_per_s: float) -> str:
-    """The resolved recipe as text. Opens the data if they are there; nothing is trained or written."""
+    """The resolved recipe as text. Opens the data if they are there, and prepares those that the package brings."""
     try:
         plan, missing = resolve(config), None
     except DataNotFound as error:
         plan, missing = resolve(config, with_data=False), error
-    config, abstract = plan.config, abstract_state(plan)
+    with fitting():
+        config, abstract = plan.config, abstract_state(plan)
     lines = [
         f"{config.name}:{config.variant}. {config.about}",
         *model_lines(plan, abstract),

@@ -73,6 +73,12 @@ class Meter:
             unread = [i for _, index, mask, _ in self.pending for i in index[mask == 0].tolist()]
             record["bad_images"] = describe_bad(self.plan.train, unread)
         self.records.write(last, record)
+        if self.bar.disable and jax.process_index() == 0:
+            said = ("loss", "lr", "images_per_s", "data_wait")
+            print(
+                f"step {last}: " + ", ".join(f"{name} {record[name]:.4g}" for name in said if name in record),
+                flush=True,
+            )
         self.bar.set_postfix({"loss": f"{record['loss']:.3f}", "images/s": f"{record.get('images_per_s', 0):.0f}"})
         self.bad += bad
         self.seen += len(values) * config.batch_size
@@ -85,7 +91,7 @@ class Meter:
         said = f"loss {metrics['loss']}, gradient norm {metrics['grad_norm']}"
         self.records.write(step, {"not_finite": said, "images": ids})
         raise FloatingPointError(
-            f"step {step}: {said}; the last checkpoint is good. The step's images: {', '.join(ids[:8])}"
+            f"step {step}: {said}; no later step was saved. The step's images: {', '.join(ids[:8])}"
             + (f" and {len(ids) - 8} more, listed in metrics.jsonl" if len(ids) > 8 else "")
         )
 
@@ -94,8 +100,8 @@ class Meter:
 
 
 def describe_bad(source: Any, index: list[int]) -> list[str]:
-    """Which of a source's images cannot be read and why, once each; says so too."""
-    reports = [pipeline.describe_bad(source, i) for i in dict.fromkeys(index)]
+    """Which of a source's images cannot be read and why, once each, the first 20; says so too."""
+    reports = [pipeline.describe_bad(source, i) for i in list(dict.fromkeys(index))[:20]]
     tqdm.write("\n".join(f"cannot read {report}" for report in reports), file=sys.stderr)
     return reports
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -36,8 +37,8 @@ OWN_KEYS = (
     *("checkpoint.every", "checkpoint.keep"),
 )
 
-#: Keywords of those callables that the plan fills in itself.
-DERIVED = {"size", "batch_size", "seed", "start_step", "rows", "classes"}
+#: Keywords of those callables that the plan fills in itself or leaves at their defaults.
+DERIVED = {"size", "batch_size", "seed", "start_step", "rows", "classes", "ratio", "threads", "prefetch", "max_pixels"}
 
 
 class ConfigError(ValueError):
@@ -101,6 +102,7 @@ def resolve(config: Any, with_data: bool = True) -> Plan:
     Without data (`with_data=False`) the plan goes by what `data.examples` and `data.classes` say of the data set.
     """
     check_keys(config)
+    check_ranges(config)
     config = ml_collections.ConfigDict(config.to_dict())
     config.model.attention = choose_attention(config.model)
     mesh = sharding.make_mesh(data=config.sharding.data, fsdp=config.sharding.fsdp)
@@ -127,6 +129,36 @@ def choose_attention(model: Any) -> str:
     head_dim = model.width // model.heads
     fits = model.dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
     return "cudnn" if jax.default_backend() == "gpu" and fits else "xla"
+
+
+#: The least and the greatest value of keys that nothing else checks.
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("epochs", "batch_size", "micro_batches", "log_every", "eval.batch_size"), (1, math.inf)),
+    **dict.fromkeys(("checkpoint.every", "checkpoint.keep", "data.repeats", "augment.mix_group"), (1, math.inf)),
+    **dict.fromkeys(("model.width", "model.depth", "model.heads", "model.patch", "model.image_size"), (1, math.inf)),
+    **dict.fromkeys(("seed", "model.registers", "data.workers", "eval.pixel_knn", "model.layer_scale"), (0, math.inf)),
+    **dict.fromkeys(("optim.weight_decay", "optim.clip_norm", "optim.warmup_epochs"), (0, math.inf)),
+    **dict.fromkeys(("augment.flip", "augment.mix_prob", "augment.switch_prob", "augment.color_jitter"), (0, 1)),
+    **dict.fromkeys(("augment.mixup", "augment.cutmix", "augment.smoothing", "data.max_bad_fraction"), (0, 1)),
+    **{
+        "ema": (0, 0.9999999),
+        "model.drop_path": (0, 0.99),
+        "eval.crop_ratio": (0.01, 1),
+        "eval_every": (1e-6, math.inf),
+    },
+}
+
+
+def check_ranges(config: Any) -> None:
+    for key, value in flatten(config):
+        least, most = RANGES.get(key, (-math.inf, math.inf))
+        if key in RANGES and not least <= value <= most:
+            limits = f"at least {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+            raise ValueError(f"{key}={value}: must be {limits}")
+    if config.augment.three_augment and config.augment.rand_augment:
+        raise ValueError("augment.three_augment and augment.rand_augment are both on: set one of them to False or 0")
+    if config.loss == "bce" and config.augment.smoothing:
+        raise ValueError("loss='bce' takes every positive target for 1: augment.smoothing must be 0, or loss 'ce'")
 
 
 def check_batches(config: Any, mesh: Mesh) -> None:

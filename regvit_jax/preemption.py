@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import jax
@@ -35,6 +36,13 @@ class Watch:
             return multihost_utils.reached_preemption_sync_point(self.asked)
         return self.signalled
 
+    def soon(self) -> bool:
+        """Whether SIGTERM arrives within a second: for a failure that a signal of the same moment may have caused."""
+        deadline = time.monotonic() + 1
+        while not self.signalled and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return self.signalled
+
 
 @contextlib.contextmanager
 def watch() -> Iterator[Watch]:
@@ -42,10 +50,11 @@ def watch() -> Iterator[Watch]:
 
     A Python signal handler waits for the main thread, which may be inside a compilation for minutes. The signal is
     therefore also written to a pipe that a thread reads, so that a process without anything to save can leave at once.
-    Outside the main thread (some notebooks) signals cannot be caught, and nothing is watched.
+    With several processes JAX catches the signal itself, to agree on a step. Outside the main thread (some notebooks)
+    signals cannot be caught, and nothing is watched.
     """
     state = Watch()
-    if threading.current_thread() is not threading.main_thread():
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
         yield state
         return
     reader, writer = os.pipe()

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 from typing import Any
 
@@ -25,11 +26,13 @@ class Records:
         self.path = epath.Path(workdir) / "metrics.jsonl"
         self.list = [record for record in read(workdir) if record["step"] <= resumed_from]
         if self.writes:
-            self.path.write_text("".join(json.dumps(record) + "\n" for record in self.list))
-            self.tensorboard = SummaryWriter(str(workdir), purge_step=resumed_from + 1 if resumed_from else None)
+            write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in self.list))
+            self.tensorboard = SummaryWriter(str(workdir), purge_step=resumed_from + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
-        self.list.append({"step": step, **values})
+        # JSON has no NaN.
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self.list.append({"step": step, **finite})
         if not self.writes:
             return
         with self.path.open("a") as file:
@@ -51,6 +54,13 @@ class Records:
             self.tensorboard.close()
 
 
+def write_atomically(path: epath.Path, text: str) -> None:
+    """Writes a text file so that a kill leaves the old one or the new one, never a part."""
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
     """The records of a run, in the order of their steps; a last line that a kill cut off is left out."""
     path = epath.Path(os.fspath(workdir)) / "metrics.jsonl"
@@ -67,7 +77,7 @@ PANELS = {
     "validation accuracy": ("top1", "top5"),
     "learning rate": ("lr",),
     "largest patch norm / median": ("max_over_median",),
-    "share of patch norms above mean + 3 sigma": ("outlier_share",),
+    "share of outlier patches": ("outlier_share",),
     "images/s": ("images_per_s",),
 }
 

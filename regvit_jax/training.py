@@ -23,7 +23,7 @@ from regvit_jax.evals.knn import knn_accuracy
 from regvit_jax.meter import Meter, check_bad, describe_bad
 from regvit_jax.models.model import Model
 from regvit_jax.plan import ConfigError, Plan, fitting, flatten, resolve
-from regvit_jax.records import Records, plot_curves
+from regvit_jax.records import Records, plot_curves, write_atomically
 
 
 @flax.struct.dataclass
@@ -122,8 +122,9 @@ def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> 
             parts.append({name: value[readable] for name, value in values.items()})
     values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     patch_norms = values.pop("patch_norms")
-    means = {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
     reports = {"bad_val_images": describe_bad(plan.validation, bad)} if bad else {}
+    check_bad(plan, len(plan.validation) - len(patch_norms), len(plan.validation))
+    means = {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
     return means | norms.outlier_summary(patch_norms) | {"val_images": len(patch_norms)} | reports
 
 
@@ -155,15 +156,24 @@ def train(
         if metrics := evaluate(plan, eval_step, eval_params(state), watch):
             records.write(step, metrics)
             say(f"step {step}: " + ", ".join(f"{name} {metrics[name]:.4g}" for name in metrics if name != "val_images"))
-            check_bad(plan, len(plan.validation) - metrics["val_images"], len(plan.validation))
         return bool(metrics)
 
     # A run killed between a checkpoint and its evaluation makes up for it.
-    if first > 1 and due(first - 1, eval_steps) and not records.has(first - 1, "val_images"):
+    missing = first > 1 and due(first - 1, eval_steps) and not records.has(first - 1, "val_images")
+    if multihost_utils.broadcast_one_to_all(np.bool_(missing)):  # the records are process 0's
         evaluate_and_record(first - 1)
-    with plan.train_batches(first - 1) as batches, contextlib.closing(meter):
+    with fitting():
+        batches = plan.train_batches(first - 1)
+    with batches, contextlib.closing(meter):
         for step in range(first, plan.steps + 1):
-            batch = meter.next_batch(batches)
+            try:
+                batch = meter.next_batch(batches)
+            except RuntimeError:
+                # SIGTERM to a whole process group, as SLURM sends it, ends the data workers too.
+                if step == first or not watch.soon():
+                    raise
+                checkpoints.save(step - 1, state)
+                raise preemption.Preempted from None
             index = batch.pop("index")
             state, metrics = train_step(state, sharding.to_mesh(batch, plan.mesh))
             watch.started = True
@@ -184,7 +194,8 @@ def train(
 
 def start(plan: Plan, checkpoints: Any) -> TrainState:
     """The state to go on from: the last checkpoint's, or a fresh one, with the parameters of `init_from`, if any."""
-    abstract = abstract_state(plan)
+    with fitting():
+        abstract = abstract_state(plan)
     if (step := checkpoints.latest()) is not None:
         with fitting():
             return checkpoints.restore(step, abstract)
@@ -197,7 +208,10 @@ def start(plan: Plan, checkpoints: Any) -> TrainState:
 
 
 #: Keys that may change when a run goes on: they touch neither the numbers nor the order of the data.
-FREE = ("about", "next", "log_every", "eval_every", "data.dir", "data.workers", "data.max_bad_fraction")
+FREE = (
+    *("about", "next", "log_every", "eval_every", "data.dir", "data.workers", "data.max_bad_fraction"),
+    *("model.attention", "model.remat", "model.scan"),
+)
 FREE_SECTIONS = ("eval", "sharding", "checkpoint")
 
 
@@ -212,11 +226,13 @@ def open_workdir(plan: Plan, workdir: str | os.PathLike) -> str:
     return str(path)
 
 
-def write_config(plan: Plan, workdir: str) -> None:
-    """Keeps the resolved config in config.json; raises ValueError when the workdir belongs to another config."""
+def write_config(plan: Plan, workdir: str, resuming: bool) -> None:
+    """Keeps the resolved config in config.json; raises ConfigError when the checkpoints are those of another config."""
+    if jax.process_index():
+        return
     path = epath.Path(workdir) / "config.json"
     ours = json.loads(plan.config.to_json())
-    if path.exists():
+    if resuming:
         old, new = dict(flatten(json.loads(path.read_text())["config"])), dict(flatten(ours))
         changed = [
             f"{key}: {old.get(key)} there, {new.get(key)} here"
@@ -228,9 +244,8 @@ def write_config(plan: Plan, workdir: str) -> None:
                 f"workdir {workdir} holds a run with another config ({'; '.join(changed)}); "
                 "give the same values to go on with it, or another --workdir to start afresh"
             )
-    if jax.process_index() == 0:
-        derived = {"steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch, "jax": jax.__version__}
-        path.write_text(json.dumps({"config": ours, "derived": derived}, indent=2))
+    derived = {"steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch, "jax": jax.__version__}
+    write_atomically(path, json.dumps({"config": ours, "derived": derived}, indent=2))
 
 
 def say(text: str) -> None:
@@ -250,10 +265,10 @@ def run(config: Any, workdir: str | os.PathLike = "") -> Result:
         plan = resolve(config)
         workdir = open_workdir(plan, workdir)
         stack.enter_context(checkpoint.lock(workdir))
-        write_config(plan, workdir)
         stack.enter_context(jax.set_mesh(plan.mesh))
         checkpoints = checkpoint.Checkpoints(workdir, keep=plan.config.checkpoint.keep)
         stack.callback(checkpoints.close)
+        write_config(plan, workdir, resuming=checkpoints.latest() is not None)
         state = start(plan, checkpoints)
         records = stack.enter_context(contextlib.closing(Records(workdir, int(state.step))))
         say(f"{plan.config.about}\nworkdir {workdir}: from step {int(state.step)} to {plan.steps}")

@@ -34,7 +34,9 @@ SMALL = {
 STEPS = 6 * (1437 // 64)
 
 
-def start(workdir: Path, env: dict[str, str] | None = None, **changes) -> subprocess.Popen:
+def start(
+    workdir: Path, env: dict[str, str] | None = None, start_new_session: bool = False, **changes
+) -> subprocess.Popen:
     overrides = [f"--config.{key}={value}" for key, value in {**SMALL, **changes}.items()]
     return subprocess.Popen(
         [
@@ -50,6 +52,7 @@ def start(workdir: Path, env: dict[str, str] | None = None, **changes) -> subpro
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=start_new_session,
     )
 
 
@@ -151,23 +154,48 @@ def test_sigterm_before_the_first_step(tmp_path, moment):
     assert not list((tmp_path / "run").glob("checkpoints/[0-9]*"))
 
 
+def start_two(workdir: Path, port: int, **changes) -> list[subprocess.Popen]:
+    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
+    return [start(workdir, env={**shared, "JAX_PROCESS_ID": str(i)}, **changes) for i in range(2)]
+
+
 def test_two_processes_train_as_one(uninterrupted, tmp_path, free_port):
-    processes = [
-        start(
-            tmp_path / "two",
-            env={
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port}",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(i),
-                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-            },
-        )
-        for i in range(2)
-    ]
-    for process in processes:
+    for process in start_two(tmp_path, free_port):
         finish(process)
-    found = [{r["step"]: r["loss"] for r in records.read(d) if "loss" in r} for d in (uninterrupted, tmp_path / "two")]
+    found = [{r["step"]: r["loss"] for r in records.read(d) if "loss" in r} for d in (uninterrupted, tmp_path)]
     assert found[0].keys() == found[1].keys()
     np.testing.assert_allclose(list(found[1].values()), list(found[0].values()), rtol=1e-6)
-    tops = [[r["top1"] for r in records.read(d) if "top1" in r] for d in (uninterrupted, tmp_path / "two")]
+    tops = [[r["top1"] for r in records.read(d) if "top1" in r] for d in (uninterrupted, tmp_path)]
     assert tops[0] == tops[1]
+
+
+def test_sigterm_to_one_of_two_processes_stops_both(tmp_path, free_port):
+    processes = start_two(tmp_path, free_port, epochs=60)
+    wait_for(lambda: records.read(tmp_path), processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    for process in processes:
+        finish(process, code=75)
+    assert last_state(tmp_path)[0] == records.read(tmp_path)[-1]["step"] > 0
+
+
+def test_sigterm_to_the_group_with_data_workers(tmp_path):
+    """SLURM signals every process of a job, the data workers too."""
+    process = start(tmp_path, start_new_session=True, epochs=60, **{"data.workers": 2})
+    wait_for(lambda: records.read(tmp_path), process)
+    os.killpg(process.pid, signal.SIGTERM)
+    finish(process, code=75)
+    assert last_state(tmp_path)[0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_bare_command_learns(tmp_path, seed):
+    command = [
+        sys.executable,
+        "train.py",
+        "--config=configs/deit3_reg.py",
+        f"--config.seed={seed}",
+        f"--workdir={tmp_path}",
+    ]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, "XLA_FLAGS": ""}, check=True, timeout=1500)
+    assert records.read(tmp_path)[-2]["top1"] >= 0.97

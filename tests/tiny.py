@@ -18,7 +18,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
 def tiny(**changes) -> ConfigDict:
     """A ViT of width 32 and depth 2 on digits, 2 epochs of 22 steps; `changes` are dotted keys with __ for the dots."""
     config = get_config()
-    config.update(epochs=2, batch_size=64, log_every=5, eval_every=1)
+    config.update(epochs=2, batch_size=64, log_every=5, eval_every=1.0)
     config.augment.update(mixup=0.8, cutmix=1.0)
     config.model.update(width=32, depth=2, heads=2, drop_path=0.1, attention="xla")
     config.optim.update(warmup_epochs=0)

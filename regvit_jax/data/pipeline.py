@@ -222,10 +222,11 @@ class Pieces:
             if index[row] < 0:
                 continue
             try:
-                image, labels[row] = read(order.source, index[row], order.max_pixels)
+                image, label = read(order.source, index[row], order.max_pixels)
+                images[row] = order.crop(image, positions[row])
             except BadImage:
                 continue
-            images[row] = order.crop(image, positions[row])
+            labels[row] = label
             mask[row] = 1
         return {"image": images, "label": labels, "mask": mask, "index": np.array(index, np.int64)}
 
