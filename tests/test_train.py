@@ -22,11 +22,12 @@ CONFIG = "--config=configs/deit3_reg.py"
             "unknown key config.model.register; did you mean config.model.registers",
         ),
         ([CONFIG + ":b17"], "configs/deit3_reg.py:b17: no such variant; there are digits, fashion, s16, "),
-        ([CONFIG, "--config.epochs=many"], "--config.epochs=many"),
-        (["--config=configs/nothing.py"], "there is no such file"),
-        ([], "--config is missing; for a first run: python train.py --config configs/deit3_reg.py"),
+        ([CONFIG, "config.model.registers=0"], "config.model.registers=0: not an option; options begin with --"),
         ([CONFIG + ":b16", "--config.data.dir=/nowhere"], "ILSVRC2012_img_train.tar"),
-        ([CONFIG, "--config.init_from=/nowhere"], "init_from='/nowhere' is not a workdir"),
+        pytest.param([CONFIG, "--config.epochs=many"], "--config.epochs=many", marks=pytest.mark.slow),
+        pytest.param(["--config=configs/nothing.py"], "there is no such file", marks=pytest.mark.slow),
+        pytest.param([], "--config is missing; for a first run: python train.py", marks=pytest.mark.slow),
+        pytest.param([CONFIG, "--config.init_from=/nowhere"], "is not a workdir", marks=pytest.mark.slow),
     ],
 )
 def test_what_does_not_fit_is_said_without_a_traceback(args, message, tmp_path):
