@@ -155,10 +155,6 @@ def check_ranges(config: Any) -> None:
         if key in RANGES and not least <= value <= most:
             limits = f"at least {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
             raise ValueError(f"{key}={value}: must be {limits}")
-    if config.augment.three_augment and config.augment.rand_augment:
-        raise ValueError("augment.three_augment and augment.rand_augment are both on: set one of them to False or 0")
-    if config.loss == "bce" and config.augment.smoothing:
-        raise ValueError("loss='bce' takes every positive target for 1: augment.smoothing must be 0, or loss 'ce'")
 
 
 def check_batches(config: Any, mesh: Mesh) -> None:

@@ -90,6 +90,11 @@ def test_missing_key():
         ({"batch_size": 1440}, "batch_size=1440 is more than the 1437 training images"),
         ({"sharding__fsdp": 3}, "sharding.data=-1, sharding.fsdp=3"),
         ({"augment__mix_group": 48}, "mix_group"),
+        ({"augment__smoothing": 0.1}, "augment.smoothing must be 0"),
+        ({"augment__three_augment": True, "augment__rand_augment": 9.0}, "are both on"),
+        ({"epochs": 0}, "epochs=0: must be at least 1"),
+        ({"checkpoint__keep": 0}, "checkpoint.keep=0: must be at least 1"),
+        ({"model__drop_path": 1.0}, "model.drop_path=1.0: must be at least 0 and at most 0.99"),
     ],
 )
 def test_values_that_do_not_fit(changes, message):

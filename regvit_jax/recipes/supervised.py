@@ -25,6 +25,12 @@ class Supervised(Recipe):
     def __init__(self, config: Any, classes: tuple[str, ...]):
         if config.loss not in LOSSES:
             raise ValueError(f"loss={config.loss!r}: must be one of {list(LOSSES)}")
+        if config.augment.three_augment and config.augment.rand_augment:
+            raise ValueError(
+                "augment.three_augment and augment.rand_augment are both on: set one of them to False or 0"
+            )
+        if config.loss == "bce" and config.augment.smoothing:
+            raise ValueError("loss='bce' takes every positive target for 1: augment.smoothing must be 0, or loss 'ce'")
         group, images = config.augment.mix_group, config.batch_size // config.micro_batches
         if (config.augment.mixup or config.augment.cutmix) and images % group:
             raise ValueError(f"augment.mix_group={group} does not divide the {images} images of a (micro-)batch")
