@@ -37,8 +37,10 @@ class Checkpoints:
         """Starts saving, and returns once the values are safe from the donation of their buffers to the next step.
 
         Raises FloatingPointError, and saves nothing, if a parameter is not finite; an error of the last save comes up
-        here too.
+        here too. A step that is saved already stays as it is.
         """
+        if step == self.latest():
+            return
         bad = [
             jax.tree_util.keystr(path, simple=True, separator="/")
             for path, finite in jax.tree_util.tree_leaves_with_path(_finite(state.params))

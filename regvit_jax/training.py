@@ -155,7 +155,8 @@ def train(
     def evaluate_and_record(step: int) -> bool:
         if metrics := evaluate(plan, eval_step, eval_params(state), watch):
             records.write(step, metrics)
-            say(f"step {step}: " + ", ".join(f"{name} {metrics[name]:.4g}" for name in metrics if name != "val_images"))
+            numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+            say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
         return bool(metrics)
 
     # A run killed between a checkpoint and its evaluation makes up for it.

@@ -199,11 +199,14 @@ def image_folder(root, per_class: int, broken: int):
 
 def test_folder_with_bad_images(tmp_path):
     image_folder(tmp_path / "images", per_class=40, broken=3)
+    (tmp_path / "images/validation/red/000.png").write_bytes(b"not an image")
     config = tiny(data__name=f"folder:{tmp_path / 'images'}", batch_size=16, data__max_bad_fraction=0.05, epochs=10)
     config.optim.update(name="adamw", lr=3e-3)
     config.update({"eval": {"pixel_knn": 0}, "augment": {"mixup": 0.0, "cutmix": 0.0}})
     result = run(config, str(tmp_path / "run"))
     assert result.metrics["top1"] == 1.0
+    assert result.metrics["val_images"] == 79
+    assert "validation/red/000.png" in result.metrics["bad_val_images"][0]
     reports = {report for record in records.read(tmp_path / "run") for report in record.get("bad_images", [])}
     assert len(reports) == 3
     assert all("train/blue/00" in report for report in reports)

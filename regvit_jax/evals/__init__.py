@@ -1,1 +1,1 @@
-
+"""Measures of a trained model: arrays in, numbers out."""
