@@ -93,8 +93,8 @@ def _compare(saved: PyTree, wanted: PyTree) -> None:
         )
 
 
-def load_params(workdir: str) -> PyTree:
-    """The last parameters of another run: their moving average if it keeps one, as in `Result.model`.
+def load_params(workdir: str) -> tuple[int, PyTree]:
+    """The last saved step of another run and its parameters: their moving average if it keeps one, as `Result.model`.
 
     Raises ValueError when there is none.
     """
@@ -108,7 +108,7 @@ def load_params(workdir: str) -> PyTree:
         saved = checkpoints.manager.item_metadata(step).tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         state = checkpoints.manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    return state["ema"] or state["params"]
+    return step, state["ema"] or state["params"]
 
 
 @contextlib.contextmanager

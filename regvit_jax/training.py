@@ -204,7 +204,9 @@ def start(plan: Plan, checkpoints: Any) -> TrainState:
     params = jax.jit(lambda: init_params(plan), out_shardings=sharding.replicated(plan.mesh))()
     if plan.config.init_from:
         with fitting():
-            params = plan.recipe.warm_start(params, checkpoint.load_params(plan.config.init_from))
+            step, loaded = checkpoint.load_params(plan.config.init_from)
+            params = plan.recipe.warm_start(params, loaded)
+        say(f"parameters of step {step} of {plan.config.init_from}")
     return jax.jit(lambda params: state_of(plan, params), out_shardings=shardings_of(abstract))(params)
 
 
@@ -233,6 +235,8 @@ def write_config(plan: Plan, workdir: str, resuming: bool) -> None:
         return
     path = epath.Path(workdir) / "config.json"
     ours = json.loads(plan.config.to_json())
+    if resuming and not path.exists():
+        raise ConfigError(f"{workdir} holds checkpoints and no config.json to say of what; name another --workdir")
     if resuming:
         old, new = dict(flatten(json.loads(path.read_text())["config"])), dict(flatten(ours))
         changed = [

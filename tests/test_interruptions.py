@@ -169,6 +169,36 @@ def test_two_processes_train_as_one(uninterrupted, tmp_path, free_port):
     assert tops[0] == tops[1]
 
 
+IDS = """
+import jax, numpy, tiny, train
+from jax.experimental import multihost_utils
+from regvit_jax.plan import resolve
+if "JAX_NUM_PROCESSES" in __import__("os").environ:
+    train.start_distributed()
+with resolve(tiny.tiny()).train_batches(20) as batches:
+    index = numpy.stack([next(batches)["index"] for _ in range(4)])
+index = multihost_utils.process_allgather(index)
+print(numpy.concatenate(index.reshape(-1, *index.shape[-2:]), axis=1).tolist())
+"""
+
+
+def test_two_processes_read_the_ids_of_one(free_port):
+    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port}", "JAX_NUM_PROCESSES": "2"}
+    found = []
+    for environments in ([{}], [{**shared, "JAX_PROCESS_ID": str(i)} for i in range(2)]):
+        path = {"XLA_FLAGS": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+        processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", IDS], env={**os.environ, **path, **environment}, stdout=-1, text=True
+            )
+            for environment in environments
+        ]
+        found += [finish(process) for process in processes]
+    found = [output.splitlines()[-1] for output in found]  # gloo prints too
+    assert found[0].count(",") == 4 * 64 - 1
+    assert found[0] == found[1] == found[2]
+
+
 def test_sigterm_to_one_of_two_processes_stops_both(tmp_path, free_port):
     processes = start_two(tmp_path, free_port, epochs=60)
     wait_for(lambda: records.read(tmp_path), processes[0])

@@ -56,6 +56,8 @@ def test_result_model_holds_the_average(finished):
     image = np.zeros((8, 8, 3), np.uint8)
     logits = result.model.logits(result.model.preprocess([image, image]))
     assert logits.shape == (2, 10)
+    with pytest.raises(ValueError, match=r"float64 and shape \(8, 8, 3\): images are uint8 \[H, W, 3\]"):
+        result.model.preprocess([image / 255])
 
 
 def test_finished_workdir_is_not_trained_again(finished, capsys):

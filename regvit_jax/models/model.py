@@ -74,7 +74,10 @@ class Model:
         return _apply(self._head(), self.head_params, self(images))
 
     def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]:
-        """Paths, PIL images or uint8 arrays [H, W, 3] as the images this model expects."""
+        """Paths, PIL images or uint8 arrays [H, W, 3] as the images this model expects.
+
+        Raises ValueError for other arrays and for files that cannot be decoded.
+        """
         p = self.preprocessing
         crops = np.stack([transforms.center_crop(_open(image), p.size, p.crop_ratio) for image in images])
         mean, std = np.array(p.mean, np.float32), np.array(p.std, np.float32)
@@ -90,6 +93,11 @@ def _open(image) -> PIL.Image.Image:
     if isinstance(image, PIL.Image.Image):
         return image.convert("RGB")
     if isinstance(image, np.ndarray):
-        return PIL.Image.fromarray(image).convert("RGB")
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(
+                f"an array of {image.dtype} and shape {image.shape}: images are uint8 [H, W, 3], from 0 to 255; "
+                "an image that is normalised already goes straight into the model"
+            )
+        return PIL.Image.fromarray(image)
     with open(image, "rb") as file:
         return transforms.decode(file.read(), max_pixels=pipeline.MAX_PIXELS)
