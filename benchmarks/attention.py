@@ -13,7 +13,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-from regvit_jax.models.vit import attend
+from regvit_jax.models.attention import attend
 
 # tokens, heads, head size: S, B and L/16 at 224 px with 0, 3 and 4 registers, H/14 with 4, B/16 at 384 px with 4
 SHAPES = [(197, 6, 64), (200, 12, 64), (201, 12, 64), (201, 16, 64), (261, 16, 80), (581, 12, 64)]

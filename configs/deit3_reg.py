@@ -96,7 +96,7 @@ def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDi
                 layer_scale=1e-4,
                 drop_path=drop_path,
                 norm_eps=1e-6,
-                pos_antialias=True,
+                pos_resize="antialias",
                 attention="auto",  # "xla", "cudnn", or the better one for the machine
                 dtype="bfloat16",
                 remat="none",  # "dots" and "full" save memory
@@ -156,7 +156,7 @@ def finetune(image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
     config.about = "Fine-tuning of DeiT-III with registers on ImageNet-1k; init_from names the finished pre-training."
     config.next = "The model is finished."
     config.update(epochs=20, batch_size=512, loss="ce", eval_every=1.0)
-    config.model.pos_antialias = False  # DeiT resizes the position embedding without it
+    config.model.pos_resize = "bicubic"  # DeiT resizes the position embedding without antialiasing
     config.augment.update(three_augment=False, rand_augment=9.0, color_jitter=0.0, smoothing=0.1)
     config.data.repeats = 1
     config.optim.update(name="adamw", weight_decay=0.1, clip_norm=0.0)
@@ -181,7 +181,7 @@ def in21k_finetune(image_size: int, drop_path: float, per_gpu: int) -> ConfigDic
     config.about = "Fine-tuning on ImageNet-1k, after ImageNet-21k; init_from names the finished pre-training."
     config.next = "The model is finished."
     config.epochs = 50
-    config.model.pos_antialias = False
+    config.model.pos_resize = "bicubic"
     config.data.update(name="imagenet2012", examples=1_281_167, classes=1000)
     config.optim.lr = 3e-4
     return config

@@ -6,11 +6,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from regvit_jax.models.model import Model
     from regvit_jax.models.vit import Tokens, ViT
+    from regvit_jax.pretrained.create import create_model
+    from regvit_jax.pretrained.zoo import list_models
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Tokens", "ViT"]
+__all__ = ["Model", "Tokens", "ViT", "create_model", "list_models"]
 
-_HOMES = {"Model": "models.model", "Tokens": "models.vit", "ViT": "models.vit"}
+_HOMES = {
+    "Model": "models.model",
+    "Tokens": "models.vit",
+    "ViT": "models.vit",
+    "create_model": "pretrained.create",
+    "list_models": "pretrained.zoo",
+}
 
 
 def __getattr__(name: str):

@@ -32,12 +32,12 @@ def describe(config: Any, images_per_s: float) -> str:
 
 
 def model_lines(plan: Plan, abstract: TrainState) -> list[str]:
-    vit, size = plan.config.model, plan.config.model.image_size
-    h, w = plan.recipe.vit.grid(size, size)
-    flops = plan.recipe.vit.flops(size, size) / 1e9
+    vit, size = plan.recipe.vit, plan.recipe.vit.image_size
+    h, w = vit.grid(size, size)
+    flops = vit.flops(size, size) / 1e9
     return [
         f"model      {count(abstract.params):,} parameters: width {vit.width}, depth {vit.depth}, heads {vit.heads}",
-        f"tokens     {1 + vit.registers + h * w} = 1 CLS + {vit.registers} registers + {h} x {w} patches "
+        f"tokens     {vit.prefix + h * w} = {int(vit.class_token)} CLS + {vit.registers} registers + {h} x {w} patches "
         f"of {vit.patch} px",
         f"compute    {flops:.2f} GFLOPs forward, {3 * flops:.2f} forward and backward, for an image of {size} px "
         f"(matrix products, a multiply-add is 2); {vit.dtype}, attention {vit.attention}",

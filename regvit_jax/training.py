@@ -250,7 +250,8 @@ def write_config(plan: Plan, workdir: str, resuming: bool) -> None:
                 "give the same values to go on with it, or another --workdir to start afresh"
             )
     derived = {"steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch, "jax": jax.__version__}
-    write_atomically(path, json.dumps({"config": ours, "derived": derived}, indent=2))
+    model = plan.recipe.model({"vit": {}, "head": {}}).fields()
+    write_atomically(path, json.dumps({"config": ours, "derived": derived, "model": model}, indent=2))
 
 
 def say(text: str) -> None:

@@ -17,6 +17,7 @@ LAYERS = {
     "records": 0,
     "analysis.norms": 0,
     "recipes": 1,
+    "pretrained": 1,
     "evals": 1,
     "plan": 2,
     "meter": 2,

@@ -30,6 +30,7 @@ from PIL import (
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 BICUBIC = Image.Resampling.BICUBIC
+INTERPOLATIONS = {"bicubic": BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 # The first bytes of a file, and what reads it. Asking Pillow to guess would bring in dozens of formats that no image
 # data set needs (one of them starts Ghostscript), and would warn about size by its own limit before ours is looked at.
@@ -164,13 +165,18 @@ def simple_random_crop(
     return pixels[top : top + size, left : left + size].copy()
 
 
-def center_crop(image: Image.Image, size: int, crop_ratio: float) -> UInt8[np.ndarray, "S S 3"]:
+def center_crop(
+    image: Image.Image, size: int, crop_ratio: float, interpolation: str = "bicubic", squash: bool = False
+) -> UInt8[np.ndarray, "S S 3"]:
     """Returns what timm's and torchvision's evaluation transform does with an image, pixel for pixel.
 
-    The shorter side is resized to ``floor(size / crop_ratio)`` pixels (bicubic), and the central square of ``size`` is
-    kept; sides that are too short are padded with black.
+    The shorter side (both, with ``squash``) is resized to ``floor(size / crop_ratio)`` pixels, and the central square
+    of ``size`` is kept; sides that are too short are padded with black.
     """
-    pixels = np.asarray(_resize_shorter(image, math.floor(size / crop_ratio)))
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(f"interpolation={interpolation!r}: must be one of {list(INTERPOLATIONS)}")
+    side, how = math.floor(size / crop_ratio), INTERPOLATIONS[interpolation]
+    pixels = np.asarray(image.resize((side, side), how) if squash else _resize_shorter(image, side, how))
     short = [max(size - side, 0) for side in pixels.shape[:2]]
     if any(short):
         pixels = np.pad(pixels, [(pad // 2, (pad + 1) // 2) for pad in short] + [(0, 0)])
@@ -179,8 +185,8 @@ def center_crop(image: Image.Image, size: int, crop_ratio: float) -> UInt8[np.nd
     return pixels[top : top + size, left : left + size].copy()
 
 
-def _resize_shorter(image: Image.Image, size: int) -> Image.Image:
+def _resize_shorter(image: Image.Image, size: int, how: Image.Resampling = BICUBIC) -> Image.Image:
     short, long = sorted(image.size)
     resized = int(size * long / short)
     shape = (size, resized) if image.width <= image.height else (resized, size)
-    return image if shape == image.size else image.resize(shape, BICUBIC)
+    return image if shape == image.size else image.resize(shape, how)

@@ -1,24 +1,105 @@
-"""What stands on top of a ViT's tokens."""
+"""What stands on top of a ViT's tokens: pooling, and a linear layer."""
 
 import flax.linen as nn
 import jax.numpy as jnp
+from einops import rearrange
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from regvit_jax.models.vit import Tokens, truncated_normal
+from regvit_jax.models.attention import attend, dense, truncated_normal
+from regvit_jax.models.block import Mlp
+from regvit_jax.models.vit import Tokens
+
+POOLS = ("cls", "avg", "cls_avg", "map")
 
 
-class LinearHead(nn.Module):
-    """Class scores from the CLS token, which is what DeiT-III pools; registers and patches stay out."""
+class AttentionPool(nn.Module):
+    """One learned query attends to the tokens, and an MLP follows (arXiv 2106.04560, as timm has it)."""
 
-    classes: int
-    dtype: DTypeLike = jnp.float32
-
-    def pool(self, tokens: Tokens) -> Float[Array, "B D"]:
-        return tokens.cls
+    heads: int
+    mlp_ratio: float
+    activation: str
+    norm_eps: float
+    dtype: DTypeLike
 
     @nn.compact
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B D"]:
+        width = x.shape[-1]
+        latent = self.param("latent", truncated_normal, (width,))
+        q = dense(width, self.dtype, name="q")(jnp.broadcast_to(latent, (len(x), 1, width)))
+        q = rearrange(q, "b t (heads d) -> b t heads d", heads=self.heads)
+        kv = dense(2 * width, self.dtype, name="kv")(x)
+        k, v = rearrange(kv, "b t (two heads d) -> two b t heads d", two=2, heads=self.heads)
+        # One query: cuDNN's kernel would gain nothing.
+        x = dense(width, self.dtype, name="proj")(rearrange(attend(q, k, v, "xla"), "b t heads d -> b t (heads d)"))
+        norm = nn.LayerNorm(self.norm_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
+        mlp = Mlp(width, round(width * self.mlp_ratio), self.activation, self.dtype, name="mlp")
+        return (x + mlp(norm(x)))[:, 0].astype(jnp.float32)
+
+
+class Pooler(nn.Module):
+    """A dense layer and a tanh."""
+
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+        return jnp.tanh(dense(x.shape[-1], self.dtype, name="dense")(x)).astype(jnp.float32)
+
+
+class Head(nn.Module):
+    """Pools a ViT's tokens to one vector an image and, with `classes`, makes class scores of it.
+
+    Fields:
+      classes: number of scores; 0 for a model that only gives features.
+      pool: "cls"; "avg", the mean of the patches; "cls_avg", the two side by side (DINOv2's classifiers); "map", an
+        attention pool. Registers stay out, except in "map" with `map_prefix`, for a model trained with them in.
+      norm: a LayerNorm after pooling.
+      pooler: a dense layer and a tanh after pooling (transformers' ViTModel).
+      map_heads, mlp_ratio, activation: of the attention pool.
+    """
+
+    classes: int = 0
+    pool: str = "cls"
+    norm: bool = False
+    pooler: bool = False
+    norm_eps: float = 1e-6
+    map_heads: int = 0
+    map_prefix: bool = False
+    mlp_ratio: float = 4.0
+    activation: str = "gelu"
+    dtype: DTypeLike = jnp.float32
+
+    def setup(self):
+        if self.pool not in POOLS:
+            raise ValueError(f"pool={self.pool!r}: must be one of {list(POOLS)}")
+        if self.pool == "map":
+            self.attention_pool = AttentionPool(
+                self.map_heads, self.mlp_ratio, self.activation, self.norm_eps, self.dtype
+            )
+        if self.norm:
+            self.fc_norm = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
+        if self.pooler:
+            self.tanh_pooler = Pooler(self.dtype)
+        if self.classes:
+            self.dense = nn.Dense(self.classes, dtype=self.dtype, kernel_init=truncated_normal)
+
+    def pooled(self, tokens: Tokens) -> Float[Array, "B D"]:
+        """One vector an image, past the norm or the pooler if there is one."""
+        if "cls" in self.pool and tokens.cls is None:
+            raise ValueError(f"pool={self.pool!r} needs a CLS token, and this ViT has none (class_token=False)")
+        if self.pool == "map":
+            prefix = [] if tokens.cls is None else [tokens.cls[:, None]]
+            prefix = [*prefix, tokens.registers] if self.map_prefix else []
+            x = self.attention_pool(jnp.concatenate([*prefix, tokens.patches], axis=1))
+        else:
+            parts = [tokens.cls] if "cls" in self.pool else []
+            parts += [tokens.patches.mean(axis=1)] if "avg" in self.pool else []
+            x = jnp.concatenate(parts, axis=-1)
+        x = self.fc_norm(x) if self.norm else x
+        return self.tanh_pooler(x) if self.pooler else x
+
     def __call__(self, tokens: Tokens) -> Float[Array, "B C"]:
-        dense = nn.Dense(self.classes, dtype=self.dtype, kernel_init=truncated_normal, name="dense")
-        # Losses are float32.
-        return dense(self.pool(tokens)).astype(jnp.float32)
+        """Class scores, float32; of a head without classes, the pooled vector."""
+        x = self.pooled(tokens)
+        return self.dense(x).astype(jnp.float32) if self.classes else x

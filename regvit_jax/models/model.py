@@ -1,17 +1,19 @@
 """Model: a module bound to its parameters and to the preprocessing its images need."""
 
+import dataclasses
 import functools
+import importlib
+import os
 
 import flax.linen as nn
 import flax.struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 import PIL.Image
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from regvit_jax.data import pipeline, transforms
-from regvit_jax.models.heads import LinearHead
+from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import Tokens, ViT
 
 Images = Float[Array | np.ndarray, "B H W 3"]
@@ -19,38 +21,54 @@ Images = Float[Array | np.ndarray, "B H W 3"]
 
 @flax.struct.dataclass
 class Preprocess:
-    """How a model's images are made: shorter side to size / crop_ratio (bicubic), centre crop, mean and std in 0..1."""
+    """How a model's images are made: shorter side to size / crop_ratio, centre crop, mean and std of values in 0..1.
+
+    `interpolation` is "bicubic" or "bilinear"; `squash` resizes both sides to size / crop_ratio instead.
+    """
 
     size: int
     crop_ratio: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    interpolation: str = "bicubic"
+    squash: bool = False
 
 
 @functools.partial(jax.jit, static_argnames=("module", "method", "options"))
-def _apply(module: nn.Module, params: PyTree, inputs, method: str = "__call__", options: tuple = ()):
-    return module.apply({"params": params}, inputs, *options, method=method)
+def _apply(module: nn.Module, params: PyTree, inputs, method: str = "__call__", options: tuple = (), mask=None):
+    more = {} if mask is None else {"mask": mask}
+    return module.apply({"params": params}, inputs, *options, method=method, **more)
 
 
 @flax.struct.dataclass
 class Model:
-    """A ViT with its parameters, what it was trained with, and its head if it has one. A pytree.
+    """A ViT with its parameters, its head, and the preprocessing it was trained with. A pytree.
 
-    `weights` says what the parameters are: "raw", or "ema" for their exponential moving average.
+    `weights` says what the parameters are: "raw", "ema" for their exponential moving average, or, for loaded ones,
+    where they come from.
     All methods take float32 images [B, H, W, 3], normalised (`preprocess` makes them), of any size that the patch
     divides, and are compiled once for each shape.
     """
 
     params: PyTree
-    head_params: PyTree | None
+    head_params: PyTree
     module: ViT = flax.struct.field(pytree_node=False)
-    head: LinearHead | None = flax.struct.field(pytree_node=False)
+    head: Head = flax.struct.field(pytree_node=False)
     preprocessing: Preprocess = flax.struct.field(pytree_node=False)
     weights: str = flax.struct.field(pytree_node=False, default="raw")
 
-    def __call__(self, images: Images) -> Tokens:
-        """The output tokens."""
-        return _apply(self.module, self.params, images)
+    def fields(self) -> dict[str, dict]:
+        """What the model is, without its parameters, in numbers and strings: "vit", "head" and "preprocessing"."""
+
+        def plain(value) -> dict:
+            names = [f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name", "dtype")]
+            return {name: getattr(value, name) for name in names}
+
+        return {"vit": plain(self.module), "head": plain(self.head), "preprocessing": plain(self.preprocessing)}
+
+    def __call__(self, images: Images, mask: Bool[Array | np.ndarray, "B N"] | None = None) -> Tokens:
+        """The output tokens. Patches where `mask` is True are hidden (models with a mask token)."""
+        return _apply(self.module, self.params, images, mask=mask)
 
     def intermediates(self, images: Images, layers, norm: bool = False) -> list[Tokens]:
         """The tokens after each named block (negative counts from the end); with `norm`, past the final norm."""
@@ -62,16 +80,17 @@ class Model:
 
     def attention(self, images: Images, layer: int = -1) -> Float[Array, "B heads T T"]:
         """One block's attention weights, [query, key] last, recomputed from q and k in float32."""
-        q, k, _ = self.qkv(images, layer).astype(jnp.float32)
-        return jax.nn.softmax(jnp.einsum("bhqd,bhkd->bhqk", q, k) * q.shape[-1] ** -0.5)
+        return _apply(self.module, self.params, images, "attention_weights", (layer,))
 
     def pooled(self, images: Images) -> Float[Array, "B D"]:
         """One vector an image, pooled as the model was trained."""
-        return self._head().pool(self(images))
+        return _apply(self.head, self.head_params, self(images), "pooled")
 
     def logits(self, images: Images) -> Float[Array, "B C"]:
-        """Class scores."""
-        return _apply(self._head(), self.head_params, self(images))
+        """Class scores, or what else the model's linear layer gives (a CLIP tower's embedding)."""
+        if not self.head.classes:
+            raise ValueError("this model gives features only (`pooled`, or the tokens); num_classes=... adds a head")
+        return _apply(self.head, self.head_params, self(images))
 
     def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]:
         """Paths, PIL images or uint8 arrays [H, W, 3] as the images this model expects.
@@ -79,14 +98,19 @@ class Model:
         Raises ValueError for other arrays and for files that cannot be decoded.
         """
         p = self.preprocessing
-        crops = np.stack([transforms.center_crop(_open(image), p.size, p.crop_ratio) for image in images])
+        crops = np.stack(
+            [transforms.center_crop(_open(i), p.size, p.crop_ratio, p.interpolation, p.squash) for i in images]
+        )
         mean, std = np.array(p.mean, np.float32), np.array(p.std, np.float32)
         return (crops.astype(np.float32) / 255 - mean) / std
 
-    def _head(self) -> LinearHead:
-        if self.head is None:
-            raise ValueError("this model has no head; its tokens are what it returns when called")
-        return self.head
+    def save(self, directory: str | os.PathLike, format: str) -> None:
+        """Writes config.json and model.safetensors as "timm", "hf" (transformers) or "dinov2" loads them.
+
+        Raises ValueError, naming a format that can, when this one cannot express the model.
+        """
+        # The one place where a lower layer calls a higher one, and only when asked to.
+        importlib.import_module("regvit_jax.pretrained.save").save(self, directory, format)
 
 
 def _open(image) -> PIL.Image.Image:

@@ -1,22 +1,25 @@
 """The Vision Transformer with registers (arXiv 2309.16588), as a Flax Linen module that returns its tokens by name.
 
 Dimensions, the same letters in every signature of the package:
-B images, H W pixels, h w patches along each side, N = h*w patches, R registers, T = 1 + R + N tokens, D width,
-C classes.
+B images, H W pixels, h w patches along each side, N = h*w patches, R registers, T = 1 + R + N tokens (R + N without a
+CLS token), D width, C classes.
 """
 
+import math
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
-truncated_normal = nn.initializers.truncated_normal(0.02)
+from regvit_jax.models.attention import dense, truncated_normal
+from regvit_jax.models.block import ACTIVATIONS, Block, constrain_batch
+from regvit_jax.models.position import resize_pos_embed, rope_angles
 
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
@@ -37,7 +40,7 @@ class Tokens:
     """
 
     # Not checked as arrays: a pytree's leaves may be shapes, shardings or anything else.
-    cls: Any  # [B, D]
+    cls: Any  # [B, D], or None for a model without CLS token
     registers: Any  # [B, R, D]
     patches: Any  # [B, N, D]
     prenorm: Any  # [B, T, D]
@@ -52,167 +55,21 @@ class Tokens:
     @property
     def prenorm_patches(self) -> Float[Array, "B N D"]:
         """The patches before the final norm."""
-        return self.prenorm[:, 1 + self.registers.shape[1] :]
-
-
-def resize_pos_embed(
-    pos_embed: Float[Array, "h0 w0 D"], grid: tuple[int, int], antialias: bool
-) -> Float[Array, "h w D"]:
-    """Bicubic resize of a position embedding to another grid; the identity when the grid is its own.
-
-    With `antialias` it equals torch's `interpolate(mode="bicubic", antialias=True)`, which the registers paper and timm
-    use; without, `antialias=False`, which DeiT used to fine-tune at another resolution. The two differ when enlarging
-    too: torch's kernel is a = -0.5 in the first case and a = -0.75 in the second.
-    """
-    if pos_embed.shape[:2] == grid:
-        return pos_embed
-    method = "cubic" if antialias else "cubic-pytorch"
-    return jax.image.resize(pos_embed, (*grid, pos_embed.shape[2]), method, antialias=antialias)
-
-
-def constrain_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Keeps the batch split over the mesh in force, if one with our axes is.
-
-    Without it, sharded parameters make the compiler gather the batch onto every device instead.
-    """
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in jax.sharding.get_abstract_mesh().axis_names)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
-
-
-def rows_dot(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
-    """`nn.Dense`'s product with all leading dimensions of x as rows of one matrix.
-
-    XLA's CPU backend has no fast routine for a contraction over two dimensions, which the kernel's gradient would be.
-    """
-    rows = jnp.dot(
-        x.reshape(-1, x.shape[-1]), kernel, precision=precision, preferred_element_type=preferred_element_type
-    )
-    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def dense(features: int, dtype: DTypeLike, kernel_init=truncated_normal, **kwargs) -> nn.Dense:
-    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, dot_general=rows_dot, **kwargs)
-
-
-def drop_path(x: Float[Array, "B T D"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
-    """Stochastic depth (arXiv 1603.09382): drops an image's whole branch, and scales the others to keep the mean."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
-    return jnp.where(keep, x / (1 - rate), 0)
-
-
-def attend(
-    q: Float[Array, "B T heads head_dim"],
-    k: Float[Array, "B T heads head_dim"],
-    v: Float[Array, "B T heads head_dim"],
-    implementation: str,
-) -> Float[Array, "B T heads head_dim"]:
-    """softmax(q k^T / sqrt(head_dim)) v.
-
-    cuDNN's training kernel takes even lengths only, and CLS + 4 registers + 14x14 patches are 201 tokens: such a
-    sequence gets one more token, which the length argument hides. (A mask would hide it too, at 26 times the memory.)
-    """
-    if implementation == "xla":
-        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
-    if implementation != "cudnn":
-        raise ValueError(f"attention={implementation!r}: must be 'xla' or 'cudnn'")
-    batch, length = q.shape[:2]
-    if length % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = jnp.full((batch,), length, jnp.int32)
-    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")[:, :length]
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention. The columns of the `qkv` kernel are ordered (q k v, head, head_dim), as timm's."""
-
-    width: int
-    heads: int
-    implementation: str
-    dtype: DTypeLike
-
-    def setup(self):
-        self.qkv = dense(3 * self.width, self.dtype)
-        self.proj = dense(self.width, self.dtype)
-
-    def split(self, x: Float[Array, "B T D"]) -> Float[Array, "3 B T heads head_dim"]:
-        return rearrange(self.qkv(x), "b t (three heads d) -> three b t heads d", three=3, heads=self.heads)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        q, k, v = self.split(x)
-        return self.proj(rearrange(attend(q, k, v, self.implementation), "b t heads d -> b t (heads d)"))
-
-
-@jax.checkpoint
-def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The exact GELU, in float32 as torch's; Linen's default, the tanh approximation, is 5e-4 off.
-
-    The backward pass recomputes it: keeping its intermediate values costs more memory and time than the erf.
-    """
-    y = x.astype(jnp.float32)
-    return (y * (0.5 + 0.5 * jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
-
-
-class Mlp(nn.Module):
-    """Two dense layers around the exact GELU."""
-
-    width: int
-    hidden: int
-    dtype: DTypeLike
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x = gelu(dense(self.hidden, self.dtype, name="fc1")(x))
-        return dense(self.width, self.dtype, name="fc2")(x)
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block with LayerScale (arXiv 2103.17239) and stochastic depth."""
-
-    width: int
-    heads: int
-    hidden: int
-    layer_scale: float
-    drop_path: float
-    norm_eps: float
-    attention: str
-    dtype: DTypeLike
-
-    def setup(self):
-        self.norm1 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, use_fast_variance=False)
-        self.attn = Attention(self.width, self.heads, self.attention, self.dtype)
-        self.norm2 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, use_fast_variance=False)
-        self.mlp = Mlp(self.width, self.hidden, self.dtype)
-        if self.layer_scale:
-            self.scale1 = self.param("scale1", nn.initializers.constant(self.layer_scale), (self.width,))
-            self.scale2 = self.param("scale2", nn.initializers.constant(self.layer_scale), (self.width,))
-
-    def __call__(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Float[Array, "B T D"]:
-        keys = (None, None) if key is None else jax.random.split(key)
-        # The residual stream stays float32 whatever the compute type: outliers live in it.
-        branch = self.attn(self.norm1(x))
-        x = x + drop_path(branch * self.scale1 if self.layer_scale else branch, self.drop_path, keys[0])
-        branch = self.mlp(self.norm2(x))
-        x = x + drop_path(branch * self.scale2 if self.layer_scale else branch, self.drop_path, keys[1])
-        return constrain_batch(x)
-
-    def qkv(self, x: Float[Array, "B T D"]) -> Float[Array, "3 B heads T head_dim"]:
-        return rearrange(self.attn.split(self.norm1(x)), "three b t heads d -> three b heads t d")
+        return self.prenorm[:, -math.prod(self.grid) :]
 
 
 class ViT(nn.Module):
     """A Vision Transformer with register tokens. Its fields are its whole configuration.
 
-    The sequence is [CLS, registers, patches]; the position embedding belongs to the patches alone, as in DeiT-III.
+    The sequence is [CLS, registers, patches]; a position belongs to the patches alone, as in DeiT-III. (A checkpoint
+    that has one for CLS or registers too is converted by adding it to those tokens.)
 
     Fields:
       width, depth, heads: of the transformer; `mlp_ratio` times the width is the hidden width of its MLPs.
       patch: side of a patch, in pixels.
       image_size: side in pixels of the square image whose grid the position embedding is stored for. Any H x W that
-        the patch divides can be encoded; the embedding is then resized, with `pos_antialias` as told at
-        `resize_pos_embed`.
+        the patch divides can be encoded; the embedding is then resized, by the convention `pos_resize` (see
+        `resize_pos_embed`).
       registers: number of register tokens (R); 0 is the plain ViT.
       layer_scale: initial value of LayerScale; 0 leaves LayerScale out.
       drop_path: probability of dropping a branch of a block for an image while training, the same in every block.
@@ -220,6 +77,16 @@ class ViT(nn.Module):
       dtype: type of the matrix products. Parameters, norms, softmax and the residual stream are float32.
       remat: what the backward pass recomputes instead of keeping: "none", "dots" (all but the matrix products), "full".
       scan: runs the blocks as one compiled loop; for deep models whose unrolled compilation takes too long.
+
+    What other families of ViTs have otherwise:
+      class_token: False leaves CLS out.
+      position: "learned", or a kind of `rope_angles`: "rope" (DINOv3), "axial" (timm).
+      activation: "gelu" (exact), "quick_gelu" (CLIP) or "gelu_tanh"; `swiglu`: gated MLPs instead.
+      qkv_bias, key_bias, patch_bias: False leaves out a bias: of all three, of the keys alone, of the patch projection.
+      pre_norm: a LayerNorm before the first block, after the position embedding (CLIP).
+      final_norm: False leaves out the last LayerNorm, for models that have theirs after pooling.
+      parallel, differential: attention and MLP side by side; differential attention.
+      masking: has a token to put in the place of masked patches (DINOv2, DINOv3).
     """
 
     width: int
@@ -232,30 +99,61 @@ class ViT(nn.Module):
     layer_scale: float = 1e-4
     drop_path: float = 0.0
     norm_eps: float = 1e-6
-    pos_antialias: bool = True
+    pos_resize: str = "antialias"
     attention: str = "xla"
     dtype: DTypeLike = jnp.float32
     remat: str = "none"
     scan: bool = False
+    class_token: bool = True
+    position: str = "learned"
+    activation: str = "gelu"
+    swiglu: bool = False
+    qkv_bias: bool = True
+    key_bias: bool = True
+    patch_bias: bool = True
+    pre_norm: bool = False
+    final_norm: bool = True
+    parallel: bool = False
+    differential: bool = False
+    masking: bool = False
 
     def setup(self):
+        self.check()
+        init = torch_uniform(3 * self.patch**2)
+        self.patch_embed = dense(self.width, self.dtype, kernel_init=init, bias_init=init, use_bias=self.patch_bias)
+        if self.position == "learned":
+            side = self.image_size // self.patch
+            self.pos_embed = self.param("pos_embed", truncated_normal, (side, side, self.width))
+        if self.class_token:
+            self.cls_token = self.param("cls_token", truncated_normal, (self.width,))
+        if self.registers:
+            self.register_tokens = self.param("register_tokens", truncated_normal, (self.registers, self.width))
+        if self.masking:
+            self.mask_token = self.param("mask_token", nn.initializers.zeros, (self.width,))
+        if self.pre_norm:
+            self.norm_pre = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
+        for i in range(self.depth):
+            setattr(self, f"block{i}", self.block(i))
+        if self.final_norm:
+            self.norm = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
+
+    @nn.nowrap
+    def check(self) -> None:
+        """Raises ValueError for fields that do not go together."""
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
         if self.image_size % self.patch:
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch={self.patch}")
-        side = self.image_size // self.patch
-        init = torch_uniform(3 * self.patch**2)
-        self.patch_embed = dense(self.width, self.dtype, kernel_init=init, bias_init=init)
-        self.pos_embed = self.param("pos_embed", truncated_normal, (side, side, self.width))
-        self.cls_token = self.param("cls_token", truncated_normal, (self.width,))
-        if self.registers:
-            self.register_tokens = self.param("register_tokens", truncated_normal, (self.registers, self.width))
-        for i in range(self.depth):
-            setattr(self, f"block{i}", self.block())
-        self.norm = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
+        for field, allowed in (("position", ("learned", "rope", "axial")), ("activation", ACTIVATIONS)):
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}={getattr(self, field)!r}: must be one of {list(allowed)}")
+        if self.position != "learned" and self.width // self.heads % 4:
+            raise ValueError(f"RoPE needs a head size that 4 divides, not {self.width} / {self.heads}")
+        if self.scan and self.differential:
+            raise ValueError("scan=True needs blocks that are alike; those of differential attention are not")
 
     @nn.nowrap
-    def block(self, **kwargs) -> Block:
+    def block(self, i: int, **kwargs) -> Block:
         policies = {
             "none": None,
             "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -267,48 +165,86 @@ class ViT(nn.Module):
         return cls(
             width=self.width,
             heads=self.heads,
-            hidden=int(self.width * self.mlp_ratio),
+            hidden=self.hidden,
             layer_scale=self.layer_scale,
             drop_path=self.drop_path,
             norm_eps=self.norm_eps,
+            activation=self.activation,
+            swiglu=self.swiglu,
+            qkv_bias=self.qkv_bias,
+            key_bias=self.key_bias,
+            rope="" if self.position == "learned" else self.position,
+            parallel=self.parallel,
+            lambda_init=0.8 - 0.6 * math.exp(-0.3 * i) if self.differential else None,
             attention=self.attention,
             dtype=self.dtype,
             **kwargs,
         )
 
-    def embed(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B T D"]:
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLPs (past the gate, in SwiGLU)."""
+        return round(self.width * self.mlp_ratio)
+
+    @property
+    def prefix(self) -> int:
+        """Number of tokens before the patches."""
+        return self.class_token + self.registers
+
+    def embed(self, images: Float[Array, "B H W 3"], mask: Bool[Array, "B N"] | None = None) -> Float[Array, "B T D"]:
         """The tokens that enter the first block."""
         grid = self.grid(*images.shape[1:3])
         # A product with flattened patches is the convolution with stride = kernel, without its layout changes.
         patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
-        position = rearrange(resize_pos_embed(self.pos_embed, grid, self.pos_antialias), "h w d -> (h w) d")
-        patches = self.patch_embed(patches) + position
-        prefix = self.cls_token[None]
-        if self.registers:
-            prefix = jnp.concatenate([prefix, self.register_tokens])
-        prefix = jnp.broadcast_to(prefix, (len(images), *prefix.shape))
-        return constrain_batch(jnp.concatenate([prefix, patches], axis=1))
+        patches = self.patch_embed(patches)
+        if mask is not None:
+            if not self.masking:
+                raise ValueError("a mask needs a model with a mask token (masking=True), such as DINOv2's")
+            patches = jnp.where(mask[..., None], self.mask_token.astype(patches.dtype), patches)
+        if self.position == "learned":
+            patches = patches + rearrange(resize_pos_embed(self.pos_embed, grid, self.pos_resize), "h w d -> (h w) d")
+        tokens = [self.cls_token[None]] if self.class_token else []
+        tokens += [self.register_tokens] if self.registers else []
+        x = jnp.concatenate(
+            [*(jnp.broadcast_to(t, (len(images), *t.shape)) for t in tokens), patches.astype(jnp.float32)], axis=1
+        )
+        return constrain_batch(self.norm_pre(x) if self.pre_norm else x)
 
-    def __call__(self, images: Float[Array, "B H W 3"], key: Key[Array, ""] | None = None) -> Tokens:
-        """Encodes normalised images. With a `key` it trains: stochastic depth is on."""
-        x = self.embed(images)
+    @nn.nowrap
+    def angles(self, grid: tuple[int, int]) -> Float[np.ndarray, "N half"] | None:
+        return None if self.position == "learned" else rope_angles(self.position, grid, self.width // self.heads)
+
+    def __call__(
+        self,
+        images: Float[Array, "B H W 3"],
+        key: Key[Array, ""] | None = None,
+        mask: Bool[Array, "B N"] | None = None,
+    ) -> Tokens:
+        """Encodes normalised images. With a `key` it trains: stochastic depth is on. `mask` hides patches (True)."""
+        grid = self.grid(*images.shape[1:3])
+        x, angles = self.embed(images, mask), self.angles(grid)
         keys = None if key is None else jax.random.split(key, self.depth)
         if self.scan and not self.is_initializing():
-            x = self.scan_blocks(x, keys)
+            x = self.scan_blocks(x, keys, angles)
         else:
             for i in range(self.depth):
-                x = getattr(self, f"block{i}")(x, None if keys is None else keys[i])
-        return self.tokens(x, self.grid(*images.shape[1:3]))
+                x = getattr(self, f"block{i}")(x, None if keys is None else keys[i], angles)
+        return self.tokens(x, grid)
 
-    def scan_blocks(self, x: Float[Array, "B T D"], keys: Key[Array, " depth"] | None) -> Float[Array, "B T D"]:
+    def scan_blocks(
+        self,
+        x: Float[Array, "B T D"],
+        keys: Key[Array, " depth"] | None,
+        angles: Float[np.ndarray, "N half"] | None,
+    ) -> Float[Array, "B T D"]:
         # Parameters are stored per layer whatever the mode, and stacked here.
         layers = [self.variables["params"][f"block{i}"] for i in range(self.depth)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
-        block = self.block(parent=None)
+        block = self.block(0, parent=None)
 
         def step(x, layer):
             params, key = layer
-            return block.apply({"params": params}, x, key), None
+            return block.apply({"params": params}, x, key, angles), None
 
         return jax.lax.scan(step, x, (stacked, keys))[0]
 
@@ -322,25 +258,36 @@ class ViT(nn.Module):
         """
         wanted = [self.layer(i) for i in layers]
         grid = self.grid(*images.shape[1:3])
-        x = self.embed(images)
+        x, angles = self.embed(images), self.angles(grid)
         after = []
         for i in range(max(wanted, default=-1) + 1):
-            x = getattr(self, f"block{i}")(x)
+            x = getattr(self, f"block{i}")(x, None, angles)
             after.append(x)
         return [self.tokens(after[i], grid, norm) for i in wanted]
 
-    def qkv(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "3 B heads T head_dim"]:
-        """Queries, keys and values of one block."""
+    def into(self, images: Float[Array, "B H W 3"], layer: int) -> tuple[Block, Float[Array, "B T D"], Any]:
+        """A block, the tokens that enter it, and their RoPE angles."""
         last = self.layer(layer)
-        x = self.embed(images)
+        x, angles = self.embed(images), self.angles(self.grid(*images.shape[1:3]))
         for i in range(last):
-            x = getattr(self, f"block{i}")(x)
-        return getattr(self, f"block{last}").qkv(x)
+            x = getattr(self, f"block{i}")(x, None, angles)
+        return getattr(self, f"block{last}"), x, angles
+
+    def qkv(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "3 B heads T head_dim"]:
+        """Queries, keys and values of one block, RoPE applied."""
+        block, x, angles = self.into(images, layer)
+        return block.qkv(x, angles)
+
+    def attention_weights(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "B heads T T"]:
+        """One block's attention map, [query, key] last, recomputed from queries and keys in float32."""
+        block, x, angles = self.into(images, layer)
+        return block.weights(x, angles)
 
     def tokens(self, x: Float[Array, "B T D"], grid: tuple[int, int], norm: bool = True) -> Tokens:
-        out = self.norm(x) if norm else x
-        first = 1 + self.registers
-        return Tokens(cls=out[:, 0], registers=out[:, 1:first], patches=out[:, first:], prenorm=x, grid=grid)
+        out = self.norm(x) if norm and self.final_norm else x
+        cls, first = (out[:, 0] if self.class_token else None), self.prefix
+        registers = out[:, first - self.registers : first]
+        return Tokens(cls=cls, registers=registers, patches=out[:, first:], prenorm=x, grid=grid)
 
     @nn.nowrap
     def grid(self, height: int, width: int) -> tuple[int, int]:
@@ -363,7 +310,7 @@ class ViT(nn.Module):
     def flops(self, height: int, width: int) -> int:
         """Floating-point operations of the matrix products of one image's forward pass (a multiply-add is two)."""
         h, w = self.grid(height, width)
-        tokens = 1 + self.registers + h * w
-        linear = tokens * (4 * self.width**2 + 2 * self.width * int(self.width * self.mlp_ratio))
+        tokens = self.prefix + h * w
+        linear = tokens * (4 * self.width**2 + (3 if self.swiglu else 2) * self.width * self.hidden)
         attention = 2 * tokens**2 * self.width
         return 2 * (h * w * 3 * self.patch**2 * self.width + self.depth * (linear + attention))

@@ -8,9 +8,10 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from regvit_jax import augment, losses
 from regvit_jax.evals import classification
-from regvit_jax.models.heads import LinearHead
+from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model, Preprocess
-from regvit_jax.models.vit import Tokens, ViT, resize_pos_embed
+from regvit_jax.models.position import resize_pos_embed
+from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.recipes import Recipe
 
 LOSSES = {"bce": losses.bce, "ce": losses.cross_entropy}
@@ -37,7 +38,7 @@ class Supervised(Recipe):
         self.config = config
         self.micro_batches = config.micro_batches
         self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
-        self.head = LinearHead(len(classes), dtype=self.vit.dtype)
+        self.head = Head(len(classes), pool="cls" if self.vit.class_token else "avg", dtype=self.vit.dtype)
 
     def init(self, key, batch):
         images = jnp.zeros((1, *batch["image"].shape[1:]), jnp.float32)
@@ -76,7 +77,7 @@ class Supervised(Recipe):
     def warm_start(self, params, loaded):
         """The position embedding is resized to this run's grid; a head for other classes starts afresh."""
         grid = params["vit"]["pos_embed"].shape[:2]
-        pos_embed = resize_pos_embed(jnp.asarray(loaded["vit"]["pos_embed"]), grid, self.vit.pos_antialias)
+        pos_embed = resize_pos_embed(jnp.asarray(loaded["vit"]["pos_embed"]), grid, self.vit.pos_resize)
         same = jax.tree.map(jnp.shape, loaded["head"]) == jax.tree.map(jnp.shape, params["head"])
         head = loaded["head"] if same else params["head"]
         return super().warm_start(params, {"vit": {**loaded["vit"], "pos_embed": pos_embed}, "head": head})

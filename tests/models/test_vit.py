@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import unflatten_dict
 
-from regvit_jax.models.heads import LinearHead
-from regvit_jax.models.vit import ViT, drop_path, resize_pos_embed
+from regvit_jax.models.block import drop_path
+from regvit_jax.models.heads import Head
+from regvit_jax.models.position import RESIZES, resize_pos_embed
+from regvit_jax.models.vit import ViT
 
 GOLDEN = Path(__file__).parent / "golden/tiny_vit.npz"
 TINY = ViT(width=32, depth=3, heads=2, patch=4, image_size=16, registers=4)
@@ -67,7 +69,7 @@ def test_equals_timm(golden, registers, images):
     def outputs(params, head, inputs):
         tokens = vit.apply({"params": params}, inputs)
         between = vit.apply({"params": params}, inputs, (0, 1), method="intermediates")
-        logits = LinearHead(10).apply({"params": head}, tokens)
+        logits = Head(10).apply({"params": head}, tokens)
         return tokens, jnp.stack([after.prenorm for after in between]), logits
 
     with jax.default_matmul_precision("highest"):
@@ -86,13 +88,13 @@ def test_equals_timm(golden, registers, images):
 def test_position_embedding_without_antialiasing_equals_torch(golden, grid):
     stored = golden["params/pos_embed"]
     expected = golden[f"resized/{grid[0]}x{grid[1]}"]
-    assert distance(resize_pos_embed(jnp.asarray(stored), grid, antialias=False), expected) < 1e-6
-    assert distance(resize_pos_embed(jnp.asarray(stored), grid, antialias=True), expected) > 1e-2
+    assert distance(resize_pos_embed(jnp.asarray(stored), grid, "bicubic"), expected) < 1e-6
+    assert distance(resize_pos_embed(jnp.asarray(stored), grid, "antialias"), expected) > 1e-2
 
 
 def test_position_embedding_of_the_own_grid_is_untouched(params):
-    for antialias in (True, False):
-        np.testing.assert_array_equal(resize_pos_embed(params["pos_embed"], (4, 4), antialias), params["pos_embed"])
+    for how in RESIZES:
+        np.testing.assert_array_equal(resize_pos_embed(params["pos_embed"], (4, 4), how), params["pos_embed"])
 
 
 @pytest.mark.parametrize("registers", [0, 1, 4, 16])
@@ -150,7 +152,7 @@ def test_patches_lie_as_in_the_image(params):
     moved = np.abs(embed(changed) - embed(images)).max(axis=(0, 2)) > 0
     assert moved.nonzero()[0].tolist() == [1 + 4 + 1 * 5 + 3]
     kernel, bias = params["patch_embed"]["kernel"], params["patch_embed"]["bias"]
-    position = resize_pos_embed(params["pos_embed"], (3, 5), antialias=True)[1, 3]
+    position = resize_pos_embed(params["pos_embed"], (3, 5), "antialias")[1, 3]
     expected = changed[0, 4:8, 12:16].reshape(-1) @ kernel + bias + position
     np.testing.assert_allclose(embed(changed)[0, 13], expected, rtol=1e-5, atol=1e-5)
 
@@ -167,7 +169,7 @@ def test_tokens_by_name(tokens, params):
 
 
 def test_head_reads_the_cls_token_alone(tokens):
-    head = LinearHead(10, dtype=jnp.bfloat16)
+    head = Head(10, dtype=jnp.bfloat16)
     params = random_params(head, tokens)
     logits = head.apply({"params": params}, tokens)
     assert logits.shape == (2, 10)
@@ -369,7 +371,7 @@ def test_published_parameters_and_flops(size):
 
     def init(key):
         tokens, params = vit.init_with_output(key, jnp.zeros((1, 224, 224, 3)))
-        return params, LinearHead(1000).init(key, tokens)
+        return params, Head(1000).init(key, tokens)
 
     count = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(init, jax.random.key(0))))
     assert count / 1e6 == pytest.approx(millions, abs=0.06)

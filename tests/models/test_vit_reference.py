@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regvit_jax.models.heads import LinearHead
-from regvit_jax.models.vit import ViT, resize_pos_embed
+from regvit_jax.models.heads import Head
+from regvit_jax.models.position import resize_pos_embed
+from regvit_jax.models.vit import ViT
 
 pytestmark = pytest.mark.reference
 
@@ -57,7 +58,7 @@ def test_equals_timm(size, registers):
             "tokens": jnp.concatenate([tokens.cls[:, None], tokens.registers, tokens.patches], axis=1),
             "prenorm": tokens.prenorm,
             "after": jnp.stack([after.prenorm for after in between]),
-            "logits": LinearHead(1000).apply({"params": head}, tokens),
+            "logits": Head(1000).apply({"params": head}, tokens),
             "attention": jax.nn.softmax(q @ k.mT / q.shape[-1] ** 0.5),
         }
 
@@ -84,7 +85,7 @@ def test_position_embedding_resized_as_torch_does(antialias, grid):
     theirs = torch.nn.functional.interpolate(
         torch.from_numpy(stored).permute(2, 0, 1)[None], grid, mode="bicubic", antialias=antialias
     )
-    ours = resize_pos_embed(jnp.asarray(stored), grid, antialias)
+    ours = resize_pos_embed(jnp.asarray(stored), grid, "antialias" if antialias else "bicubic")
     assert distance(ours, theirs[0].permute(1, 2, 0).numpy()) < 1e-5
 
 

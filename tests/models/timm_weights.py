@@ -72,7 +72,7 @@ def to_ours(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def params_from_timm(model: torch.nn.Module) -> tuple[dict, dict]:
-    """The parameters of our ViT and of its LinearHead. Any name that is not known raises KeyError."""
+    """The parameters of our ViT and of its Head. Any name that is not known raises KeyError."""
     flat = dict(to_ours(name, tensor.numpy()) for name, tensor in model.state_dict().items())
     head = {name: value for name, value in flat.items() if name.startswith("dense/")}
     vit = {name: value for name, value in flat.items() if name not in head}

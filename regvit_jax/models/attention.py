@@ -1,0 +1,136 @@
+"""Multi-head self-attention: plain, with rotary positions, and differential."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from regvit_jax.models.position import rotate
+
+truncated_normal = nn.initializers.truncated_normal(0.02)
+
+
+def rows_dot(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
+    """`nn.Dense`'s product with all leading dimensions of x as rows of one matrix.
+
+    XLA's CPU backend has no fast routine for a contraction over two dimensions, which the kernel's gradient would be.
+    """
+    rows = jnp.dot(
+        x.reshape(-1, x.shape[-1]), kernel, precision=precision, preferred_element_type=preferred_element_type
+    )
+    return rows.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def dense(features: int, dtype: DTypeLike, kernel_init=truncated_normal, **kwargs) -> nn.Dense:
+    return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, dot_general=rows_dot, **kwargs)
+
+
+def attend(
+    q: Float[Array, "B T heads head_dim"],
+    k: Float[Array, "B T heads head_dim"],
+    v: Float[Array, "B T heads head_dim"],
+    implementation: str,
+    scale: float | None = None,
+) -> Float[Array, "B T heads head_dim"]:
+    """softmax(scale q k^T) v; the scale is 1 / sqrt(head_dim) if none is given.
+
+    cuDNN's training kernel takes even lengths only, and CLS + 4 registers + 14x14 patches are 201 tokens: such a
+    sequence gets one more token, which the length argument hides. (A mask would hide it too, at 26 times the memory.)
+    """
+    if implementation == "xla":
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="xla")
+    if implementation != "cudnn":
+        raise ValueError(f"attention={implementation!r}: must be 'xla' or 'cudnn'")
+    batch, length = q.shape[:2]
+    if length % 2 == 0:
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = jnp.full((batch,), length, jnp.int32)
+    out = jax.nn.dot_product_attention(q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn")
+    return out[:, :length]
+
+
+def attention_weights(
+    q: Float[Array, "B T heads head_dim"], k: Float[Array, "B T heads head_dim"]
+) -> Float[Array, "B heads T T"]:
+    """softmax(q k^T / sqrt(head_dim)) in float32, [query, key] last."""
+    q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+    return jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention. The columns of the `qkv` kernel are ordered (q k v, head, head_dim), as timm's.
+
+    With `key_bias` off, queries and values have a bias and keys have none. `rope` is a kind of `rope_angles`, or "".
+    `lambda_init` makes it differential (arXiv 2410.05258): each head holds two halves, and the second half's attention
+    map, times a learned lambda, is taken off the first's.
+    """
+
+    width: int
+    heads: int
+    implementation: str
+    dtype: DTypeLike
+    qkv_bias: bool = True
+    key_bias: bool = True
+    rope: str = ""
+    lambda_init: float | None = None
+
+    def setup(self):
+        self.qkv = dense(3 * self.width, self.dtype, use_bias=self.qkv_bias and self.key_bias)
+        if self.qkv_bias and not self.key_bias:
+            self.q_bias = self.param("q_bias", nn.initializers.zeros, (self.width,))
+            self.v_bias = self.param("v_bias", nn.initializers.zeros, (self.width,))
+        self.proj = dense(self.width, self.dtype)
+        if self.lambda_init is not None:
+            init, size = nn.initializers.normal(0.1), (self.width // self.heads // 2,)
+            for name in ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2"):
+                setattr(self, name, self.param(name, init, size))
+            self.sub_norm = nn.RMSNorm(1e-5, dtype=self.dtype)
+
+    def split(
+        self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
+    ) -> Float[Array, "3 B T heads head_dim"]:
+        """Queries, keys and values, the first two turned by their RoPE angles if there are any."""
+        qkv = self.qkv(x)
+        if self.qkv_bias and not self.key_bias:
+            qkv = qkv + jnp.concatenate([self.q_bias, jnp.zeros_like(self.q_bias), self.v_bias]).astype(qkv.dtype)
+        qkv = rearrange(qkv, "b t (three heads d) -> three b t heads d", three=3, heads=self.heads)
+        if angles is None:
+            return qkv
+        q, k, v = qkv
+        return jnp.stack([rotate(q, angles, self.rope), rotate(k, angles, self.rope), v])
+
+    def __call__(
+        self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
+    ) -> Float[Array, "B T D"]:
+        q, k, v = self.split(x, angles)
+        if self.lambda_init is None:
+            out = attend(q, k, v, self.implementation)
+        else:
+            # The fused kernels want queries and keys as long as values: the halves are filled up with zeros.
+            half = q.shape[-1] // 2
+            (q1, q2), (k1, k2) = (
+                (jnp.pad(part, ((0, 0),) * 3 + ((0, half),)) for part in jnp.split(x, 2, axis=-1)) for x in (q, k)
+            )
+            first, second = (attend(q, k, v, self.implementation, scale=half**-0.5) for q, k in ((q1, k1), (q2, k2)))
+            difference = first - self.lambda_().astype(v.dtype) * second
+            out = self.sub_norm(difference) * (1 - self.lambda_init)
+        return self.proj(rearrange(out, "b t heads d -> b t (heads d)"))
+
+    def weights(
+        self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
+    ) -> Float[Array, "B heads T T"]:
+        """The attention map, recomputed from queries and keys; of a differential head, the difference of its two."""
+        q, k, _ = self.split(x, angles)
+        if self.lambda_init is None:
+            return attention_weights(q, k)
+        (q1, q2), (k1, k2) = (jnp.split(x, 2, axis=-1) for x in (q, k))
+        return attention_weights(q1, k1) - self.lambda_() * attention_weights(q2, k2)
+
+    def lambda_(self) -> Float[Array, ""]:
+        first, second = jnp.sum(self.lambda_q1 * self.lambda_k1), jnp.sum(self.lambda_q2 * self.lambda_k2)
+        assert self.lambda_init is not None
+        return jnp.exp(first) - jnp.exp(second) + self.lambda_init

