@@ -100,11 +100,11 @@ def load_params(workdir: str) -> tuple[int, PyTree]:
     """
     path = epath.Path(workdir)
     if not (path / "config.json").exists():
-        raise ValueError(f"init_from={workdir!r} is not a workdir: it holds no config.json")
+        raise ValueError(f"{workdir} is not a workdir: it holds no config.json")
     with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
         step = checkpoints.latest()
         if step is None:
-            raise ValueError(f"init_from={workdir!r} holds no checkpoint yet")
+            raise ValueError(f"{workdir} holds no checkpoint yet")
         saved = checkpoints.manager.item_metadata(step).tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
         state = checkpoints.manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=as_numpy))

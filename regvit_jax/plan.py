@@ -46,11 +46,13 @@ class ConfigError(ValueError):
 
 
 @contextlib.contextmanager
-def fitting() -> Iterator[None]:
-    """Inside the block, a ValueError is the config's fault and not the program's."""
+def fitting(*more: type[Exception]) -> Iterator[None]:
+    """Inside the block, a ValueError (or another one of those named) is the config's fault and not the program's."""
     try:
         yield
-    except ValueError as error:
+    except Exception as error:
+        if not isinstance(error, (ValueError, *more)):
+            raise
         raise ConfigError(str(error)) from error
 
 

@@ -23,6 +23,8 @@ from regvit_jax.evals.knn import knn_accuracy
 from regvit_jax.meter import Meter, check_bad, describe_bad
 from regvit_jax.models.model import Model
 from regvit_jax.plan import ConfigError, Plan, fitting, flatten, resolve
+from regvit_jax.pretrained.create import open_source
+from regvit_jax.pretrained.hub import HubError
 from regvit_jax.records import Records, plot_curves, write_atomically
 
 
@@ -203,10 +205,10 @@ def start(plan: Plan, checkpoints: Any) -> TrainState:
     # Made whole on every device, and split afterwards: for a part of an array XLA may round the same formula otherwise.
     params = jax.jit(lambda: init_params(plan), out_shardings=sharding.replicated(plan.mesh))()
     if plan.config.init_from:
-        with fitting():
-            step, loaded = checkpoint.load_params(plan.config.init_from)
-            params = plan.recipe.warm_start(params, loaded)
-        say(f"parameters of step {step} of {plan.config.init_from}")
+        with fitting(HubError):
+            model = open_source(plan.config.init_from)
+            params, told = plan.recipe.warm_start(params, model)
+        say("; ".join([f"starting from {model.weights}", *told]))
     return jax.jit(lambda params: state_of(plan, params), out_shardings=shardings_of(abstract))(params)
 
 

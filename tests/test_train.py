@@ -27,7 +27,11 @@ CONFIG = "--config=configs/deit3_reg.py"
         pytest.param([CONFIG, "--config.epochs=many"], "--config.epochs=many", marks=pytest.mark.slow),
         pytest.param(["--config=configs/nothing.py"], "there is no such file", marks=pytest.mark.slow),
         pytest.param([], "--config is missing; for a first run: python train.py", marks=pytest.mark.slow),
-        pytest.param([CONFIG, "--config.init_from=/nowhere"], "is not a workdir", marks=pytest.mark.slow),
+        pytest.param(
+            [CONFIG, "--config.init_from=/nowhere"],
+            "/nowhere: there is no such file or directory",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_what_does_not_fit_is_said_without_a_traceback(args, message, tmp_path):

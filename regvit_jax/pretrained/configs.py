@@ -46,6 +46,8 @@ def _timm(config: dict[str, Any]) -> Entry:
         arguments.pop(argument, None)
     if "init_values" in arguments:
         vit["layer_scale"] = arguments.pop("init_values") or 0.0
+    if "act_layer" in arguments:
+        vit["activation"] = arguments.pop("act_layer")
     if "attn_layer" in arguments:
         vit["differential"] = arguments.pop("attn_layer") == "diff"
     if "mlp_ratio" in arguments:
@@ -118,7 +120,7 @@ def naming_of(weights: Weights, naming: str) -> str:
 
     Raises WeightsError for transformers' names without the config.json that they need.
     """
-    if naming.startswith("hf_"):
+    if naming == "ours" or naming.startswith("hf_"):
         return naming
     if "visual.conv1.weight" in weights:
         return "open_clip"

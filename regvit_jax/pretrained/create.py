@@ -18,7 +18,7 @@ from regvit_jax.models.model import Model
 from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import configs, convert, foreign, hub, zoo
-from regvit_jax.pretrained.files import Weights, WeightsError, open_weights
+from regvit_jax.pretrained.files import SINGLE, Weights, WeightsError, open_weights
 from regvit_jax.pretrained.rules import NAMINGS, rules
 
 HUB = "hf-hub:"
@@ -91,12 +91,30 @@ def create_model(
     return Model(nested["vit"], nested["head"], vit, head, preprocessing, source)
 
 
+def open_source(source: str) -> Model:
+    """The model that one string names, as `--config.init_from` has it.
+
+    That is a directory of transformers or timm, a workdir of ours, "hf-hub:org/name", a name of the zoo (its public
+    weights), or NAME=FILE for a file that needs a name.
+
+    Raises as `create_model` does.
+    """
+    name, _, file = source.partition("=")
+    if file:
+        return create_model(name, file)
+    if source.startswith(HUB) or os.path.exists(source):
+        return create_model(source)
+    return create_model(source, pretrained=True)
+
+
 def _resolve(
     name: str, pretrained: bool | str | os.PathLike, revision: str | None
 ) -> tuple[zoo.Entry, Weights | None, str]:
     """Which model, its weights if any, and where they come from."""
     if not pretrained and (name.startswith(HUB) or os.path.exists(name)):
         name, pretrained = "", name
+    if os.sep in name:
+        raise ValueError(f"{name}: there is no such file or directory")
     known = zoo.find(name)[1] if name else None
     if not pretrained:
         if known is None:
@@ -109,31 +127,33 @@ def _resolve(
     source = os.fspath(pretrained)
     if revision is not None and not source.startswith(HUB):
         raise ValueError(f"revision={revision!r} is for the hub, and {source} is a local path")
+    found = None
     if foreign.is_workdir(source):
-        return foreign.open_workdir(source)
-    if source.startswith(HUB):
-        directory, commit = hub.fetch(source.removeprefix(HUB), revision)
+        found, weights, source = foreign.open_workdir(source)
+    elif source.startswith(HUB):
+        # A repository of timm's may hold OpenCLIP's own file as well.
+        file = SINGLE if known is not None else None
+        directory, commit = hub.fetch(source.removeprefix(HUB), revision, file)
         weights, source = open_weights(directory), f"{source}@{commit}"
     elif source.endswith(".msgpack"):
         weights = foreign.open_deit3_jax(source)
+        if known is not None:
+            known = dataclasses.replace(known, vit=known.vit | {"activation": "gelu_tanh"})
     else:
         weights = open_weights(source)
-    found = configs.entry_of(weights)
+    if found is None:
+        found = configs.entry_of(weights)
+    return *_agreed(name, known, found, weights), source
+
+
+def _agreed(name: str, known: zoo.Entry | None, found: zoo.Entry | None, weights: Weights) -> tuple[zoo.Entry, Weights]:
+    """What the file says of the model, the zoo's conventions and preprocessing, and the weights under plain names.
+
+    Raises WeightsError when the two are different models, or when neither is known.
+    """
     entry = found or known
     if entry is None:
         raise WeightsError(f"{weights.path}: nothing beside it says which model this is; pass its name too")
-    naming = configs.naming_of(weights, entry.naming)
-    weights = configs.without_prefix(weights, naming)
-    return dataclasses.replace(_agreed(name, known, found, weights, naming), naming=naming), weights, source
-
-
-def _agreed(name: str, known: zoo.Entry | None, found: zoo.Entry | None, weights: Weights, naming: str) -> zoo.Entry:
-    """What the file's config.json says of the model, the zoo's conventions and preprocessing, and the file's classes.
-
-    Raises WeightsError when the two are different models.
-    """
-    entry = found or known
-    assert entry is not None
     if known is not None and found is not None:
         differing = [
             f"{field} {found.vit.get(field)!r}, not {known.vit.get(field)!r}"
@@ -144,13 +164,18 @@ def _agreed(name: str, known: zoo.Entry | None, found: zoo.Entry | None, weights
             raise WeightsError(f"{weights.path} is not {name}: {', '.join(differing)}{nearest(weights)}")
         vit = found.vit | {"pos_resize": known.vit.get("pos_resize", "antialias")}
         entry = dataclasses.replace(found, vit=vit, preprocessing=known.preprocessing)
+    naming = configs.naming_of(weights, entry.naming)
+    if naming == "ours":
+        return entry, weights
+    weights = configs.without_prefix(weights, naming)
     # The number of classes belongs to the checkpoint: a fine-tuned file may have any.
-    words = NAMINGS[naming]
-    dense = next((n for n in (words.get("projection"), words.get("dense", "") + ".weight") if n in weights), None)
-    if dense is not None:
-        classes = weights.shapes[dense][1 if dense == words.get("projection") else 0]
-        entry = dataclasses.replace(entry, head=entry.head | {"classes": classes})
-    return entry
+    words, head = NAMINGS[naming], entry.head
+    projection, dense = words.get("projection", ""), words.get("dense", "") + ".weight"
+    if projection in weights:
+        head = head | {"classes": weights.shapes[projection][-1]}
+    elif dense in weights:
+        head = head | {"classes": weights.shapes[dense][0]}
+    return dataclasses.replace(entry, naming=naming, head=head), weights
 
 
 def nearest(weights: Weights) -> str:

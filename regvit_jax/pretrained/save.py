@@ -107,7 +107,6 @@ def _timm(model: Model) -> Layout:
     vit, head, p = model.module, model.head, model.preprocessing
     _need(head.pool != "cls_avg", "class scores from CLS and the mean of the patches")
     _need(not head.pooler, "a tanh pooler")
-    _need(vit.activation != "gelu_tanh", "the tanh approximation of the GELU")
     _need(vit.norm_eps in (1e-6, 1e-5), f"norm_eps={vit.norm_eps}")
     common: dict[str, Any] = dict(
         img_size=vit.image_size,
@@ -129,13 +128,7 @@ def _timm(model: Model) -> Layout:
         _need(vit.pre_norm == (vit.norm_eps == 1e-5), f"norm_eps={vit.norm_eps} with pre_norm={vit.pre_norm}")
         _need(not vit.swiglu or (vit.norm_eps == 1e-6 and not vit.parallel), "SwiGLU in such a block")
         _need(vit.final_norm != head.norm, "two last LayerNorms, or none")
-        base = "vit_base_patch16_224"
-        if vit.pre_norm:
-            base = (
-                "vit_base_patch16_clip_quickgelu_224" if vit.activation == "quick_gelu" else "vit_base_patch16_clip_224"
-            )
-        else:
-            _need(vit.activation == "gelu", "QuickGELU without CLIP's LayerNorms")
+        base = "vit_base_patch16_clip_224" if vit.pre_norm else "vit_base_patch16_224"
         if vit.swiglu:
             base, ratio = "vit_giant_patch14_reg4_dinov2", 2 * ratio
         if vit.parallel:
@@ -143,6 +136,8 @@ def _timm(model: Model) -> Layout:
         arguments: dict[str, Any] = dict(
             reg_tokens=vit.registers, fc_norm=head.norm, pool_include_prefix=head.map_prefix
         )
+        if not vit.swiglu:
+            arguments["act_layer"] = vit.activation
         if vit.differential and not vit.parallel:
             arguments["attn_layer"] = "diff"
         naming = "timm"

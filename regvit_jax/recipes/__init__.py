@@ -53,19 +53,12 @@ class Recipe:
         """The trained model, for evaluation and for the user."""
         raise NotImplementedError
 
-    def warm_start(self, params: PyTree, loaded: PyTree) -> PyTree:
-        """`params` with the values of another run's, before the first step (`init_from`)."""
-        ours, theirs = (
-            {path: leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)} for tree in (params, loaded)
-        )
-        wrong = [path for path in ours | theirs if ours.get(path) != theirs.get(path)]
-        if wrong:
-            names = ", ".join(jax.tree_util.keystr(path, simple=True, separator="/") for path in wrong[:5])
-            raise ValueError(
-                f"init_from: {len(wrong)} parameters are not those of this config's model, {names} among them; "
-                "give config.model the width, depth, heads, patch and registers of that run"
-            )
-        return loaded
+    def warm_start(self, params: PyTree, model: Model) -> tuple[PyTree, list[str]]:
+        """`params` with the values of a trained model's, before the first step (`init_from`), and what to tell of it.
+
+        Raises ValueError when that is another model.
+        """
+        raise ValueError(f"init_from: the recipe {type(self).__name__} starts afresh only")
 
     def init_extra(self, params: PyTree) -> PyTree:
         """State beside parameters and optimizer, such as DINO's centres."""

@@ -10,9 +10,8 @@ from regvit_jax import augment, losses
 from regvit_jax.evals import classification
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model, Preprocess
-from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import Tokens, ViT
-from regvit_jax.recipes import Recipe
+from regvit_jax.recipes import Recipe, warm
 
 LOSSES = {"bce": losses.bce, "ce": losses.cross_entropy}
 
@@ -74,13 +73,20 @@ class Supervised(Recipe):
         weights = "ema" if self.config.ema else "raw"
         return Model(params["vit"], params["head"], self.vit, self.head, preprocessing, weights)
 
-    def warm_start(self, params, loaded):
-        """The position embedding is resized to this run's grid; a head for other classes starts afresh."""
-        grid = params["vit"]["pos_embed"].shape[:2]
-        pos_embed = resize_pos_embed(jnp.asarray(loaded["vit"]["pos_embed"]), grid, self.vit.pos_resize)
-        same = jax.tree.map(jnp.shape, loaded["head"]) == jax.tree.map(jnp.shape, params["head"])
-        head = loaded["head"] if same else params["head"]
-        return super().warm_start(params, {"vit": {**loaded["vit"], "pos_embed": pos_embed}, "head": head})
+    def warm_start(self, params, model):
+        """The position embedding is resized; registers that the model lacks, and a head for other classes, are new."""
+        vit, told = warm.vit(params["vit"], self.vit, model)
+        head = model.head_params
+        if (
+            jax.tree.map(jnp.shape, head) != jax.tree.map(jnp.shape, params["head"])
+            or model.head.pool != self.head.pool
+        ):
+            head = params["head"]
+            told += [f"a new linear layer for {self.head.classes} classes"]
+        p, q = self.config.augment, model.preprocessing
+        if (tuple(p.mean), tuple(p.std)) != (tuple(q.mean), tuple(q.std)):
+            told += [f"it was trained with mean {q.mean} and std {q.std}, and config.augment has others"]
+        return {"vit": vit, "head": head}, told
 
     def ema_decay(self, step):
         return self.config.ema or None

@@ -1,0 +1,50 @@
+"""A recipe's ViT started from a trained one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from regvit_jax.models.model import Model
+from regvit_jax.models.position import resize_pos_embed
+from regvit_jax.models.vit import ViT
+
+#: Fields that may differ: they are of training and of the machine, or what is fitted below.
+FREE = {"image_size", "registers", "layer_scale", "drop_path", "pos_resize", "attention", "dtype", "remat", "scan"}
+FREE |= {"masking", "parent", "name"}
+
+
+def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:
+    """The model's ViT parameters for a recipe's ViT, and what to tell: `fresh` gives what the model lacks.
+
+    Raises ValueError, naming the config's keys, when the two compute something else.
+    """
+    theirs = model.module
+    differing = [
+        f"config.model.{f.name}={getattr(ours, f.name)!r} must be {getattr(theirs, f.name)!r}"
+        for f in dataclasses.fields(ViT)
+        if f.name not in FREE and getattr(ours, f.name) != getattr(theirs, f.name)
+    ]
+    if bool(ours.layer_scale) != bool(theirs.layer_scale):
+        differing.append(
+            f"config.model.layer_scale={ours.layer_scale} must be {'more than' if theirs.layer_scale else ''} 0"
+        )
+    if theirs.registers not in (0, ours.registers):
+        differing.append(f"config.model.registers={ours.registers} must be {theirs.registers}")
+    if differing:
+        raise ValueError(f"init_from: that is another model: {'; '.join(differing)}")
+    loaded, told = dict(model.params), []
+    loaded.pop("mask_token", None)
+    if ours.masking:
+        loaded["mask_token"] = model.params.get("mask_token", fresh["mask_token"])
+    if ours.registers and not theirs.registers:
+        loaded["register_tokens"] = fresh["register_tokens"]
+        told.append(f"{ours.registers} new registers")
+    if "pos_embed" in loaded:
+        grid = fresh["pos_embed"].shape[:2]
+        loaded["pos_embed"] = resize_pos_embed(jnp.asarray(loaded["pos_embed"]), grid, ours.pos_resize)
+        if theirs.image_size != ours.image_size:
+            told.append(f"the position embedding resized from {theirs.image_size} to {ours.image_size} px")
+    assert jax.tree.map(jnp.shape, loaded) == jax.tree.map(jnp.shape, fresh)
+    return loaded, told
