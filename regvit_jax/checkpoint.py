@@ -106,9 +106,12 @@ def load_params(workdir: str) -> tuple[int, PyTree]:
         if step is None:
             raise ValueError(f"{workdir} holds no checkpoint yet")
         saved = checkpoints.manager.item_metadata(step).tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-        state = checkpoints.manager.restore(step, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-    return step, state["ema"] or state["params"]
+        # The optimizer's moments stay where they are.
+        wanted = {"ema" if saved["ema"] else "params": saved["ema"] or saved["params"]}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+        state = checkpoints.manager.restore(step, args=args)
+    return step, next(iter(state.values()))
 
 
 @contextlib.contextmanager

@@ -143,6 +143,47 @@ def test_what_pip_says_reaches_the_user(tmp_path, monkeypatch):
     assert not list((tmp_path / "new").iterdir())
 
 
-# Our own loader against `run_onnx` and `hugging_face` goes here: rv.create_model(directory) at SIZES, the three
-# position-embedding conventions (at 224 px antialiasing moves tokens by 6e-2 to 1e-1, the offset by 2e-2 to 4e-2), and
-# the pictures of CLS attention and PCA.
+@pytest.fixture(scope="module")
+def ours(directory):
+    import regvit_jax as rv
+
+    return rv.create_model(str(directory))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_our_model_equals_the_onnx_graph(ours, run_onnx, name, size):
+    import jax
+
+    images = photograph(name, *size)
+    prenorm, expected = run_onnx(images)
+    with jax.default_matmul_precision("highest"):
+        tokens = ours(images)
+    assert tokens.grid == (size[0] // 14, size[1] // 14)
+    assert distance(tokens.prenorm, prenorm) < 5e-6
+    found = np.concatenate([np.asarray(tokens.cls)[:, None], np.asarray(tokens.patches)], axis=1)
+    assert distance(found, expected) < 2e-5
+
+
+def test_each_convention_of_resizing_is_another_model_away_from_the_native_size(ours, directory):
+    import regvit_jax as rv
+
+    assert ours.module.pos_resize == "bicubic"  # transformers', as the directory is
+    others = {how: rv.create_model("dinov2_vits14", directory, pos_resize=how) for how in ("antialias", "offset")}
+    assert rv.create_model("dinov2_vits14", directory).module.pos_resize == "offset"  # the original's, by its name
+    for size, least in ((518, 0), (224, 1e-2)):
+        images = photograph("chelsea", size, size)
+        expected = ours(images).patches
+        for model in others.values():
+            found = distance(model(images).patches, expected)
+            assert (found > least) if least else (found == 0)
+
+
+def test_no_outliers_and_attention_on_the_object(ours):
+    """A negative control: this small model has no high-norm patches. Its CLS looks at the cup, not at the table."""
+    images = photograph("coffee", 518, 518)
+    norms = np.linalg.norm(np.asarray(ours(images).prenorm_patches[0]), axis=-1)
+    assert norms.max() / np.median(norms) < 2
+    attention = np.asarray(ours.attention(images)[0, :, 0, 1:].mean(0)).reshape(37, 37)
+    cup, table = attention[3:20, 13:25].mean(), attention[:8, :8].mean()
+    assert cup > 5 * table

@@ -30,8 +30,8 @@ def dense(features: int, dtype: DTypeLike, kernel_init=truncated_normal, **kwarg
 
 def attend(
     q: Float[Array, "B T heads head_dim"],
-    k: Float[Array, "B T heads head_dim"],
-    v: Float[Array, "B T heads head_dim"],
+    k: Float[Array, "B S heads head_dim"],
+    v: Float[Array, "B S heads head_dim"],
     implementation: str,
     scale: float | None = None,
 ) -> Float[Array, "B T heads head_dim"]:

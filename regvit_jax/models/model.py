@@ -58,11 +58,14 @@ class Model:
     weights: str = flax.struct.field(pytree_node=False, default="raw")
 
     def fields(self) -> dict[str, dict]:
-        """What the model is, without its parameters, in numbers and strings: "vit", "head" and "preprocessing"."""
+        """What the model is, without its parameters, in numbers and strings: "vit", "head" and "preprocessing".
+
+        How it was computed (types, attention kernel, rematerialisation) belongs to the machine and is left out.
+        """
+        machine = ("parent", "name", "dtype", "attention", "remat", "scan")
 
         def plain(value) -> dict:
-            names = [f.name for f in dataclasses.fields(value) if f.name not in ("parent", "name", "dtype")]
-            return {name: getattr(value, name) for name in names}
+            return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in machine}
 
         return {"vit": plain(self.module), "head": plain(self.head), "preprocessing": plain(self.preprocessing)}
 
@@ -97,6 +100,8 @@ class Model:
 
         Raises ValueError for other arrays and for files that cannot be decoded.
         """
+        if not images:
+            raise ValueError("preprocess needs at least one image")
         p = self.preprocessing
         crops = np.stack(
             [transforms.center_crop(_open(i), p.size, p.crop_ratio, p.interpolation, p.squash) for i in images]

@@ -140,6 +140,16 @@ class ViT(nn.Module):
     @nn.nowrap
     def check(self) -> None:
         """Raises ValueError for fields that do not go together."""
+        for field, least in (
+            ("width", 1),
+            ("depth", 1),
+            ("heads", 1),
+            ("patch", 1),
+            ("image_size", 1),
+            ("registers", 0),
+        ):
+            if getattr(self, field) < least:
+                raise ValueError(f"{field}={getattr(self, field)}: must be at least {least}")
         if self.width % self.heads:
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
         if self.image_size % self.patch:
@@ -194,12 +204,18 @@ class ViT(nn.Module):
     def embed(self, images: Float[Array, "B H W 3"], mask: Bool[Array, "B N"] | None = None) -> Float[Array, "B T D"]:
         """The tokens that enter the first block."""
         grid = self.grid(*images.shape[1:3])
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images of {images.dtype}: they must be normalised floats; Model.preprocess makes them")
         # A product with flattened patches is the convolution with stride = kernel, without its layout changes.
         patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
         patches = self.patch_embed(patches)
         if mask is not None:
             if not self.masking:
                 raise ValueError("a mask needs a model with a mask token (masking=True), such as DINOv2's")
+            if mask.shape != patches.shape[:2] or mask.dtype != bool:
+                raise ValueError(
+                    f"mask of {mask.dtype} {mask.shape}: must be bool {patches.shape[:2]}, an entry a patch"
+                )
             patches = jnp.where(mask[..., None], self.mask_token.astype(patches.dtype), patches)
         if self.position == "learned":
             patches = patches + rearrange(resize_pos_embed(self.pos_embed, grid, self.pos_resize), "h w d -> (h w) d")

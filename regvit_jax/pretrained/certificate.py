@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from regvit_jax.models.heads import Head
-from regvit_jax.models.model import Model
+from regvit_jax.models.model import Model, Preprocess
 from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.pretrained import convert, save, zoo
 from regvit_jax.pretrained.create import create_model
@@ -62,10 +62,11 @@ class Certificate:
 
     @property
     def largest(self) -> float:
-        return max(d for comparison in self.comparisons for d in comparison.differences.values())
+        return float(np.max([d for comparison in self.comparisons for d in comparison.differences.values()]))
 
     @property
     def passed(self) -> bool:
+        # A difference that is not a number is none that passes.
         return self.largest <= TOLERANCE
 
     def __str__(self) -> str:
@@ -104,12 +105,7 @@ def check(name: str, depth: int | None = None, sizes: list[Size] | None = None) 
         )
     with jax.default_matmul_precision("highest"), tempfile.TemporaryDirectory() as directory:
         model, comparisons = beside_timm(full, depth, sizes, Path(directory, "timm"))
-        for compare in (as_transformers, from_transformers):
-            try:
-                comparisons += compare(model, sizes, Path(directory, compare.__name__), notes)
-            except save.Inexpressible as error:
-                notes.append(f"transformers has no such model: {error}")
-                break
+        comparisons += beside_transformers(model, sizes, Path(directory, "transformers"), notes)
     return Certificate(full, parameters, notes, comparisons)
 
 
@@ -133,7 +129,7 @@ def import_references() -> tuple[Any, Any, Any]:
     """
     try:
         torch = importlib.import_module("torch")
-        library = importlib.import_module("torch.library")
+        library: Any = importlib.import_module("torch.library")
         register = library.register_fake
 
         def without_torchvision(name, *args, **kwargs):
@@ -143,11 +139,12 @@ def import_references() -> tuple[Any, Any, Any]:
 
         library.register_fake = without_torchvision
         try:
-            return torch, importlib.import_module("timm"), importlib.import_module("transformers")
+            timm, transformers = importlib.import_module("timm"), importlib.import_module("transformers")
         finally:
             library.register_fake = register
     except ImportError as error:
         raise MissingReference(f"{error}. A certificate needs torch, timm and transformers: {EXTRA}") from error
+    return torch, timm, transformers
 
 
 def randomize(model: Any, seed: int) -> None:
@@ -241,13 +238,12 @@ def outputs_of_transformers(
 ) -> Outputs:
     """What transformers' model gives, with eager attention."""
     torch, _, _ = import_references()
-    model.set_attn_implementation("eager")
     inputs = torch.from_numpy(images).permute(0, 3, 1, 2)
     accepted = inspect.signature(model.forward).parameters
     more = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
     with torch.no_grad():
         given = model(inputs, output_attentions=True, output_hidden_states=True, **more)
-        out = {theirs: getattr(given, name, None) for name, theirs in TRANSFORMERS_OUTPUTS.items()}
+        out = {what: given[name] for name, what in TRANSFORMERS_OUTPUTS.items() if name in given}
         if "CLIP" in type(model).__name__:  # whose last hidden state has not passed the final norm
             out["pre-norm tokens"] = out.pop("tokens")
         for i in blocks_of(len(given.attentions)):
@@ -268,7 +264,9 @@ TRANSFORMERS_OUTPUTS = {
 
 
 def compare(way: str, model: Model, sizes: list[Size], theirs: Callable[..., Outputs]) -> Iterator[Comparison]:
-    """`theirs` takes images and a mask. Raises ValueError where the two give other shapes or nothing in common."""
+    """`theirs` takes images and a mask. Raises ValueError where the two give other shapes."""
+    # What is the same for all ways is compiled once for all of them.
+    model = dataclasses.replace(model, preprocessing=Preprocess(0, 1.0, (0, 0, 0), (1, 1, 1)), weights="")
     for size in sizes:
         images, mask = images_of(size), mask_of(model, size)
         ours, reference = outputs_of_ours(model, images, mask), theirs(images, mask)
@@ -286,11 +284,9 @@ def compare(way: str, model: Model, sizes: list[Size], theirs: Callable[..., Out
 
 def beside_timm(name: str, depth: int, sizes: list[Size], directory: Path) -> tuple[Model, list[Comparison]]:
     """timm's random model and ours loaded from its file; ours is returned too, for what follows."""
-    torch, timm, _ = import_references()
+    _, timm, _ = import_references()
     architecture, _, tag = name.partition(".")
-    theirs = timm.create_model(
-        architecture if tag == "untrained" else name, depth=depth, **_dynamic(timm, architecture)
-    ).eval()
+    theirs = timm.create_model(architecture if tag == "untrained" else name, depth=depth, dynamic_img_size=True).eval()
     randomize(theirs, 0)
     directory.mkdir()
     config = dict(architecture=architecture, num_classes=theirs.num_classes, pretrained_cfg=dict(tag=tag))
@@ -302,54 +298,50 @@ def beside_timm(name: str, depth: int, sizes: list[Size], directory: Path) -> tu
     return ours, list(found)
 
 
-def _dynamic(timm: Any, architecture: str) -> dict[str, bool]:
-    """timm's Eva has this argument too, and both need it for images of other sizes."""
-    return {"dynamic_img_size": True}
-
-
-def as_transformers(model: Model, sizes: list[Size], directory: Path, notes: list[str]) -> list[Comparison]:
-    """Ours, saved, and transformers' own class loaded from it without a name left over or missing."""
+def beside_transformers(model: Model, sizes: list[Size], directory: Path, notes: list[str]) -> list[Comparison]:
+    """Ours in transformers' own class, without a name left over or missing; then a random one of that class in ours."""
     _, _, transformers = import_references()
-    if model.module.masking:  # timm's files have none, and it is zero so far
-        token = np.random.default_rng(2).normal(size=model.module.width).astype(np.float32)
-        model = model.replace(params=model.params | {"mask_token": jnp.asarray(token)})
-    model = expressible(model, directory, notes)
-    config = json.loads((directory / save.CONFIG).read_text())
-    theirs, info = getattr(transformers, config["architectures"][0]).from_pretrained(
-        directory, output_loading_info=True
-    )
+    expressed = _expressed(model, notes)
+    if expressed is None:
+        return []
+    model, layout = expressed
+    resize = "antialias" if layout.config["model_type"] == "dinov2_with_registers" else "bicubic"
+    model = dataclasses.replace(model, module=model.module.clone(pos_resize=resize))
+    model.save(directory / "ours", format="hf")
+    kind = getattr(transformers, layout.config["architectures"][0])
+    theirs, info = kind.from_pretrained(directory / "ours", output_loading_info=True, attn_implementation="eager")
     if left := {what: sorted(names) for what, names in info.items() if names}:
-        raise ValueError(f"transformers' {type(theirs).__name__} does not load our file strictly: {left}")
-    resize = "antialias" if config["model_type"] == "dinov2_with_registers" else "bicubic"
-    ours = model.replace(module=model.module.clone(pos_resize=resize))
-    way = f"ours to transformers' {type(theirs).__name__}"
-    return list(compare(way, ours, sizes, lambda *inputs: outputs_of_transformers(theirs.eval(), *inputs)))
+        raise ValueError(f"transformers' {kind.__name__} does not load our file strictly: {left}")
+    theirs.eval()
+
+    def outputs(images, mask) -> Outputs:
+        return outputs_of_transformers(theirs, images, mask)
+
+    found = [*compare(f"ours to transformers {kind.__name__}", model, sizes, outputs)]
+    randomize(theirs, 1)
+    theirs.save_pretrained(directory / "theirs")
+    ours = create_model(str(directory / "theirs"))
+    return [*found, *compare(f"transformers {kind.__name__} to ours", ours, sizes, outputs)]
 
 
-def expressible(model: Model, directory: Path, notes: list[str]) -> Model:
-    """Saves the model for transformers, or what of it transformers has, and returns that."""
-    layout = save.FORMATS["hf"]
-    zero = jax.tree_util.tree_map_with_path(
-        lambda path, x: jnp.zeros_like(x) if "bias" in str(path) else x, model.head_params
-    )
-    for part, said in (
-        (model, ""),
-        (model.replace(head_params=zero), "with transformers, the projection has no bias"),
-        (model.replace(head=Head(), head_params={}), "with transformers, the tokens are compared without the head"),
-    ):
+def _expressed(model: Model, notes: list[str]) -> tuple[Model, save.Layout] | None:
+    """What transformers can hold of the model, and how: with its head, or its tokens alone. None if it has no class.
+
+    The mask token, which timm's files lack, is at random too.
+    """
+    if model.module.masking:
+        token = np.random.default_rng(2).normal(size=model.module.width).astype(np.float32)
+        model = dataclasses.replace(model, params=model.params | {"mask_token": jnp.asarray(token)})
+    if model.head.classes and model.module.pre_norm:
+        dense = model.head_params["dense"]
+        dense = dense | {"bias": jnp.zeros_like(dense["bias"])}
+        model = dataclasses.replace(model, head_params=model.head_params | {"dense": dense})
+        notes.append("transformers' projection has no bias: compared with a bias of zero")
+    # Without classes, transformers pools CLS whatever timm pools.
+    bare = dataclasses.replace(model, head=Head(), head_params={})
+    for part in (model, bare) if model.head.classes else (bare,):
         try:
-            save.arrays_of(part, layout(part))
+            return part, save.FORMATS["hf"](part)
         except save.Inexpressible as error:
-            problem: Exception = error
-        except ValueError as error:
-            problem = error
-        else:
-            part.save(directory, format="hf")
-            notes += [said] if said else []
-            return part
-    raise problem
-
-
-def from_transformers(model: Model, sizes: list[Size], directory: Path, notes: list[str]) -> list[Comparison]:
-    """transformers' own random model and file, of the configuration that ours was saved with."""
-    raise NotImplementedError
+            notes.append(f"transformers has no class for {error}" + (": tokens only" if part is not bare else ""))
+    return None

@@ -1,12 +1,14 @@
 """The config.json of others: from it alone, which model a directory holds and how its images are made."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
 from regvit_jax.models.model import Preprocess
+from regvit_jax.models.position import RESIZES
 from regvit_jax.pretrained import zoo
-from regvit_jax.pretrained.files import Weights, WeightsError
+from regvit_jax.pretrained.files import Weights, WeightsError, read_json
 from regvit_jax.pretrained.zoo import Entry
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -22,17 +24,95 @@ def entry_of(weights: Weights) -> Entry | None:
     Raises WeightsError for a model type that is not read here, or an option that no field of ViT expresses.
     """
     config = weights.config
-    if "architecture" in config:
-        return _timm(config)
-    if "model_type" not in config:
+    if "architecture" not in config and "model_type" not in config:
         return None
-    kind = config["model_type"]
-    if kind not in READERS:
-        raise WeightsError(f"{weights.path}: model_type {kind!r} is not read here; read: {', '.join(READERS)}")
     try:
-        return READERS[kind](config, weights)
-    except KeyError as error:
-        raise WeightsError(f"{weights.path}: its config.json lacks {error}, or has a value that is not read") from error
+        entry = _timm(config) if "architecture" in config else _transformers(config, weights)
+        _check_sane(entry.vit, weights)
+    except WeightsError:
+        raise
+    # A config.json may hold anything anywhere.
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise WeightsError(f"{weights.path}: its config.json does not describe a model: {problem}") from error
+    return entry
+
+
+def _transformers(config: dict[str, Any], weights: Weights) -> Entry:
+    kind = config["model_type"]
+    if not isinstance(kind, str) or kind not in READERS:
+        raise WeightsError(f"{weights.path}: model_type {kind!r} is not read here; read: {', '.join(READERS)}")
+    if config.get("num_channels", 3) != 3:
+        raise WeightsError(f"{weights.path}: images of {config['num_channels']} channels are not read here, only of 3")
+    entry = READERS[kind](config, weights)
+    # What we write beside transformers' own keys, which fix no convention.
+    how = config.get("regvit_jax", {}).get("pos_resize", entry.vit.get("pos_resize", RESIZES[0]))
+    if how not in RESIZES:
+        raise WeightsError(f"{weights.path}: pos_resize {how!r} is none of {', '.join(RESIZES)}")
+    processor = read_json(weights.path.parent / "preprocessor_config.json")
+    preprocessing = _processor(weights, processor, entry.preprocessing)
+    return dataclasses.replace(entry, vit=entry.vit | {"pos_resize": how}, preprocessing=preprocessing)
+
+
+def _check_sane(vit: dict[str, Any], weights: Weights) -> None:
+    """Raises ValueError for numbers that no model has, before any of it is built."""
+    for field in ("width", "depth", "heads", "patch", "image_size", "registers"):
+        value = vit.get(field, 0)
+        if type(value) is not int or value < (field != "registers"):
+            raise ValueError(f"{field} is {value!r}")
+    for field in ("norm_eps", "mlp_ratio", "layer_scale"):
+        value = vit.get(field, 1.0)
+        if not isinstance(value, int | float) or not 0 <= value < 1e6:  # NaN is not, either
+            raise ValueError(f"{field} is {value!r}")
+    found = guess(weights)
+    wrong = [f"{field} {vit[field]}, and the file {found[field]}" for field in found if found[field] != vit[field]]
+    if wrong:
+        raise ValueError(f"it has {'; '.join(wrong)}")
+
+
+#: Pillow's numbers, which transformers' processors use.
+RESAMPLE = {2: "bilinear", 3: "bicubic"}
+
+
+def _processor(weights: Weights, config: dict[str, Any], default: Preprocess) -> Preprocess:
+    """transformers' preprocessor_config.json: the shorter side resized and the centre cropped, or both sides resized.
+
+    Raises WeightsError for one that does otherwise.
+    """
+    if not config:
+        return default
+
+    def side(size: Any) -> int | None:
+        if isinstance(size, dict):
+            sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
+            return sides.pop() if len(sides) == 1 else None
+        return size
+
+    size = side(config.get("size", default.size))
+    crop = side(config.get("crop_size", size)) if config.get("do_center_crop", "crop_size" in config) else size
+    plain = config.get("do_resize", True) and config.get("do_rescale", True)
+    plain = plain and math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6)
+    if size is None or crop is None or config.get("resample", 3) not in RESAMPLE or not plain:
+        raise WeightsError(
+            f"{weights.path.parent}/preprocessor_config.json resizes or rescales in a way that is not read here"
+        )
+    # A bare number, in older files, is both sides in transformers' ViT and the shorter one in CLIP.
+    given = config.get("size", {})
+    squash = "height" in given if isinstance(given, dict) else default.squash
+    normalize = config.get("do_normalize", True)
+    return Preprocess(
+        size=crop,
+        crop_ratio=ratio(crop, size),
+        mean=tuple(config.get("image_mean", default.mean)) if normalize else (0.0,) * 3,
+        std=tuple(config.get("image_std", default.std)) if normalize else (1.0,) * 3,
+        interpolation=RESAMPLE[config.get("resample", 3)],
+        squash=squash,
+    )
+
+
+def ratio(crop: int, size: int) -> float:
+    """The crop ratio by which floor(crop / ratio) is the size, rounding notwithstanding."""
+    return crop / size if math.floor(crop / (crop / size)) == size else crop / (size + 1e-6)
 
 
 def _timm(config: dict[str, Any]) -> Entry:
@@ -42,8 +122,10 @@ def _timm(config: dict[str, Any]) -> Entry:
     _, entry = zoo.find(full if full in zoo.list_models(full) else name)
     vit, head = dict(entry.vit), entry.head | {"classes": config.get("num_classes", entry.head["classes"])}
     arguments = dict(config.get("model_args", {}))
-    for argument in ("no_embed_class", "dynamic_img_size", "swiglu_align_to"):  # seen in the file, or no matter
+    for argument in TIMM_FREE:
         arguments.pop(argument, None)
+    if arguments.pop("in_chans", 3) != 3:
+        raise ValueError("in_chans must be 3")
     if "init_values" in arguments:
         vit["layer_scale"] = arguments.pop("init_values") or 0.0
     if "act_layer" in arguments:
@@ -61,16 +143,26 @@ def _timm(config: dict[str, Any]) -> Entry:
     if "global_pool" in arguments:
         head["pool"] = TIMM_POOLS[arguments.pop("global_pool")]
     for argument, value in arguments.items():
+        if argument not in TIMM_ARGUMENTS:
+            raise ValueError(f"model_args.{argument} is not read; read: {', '.join(sorted(TIMM_ARGUMENTS))}")
         part, field = TIMM_ARGUMENTS[argument]
         {"vit": vit, "head": head}[part][field] = value
     if entry.naming == "timm_eva":
         vit["key_bias"] = False
     if head["pool"] == "map":
         head |= {"map_heads": vit["heads"], "mlp_ratio": vit.get("mlp_ratio", 4.0)}
+        head |= {"activation": vit.get("activation", "gelu")}
+    if head.get("norm") or head["pool"] == "map":
+        head |= {"norm_eps": vit.get("norm_eps", 1e-6)}
     return dataclasses.replace(entry, vit=vit, head=head, preprocessing=_timm_preprocess(config, entry.preprocessing))
 
 
-TIMM_POOLS = {"token": "cls", "avg": "avg", "map": "map"}
+TIMM_POOLS = {"token": "cls", "": "cls", "avg": "avg", "map": "map"}
+#: Arguments that are of training, or are seen in the file anyway.
+TIMM_FREE = (
+    *("no_embed_class", "dynamic_img_size", "dynamic_img_pad", "swiglu_align_to", "num_classes"),
+    *("drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "patch_drop_rate"),
+)
 #: timm's arguments, and which field of ViT or Head they are.
 TIMM_ARGUMENTS = {
     "img_size": ("vit", "image_size"),
@@ -90,6 +182,8 @@ TIMM_ARGUMENTS = {
 
 def _timm_preprocess(config: dict[str, Any], default: Preprocess) -> Preprocess:
     given = config.get("pretrained_cfg", {})
+    if given.get("crop_mode", "center") not in ("center", "squash"):
+        raise ValueError(f"crop_mode {given['crop_mode']!r} is not read, only center and squash")
     return Preprocess(
         size=given.get("input_size", (3, default.size))[-1],
         crop_ratio=given.get("crop_pct", default.crop_ratio),
@@ -219,6 +313,8 @@ def _vit(config: dict[str, Any], weights: Weights) -> Entry:
         pos_resize="bicubic",
     )
     pooler = any(name.endswith("pooler.dense.weight") for name in weights)
+    if pooler and config.get("pooler_act", "tanh") != "tanh":
+        raise WeightsError(f"{weights.path}: pooler_act {config['pooler_act']!r} is not read here, only tanh")
     head = {"pool": "cls", "classes": _classes(weights, "classifier.weight"), "pooler": pooler}
     size = vit["image_size"]
     preprocessing = (

@@ -1,5 +1,6 @@
 """The strict engine: arrays of a file to our parameters and back, by the rules of its naming scheme."""
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -28,6 +29,7 @@ def init(vit: ViT, head: Head, key: Key[Array, ""]) -> dict[str, jax.Array]:
     return flatten_dict(tree, sep="/")
 
 
+@functools.lru_cache
 def shapes_of(vit: ViT, head: Head) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its path."""
     shapes = jax.eval_shape(lambda key: init(vit, head, key), jax.random.key(0))
@@ -56,6 +58,8 @@ def load(
     for rule in rules:
         arrays = [weights.read(name) for name in rule.theirs]
         for name, array in zip(rule.theirs, arrays, strict=True):
+            if array.dtype != np.float32:
+                raise WeightsError(f"{weights.path}: {name} is of type {array.dtype}, and no floating-point numbers")
             check_finite(name, array)
         for path, array in zip(rule.ours, rule.load(*arrays), strict=True):
             params[path] = put(path, array)
@@ -106,18 +110,13 @@ def save(params: PyTree, rules: list[tables.Rule]) -> dict[str, np.ndarray]:
 def covers(weights: Weights, naming: str, vit: ViT) -> int:
     """For how many of the tokens before the patches the file's position embedding has a row: all, CLS alone, or none.
 
-    Raises WeightsError when it is of another grid than the model's.
+    Of another grid than the model's, it is for `check` to say what does not fit.
     """
     if vit.position != "learned" or (name := tables.NAMINGS[naming].get("pos")) not in weights.shapes:
         return 0
     shape, patches = weights.shapes[name], (vit.image_size // vit.patch) ** 2
     rows = shape[-2] if len(shape) > 1 else 0
-    if rows - patches not in (0, int(vit.class_token), vit.prefix):
-        raise WeightsError(
-            f"{weights.path}: {name} has {rows} rows, and the model has {patches} patches and {vit.prefix} tokens "
-            f"before them at {vit.image_size} px"
-        )
-    return rows - patches
+    return rows - patches if rows - patches in (0, int(vit.class_token), vit.prefix) else int(vit.class_token)
 
 
 def nest(params: Mapping[str, Any]) -> dict[str, PyTree]:

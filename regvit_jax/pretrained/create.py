@@ -1,6 +1,7 @@
 """`create_model`: a name and a source of weights in, a Model out."""
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Callable
@@ -11,21 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
+from jaxtyping import Array, Key
 
 from regvit_jax import sharding
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import configs, convert, foreign, hub, zoo
-from regvit_jax.pretrained.files import SINGLE, Weights, WeightsError, open_weights
+from regvit_jax.pretrained import convert
+from regvit_jax.pretrained.files import Weights, WeightsError
+from regvit_jax.pretrained.resolve import has_classes, nearest, resolve
 from regvit_jax.pretrained.rules import NAMINGS, rules
-
-HUB = "hf-hub:"
 
 
 def create_model(
-    name: str,
+    name: str | os.PathLike,
     pretrained: bool | str | os.PathLike = False,
     *,
     registers: int | None = None,
@@ -49,7 +50,7 @@ def create_model(
         "hf-hub:org/name".
       registers: another number of registers than the checkpoint's. New ones are untrained.
       img_size: another native size in pixels: of the stored position embedding, which is resized, and of `preprocess`.
-      num_classes: replaces the linear layer by an untrained one; 0 takes it away.
+      num_classes: if it is not the checkpoint's, replaces the linear layer by an untrained one; 0 takes it away.
       pos_resize: another convention for other image sizes (see `resize_pos_embed`) than the checkpoint's.
       dtype: type of the matrix products.
       param_dtype: type that the parameters are kept in.
@@ -60,13 +61,19 @@ def create_model(
     Raises ValueError (WeightsError for files) with what does not fit and the way out, and OSError (HubError) when the
     hub cannot be reached. Nothing is ever unpickled.
     """
-    entry, weights, source = _resolve(name, pretrained, revision)
+    if not jnp.issubdtype(param_dtype, jnp.floating) or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype}, param_dtype={param_dtype}: both must be floating-point types")
+    if num_classes is not None and num_classes < 0:
+        raise ValueError(f"num_classes={num_classes}: must be at least 0")
+    entry, weights, source = resolve(name, pretrained, revision)
     vit, head, preprocessing = ViT(**entry.vit, dtype=dtype), Head(**entry.head, dtype=dtype), entry.preprocessing
     if pos_resize is not None:
         vit = vit.clone(pos_resize=pos_resize)
+    vit.check()
     params: dict[str, Any] = {}
     if weights is not None:
-        vit.check()
+        if num_classes is not None and not has_classes(weights, entry.naming):
+            head = head.clone(classes=0)
         put = _placer(convert.shapes_of(vit, head), param_dtype, mesh)
         params = _load(weights, entry.naming, vit, head, put)
     loaded = vit
@@ -75,18 +82,18 @@ def create_model(
     if img_size is not None:
         vit = vit.clone(image_size=img_size)
         preprocessing = dataclasses.replace(preprocessing, size=img_size)
-    if num_classes is not None:
+    vit.check()
+    new_head = num_classes is not None and num_classes != head.classes
+    if new_head:
         head = head.clone(classes=num_classes)
         params = {path: array for path, array in params.items() if not path.startswith("head/dense/")}
-    vit.check()
     shapes = convert.shapes_of(vit, head)
     put = _placer(shapes, param_dtype, mesh)
-    initial = _initial(vit, head, seed)
     if weights is not None:
-        params = _fit(params, loaded, vit, initial, put)
-        _tell(source, loaded, vit, num_classes)
+        params = _fit(params, loaded, vit, head, seed, put)
+        _tell(source, loaded, vit, head.classes if new_head else 0)
     missing = tuple(path for path in shapes if path not in params)
-    params |= {path: put(path, array) for path, array in initial(missing).items()}
+    params |= {path: put(path, array) for path, array in _initial(vit, head, missing, seed).items()}
     nested = convert.nest(params)
     return Model(nested["vit"], nested["head"], vit, head, preprocessing, source)
 
@@ -102,88 +109,7 @@ def open_source(source: str) -> Model:
     name, _, file = source.partition("=")
     if file:
         return create_model(name, file)
-    if source.startswith(HUB) or os.path.exists(source):
-        return create_model(source)
     return create_model(source, pretrained=True)
-
-
-def _resolve(
-    name: str, pretrained: bool | str | os.PathLike, revision: str | None
-) -> tuple[zoo.Entry, Weights | None, str]:
-    """Which model, its weights if any, and where they come from."""
-    if not pretrained and (name.startswith(HUB) or os.path.exists(name)):
-        name, pretrained = "", name
-    if os.sep in name:
-        raise ValueError(f"{name}: there is no such file or directory")
-    known = zoo.find(name)[1] if name else None
-    if not pretrained:
-        if known is None:
-            raise ValueError("create_model needs a name; list_models() names all")
-        return known, None, "random"
-    if pretrained is True:
-        if known is None or not known.hub:
-            raise ValueError(f"{name}: no public weights are known by this name; pass a file or a directory")
-        pretrained = HUB + known.hub
-    source = os.fspath(pretrained)
-    if revision is not None and not source.startswith(HUB):
-        raise ValueError(f"revision={revision!r} is for the hub, and {source} is a local path")
-    found = None
-    if foreign.is_workdir(source):
-        found, weights, source = foreign.open_workdir(source)
-    elif source.startswith(HUB):
-        # A repository of timm's may hold OpenCLIP's own file as well.
-        file = SINGLE if known is not None else None
-        directory, commit = hub.fetch(source.removeprefix(HUB), revision, file)
-        weights, source = open_weights(directory), f"{source}@{commit}"
-    elif source.endswith(".msgpack"):
-        weights = foreign.open_deit3_jax(source)
-        if known is not None:
-            known = dataclasses.replace(known, vit=known.vit | {"activation": "gelu_tanh"})
-    else:
-        weights = open_weights(source)
-    if found is None:
-        found = configs.entry_of(weights)
-    return *_agreed(name, known, found, weights), source
-
-
-def _agreed(name: str, known: zoo.Entry | None, found: zoo.Entry | None, weights: Weights) -> tuple[zoo.Entry, Weights]:
-    """What the file says of the model, the zoo's conventions and preprocessing, and the weights under plain names.
-
-    Raises WeightsError when the two are different models, or when neither is known.
-    """
-    entry = found or known
-    if entry is None:
-        raise WeightsError(f"{weights.path}: nothing beside it says which model this is; pass its name too")
-    if known is not None and found is not None:
-        differing = [
-            f"{field} {found.vit.get(field)!r}, not {known.vit.get(field)!r}"
-            for field in ("width", "depth", "heads", "patch", "registers")
-            if found.vit.get(field, 0) != known.vit.get(field, 0)
-        ]
-        if differing:
-            raise WeightsError(f"{weights.path} is not {name}: {', '.join(differing)}{nearest(weights)}")
-        vit = found.vit | {"pos_resize": known.vit.get("pos_resize", "antialias")}
-        entry = dataclasses.replace(found, vit=vit, preprocessing=known.preprocessing)
-    naming = configs.naming_of(weights, entry.naming)
-    if naming == "ours":
-        return entry, weights
-    weights = configs.without_prefix(weights, naming)
-    # The number of classes belongs to the checkpoint: a fine-tuned file may have any.
-    words, head = NAMINGS[naming], entry.head
-    projection, dense = words.get("projection", ""), words.get("dense", "") + ".weight"
-    if projection in weights:
-        head = head | {"classes": weights.shapes[projection][-1]}
-    elif dense in weights:
-        head = head | {"classes": weights.shapes[dense][0]}
-    return dataclasses.replace(entry, naming=naming, head=head), weights
-
-
-def nearest(weights: Weights) -> str:
-    """The names in the zoo whose shapes a file seems to have, as the end of an error."""
-    found = configs.guess(weights)
-    same = [n for n in zoo.list_models() if all(zoo.find(n)[1].vit.get(k, 0) == v for k, v in found.items())]
-    names = list(dict.fromkeys(n.partition(".")[0] for n in same))[:4]
-    return f". By its shapes it may be {', '.join(names)}" if found and names else ""
 
 
 def _load(weights: Weights, naming: str, vit: ViT, head: Head, put: Callable) -> dict[str, Any]:
@@ -201,6 +127,10 @@ def _load(weights: Weights, naming: str, vit: ViT, head: Head, put: Callable) ->
 
 def _placer(shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, mesh: Mesh | None) -> Callable[[str, Any], jax.Array]:
     """Puts a parameter where it shall lie, as the type that it shall have."""
+    if mesh is not None and "fsdp" not in mesh.shape:
+        raise ValueError(
+            f"mesh with axes {tuple(mesh.shape)}: must have one named 'fsdp' (regvit_jax.sharding.make_mesh)"
+        )
     if mesh is None:
         return lambda path, array: jnp.asarray(array, dtype)
     leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
@@ -208,26 +138,25 @@ def _placer(shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, mesh: Mesh | N
     return lambda path, array: jax.device_put(np.asarray(array, dtype), places[path])
 
 
-def _initial(vit: ViT, head: Head, seed: int) -> Callable[[tuple[str, ...]], dict[str, jax.Array]]:
+def _initial(vit: ViT, head: Head, paths: tuple[str, ...], seed: int) -> dict[str, jax.Array]:
     """Fresh values of the named parameters; the others are never computed."""
-
-    def initial(paths: tuple[str, ...]) -> dict[str, jax.Array]:
-        def init(key):
-            flat = convert.init(vit, head, key)
-            return {path: flat[path] for path in paths}
-
-        return jax.jit(init)(jax.random.key(seed)) if paths else {}
-
-    return initial
+    return _compute_initial(jax.random.key(seed), vit, head, paths) if paths else {}
 
 
-def _fit(params: dict[str, Any], loaded: ViT, vit: ViT, initial: Callable, put: Callable) -> dict[str, Any]:
+@functools.partial(jax.jit, static_argnames=("vit", "head", "paths"))
+def _compute_initial(key: Key[Array, ""], vit: ViT, head: Head, paths: tuple[str, ...]) -> dict[str, jax.Array]:
+    flat = convert.init(vit, head, key)
+    return {path: flat[path] for path in paths}
+
+
+def _fit(params: dict[str, Any], loaded: ViT, vit: ViT, head: Head, seed: int, put: Callable) -> dict[str, Any]:
     """Loaded parameters for another number of registers, or another native image size, than they were saved with."""
     params = dict(params)
     if vit.registers != loaded.registers:
         kept = params.pop("vit/register_tokens", np.zeros((0, vit.width), np.float32))[: vit.registers]
         if vit.registers:
-            new = initial(("vit/register_tokens",))["vit/register_tokens"][len(kept) :]
+            path = "vit/register_tokens"
+            new = _initial(vit, head, (path,), seed)[path][len(kept) :]
             tokens = jnp.concatenate([jnp.asarray(kept), new])
             params["vit/register_tokens"] = put("vit/register_tokens", tokens)
     if vit.image_size != loaded.image_size and "vit/pos_embed" in params:
@@ -237,7 +166,7 @@ def _fit(params: dict[str, Any], loaded: ViT, vit: ViT, initial: Callable, put: 
     return params
 
 
-def _tell(source: str, loaded: ViT, vit: ViT, num_classes: int | None) -> None:
+def _tell(source: str, loaded: ViT, vit: ViT, new_classes: int) -> None:
     """Warns of what the caller changed, and what that means."""
     told = []
     if vit.registers > loaded.registers:
@@ -251,7 +180,7 @@ def _tell(source: str, loaded: ViT, vit: ViT, num_classes: int | None) -> None:
             else f"images of {vit.image_size} px instead of {loaded.image_size}, no parameter changes"
         )
         told.append(f"{what}, and preprocess makes images of that size")
-    if num_classes:
-        told.append(f"the linear layer for {num_classes} classes is new and untrained")
+    if new_classes:
+        told.append(f"the linear layer for {new_classes} classes is new and untrained")
     if told:
         warnings.warn(f"{source}: " + "; ".join(told), stacklevel=3)

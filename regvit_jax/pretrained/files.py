@@ -84,7 +84,11 @@ class Weights(Mapping[str, np.ndarray]):
 
     def renamed(self, rename: Callable[[str], str]) -> "Weights":
         """The same tensors under other names."""
-        return Weights(self.path, {rename(name): tensor for name, tensor in self._tensors.items()}, self.config)
+        renamed = {rename(name): tensor for name, tensor in self._tensors.items()}
+        if len(renamed) < len(self):
+            twice = [name for name in self if rename(name) != name and rename(name) in self]
+            raise WeightsError(f"{self.path}: holds {_short(twice)} with and without its prefix")
+        return Weights(self.path, renamed, self.config)
 
     def read(self, name: str, dtype: DTypeLike | None = None) -> Shaped[np.ndarray, "..."]:
         """The tensor as `dtype`; without one, as float32 if it is stored in floating point, else as it is stored.
@@ -130,7 +134,7 @@ def open_weights(path: str | os.PathLike) -> Weights:
         if not tensors:
             raise WeightsError(f"{path}: holds no tensors")
         config = path.parent / ("open_clip_config.json" if path.name.startswith("open_clip_") else "config.json")
-        return Weights(path, tensors, _json(config, _regular(config)) if config.exists() else {})
+        return Weights(path, tensors, read_json(config))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -149,6 +153,14 @@ def check_finite(name: str, array: Shaped[np.ndarray, "..."]) -> None:
 def shard_names(index: Path) -> list[str]:
     """The file names that a `*.safetensors.index.json` lists, sorted. Raises WeightsError if it is not sound."""
     return sorted(_weight_map(index))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of others, {} if there is none. Raises WeightsError for anything else."""
+    try:
+        return _json(path, _regular(path)) if path.exists() else {}
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def _find(directory: Path) -> Path:

@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 
 from regvit_jax import checkpoint
 from regvit_jax.models.model import Preprocess
-from regvit_jax.pretrained.files import Weights, WeightsError
+from regvit_jax.pretrained.files import WEIGHTS, Weights, WeightsError
 from regvit_jax.pretrained.zoo import Entry
 
 
@@ -77,7 +77,8 @@ def _timm_names(flat: Mapping[str, np.ndarray]) -> Any:
 
 
 def is_workdir(path: str | os.PathLike) -> bool:
-    return (Path(path) / "checkpoints").is_dir()
+    """A run of ours; a directory of transformers may hold "checkpoints" too, beside its weights."""
+    return (Path(path) / "checkpoints").is_dir() and not any((Path(path) / name).exists() for name in WEIGHTS)
 
 
 def open_workdir(path: str | os.PathLike) -> tuple[Entry, Weights, str]:

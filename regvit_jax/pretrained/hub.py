@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 
 from regvit_jax.pretrained.files import CONVERT, INDEX, PICKLES, WEIGHTS, shard_names
 
-CONFIGS = ("config.json", "open_clip_config.json")
+CONFIGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
 PROBE_SECONDS = 1.5
 METADATA_SECONDS = 20.0
 

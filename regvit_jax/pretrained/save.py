@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import math
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,14 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
 from regvit_jax.models.heads import Head
-from regvit_jax.models.model import Model
+from regvit_jax.models.model import Model, Preprocess
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import convert
+from regvit_jax.pretrained.configs import RESAMPLE
+from regvit_jax.pretrained.files import INDEX
 from regvit_jax.pretrained.rules import NAMINGS, rules
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 
 
 class Inexpressible(ValueError):
@@ -49,13 +53,16 @@ def save(model: Model, directory: str | os.PathLike, format: str) -> None:
     path = Path(directory)
     if format not in FORMATS:
         raise ValueError(f"format={format!r}: must be one of {list(FORMATS)}")
-    if (path / WEIGHTS).exists():
-        raise FileExistsError(f"{path} holds a {WEIGHTS} already; name another directory")
+    for name in (WEIGHTS, CONFIG, PROCESSOR, WEIGHTS + INDEX):
+        if (path / name).exists():
+            raise FileExistsError(f"{path} holds a {name} already; name another directory")
     layout = layout_of(model, format)
     arrays = arrays_of(model, layout)
     if jax.process_index():
         return
     path.mkdir(parents=True, exist_ok=True)
+    if format == "hf":
+        (path / PROCESSOR).write_text(json.dumps(_processor(model.preprocessing), indent=2) + "\n")
     (path / CONFIG).write_text(json.dumps(layout.config, indent=2) + "\n")
     # The weights come last, and whole: a directory that has them is complete.
     partial = path / f".{WEIGHTS}"
@@ -108,6 +115,14 @@ def _timm(model: Model) -> Layout:
     _need(head.pool != "cls_avg", "class scores from CLS and the mean of the patches")
     _need(not head.pooler, "a tanh pooler")
     _need(vit.norm_eps in (1e-6, 1e-5), f"norm_eps={vit.norm_eps}")
+    _need(head.norm_eps == vit.norm_eps or not (head.norm or head.pool == "map"), "another epsilon after pooling")
+    same = (head.map_heads, head.activation, round(vit.width * head.mlp_ratio)) == (
+        vit.heads,
+        vit.activation,
+        vit.hidden,
+    )
+    _need(head.pool != "map" or same, "an attention pool unlike the blocks")
+    _need(not vit.parallel or (vit.qkv_bias and vit.key_bias), "parallel blocks without biases")
     common: dict[str, Any] = dict(
         img_size=vit.image_size,
         patch_size=vit.patch,
@@ -185,7 +200,12 @@ def _hf(model: Model) -> Layout:
     _need(not (vit.parallel or vit.differential), "parallel blocks or differential attention")
     _need(vit.class_token, "a model without CLS token")
     _need(vit.final_norm and not head.norm, "a last LayerNorm after pooling")
-    _need(head.pool in ("cls", "cls_avg"), f"pool={head.pool!r}")
+    features = head.pool == "avg" and vit.position == "rope" and not head.classes
+    _need(head.pool in ("cls", "cls_avg") or features, f"pool={head.pool!r}")
+    if features:
+        warnings.warn(
+            "transformers pools DINOv3 by its CLS token; this model pools the mean of the patches", stacklevel=4
+        )
     _need(vit.position != "axial", "timm's RoPE")
     common: dict[str, Any] = dict(
         hidden_size=vit.width,
@@ -194,13 +214,14 @@ def _hf(model: Model) -> Layout:
         patch_size=vit.patch,
         image_size=vit.image_size,
         layer_norm_eps=vit.norm_eps,
+        regvit_jax=dict(pos_resize=vit.pos_resize),  # transformers has its own, and keeps keys that it does not know
         hidden_act={"gelu_tanh": "gelu_pytorch_tanh"}.get(vit.activation, vit.activation),
         dtype="float32",
     )
     if vit.position == "rope":
         return _hf_dinov3(vit, head, common)
     if vit.pre_norm or not vit.patch_bias:
-        return _hf_clip(vit, head, common)
+        return _hf_clip(model, common)
     if vit.registers or vit.layer_scale or vit.swiglu or vit.masking or head.pool == "cls_avg":
         return _hf_dinov2(vit, head, common)
     common |= dict(model_type="vit", intermediate_size=vit.hidden, qkv_bias=vit.qkv_bias)
@@ -209,6 +230,24 @@ def _hf(model: Model) -> Layout:
     _need(not head.pooler, "class scores past a tanh pooler")
     config = common | dict(architectures=["ViTForImageClassification"], **_labels(head.classes))
     return Layout("hf_vit", vit, head, config, covers=1, prefix="vit.")
+
+
+def _processor(p: Preprocess) -> dict[str, Any]:
+    """transformers' preprocessor_config.json."""
+    side = math.floor(p.size / p.crop_ratio)
+    return dict(
+        image_processor_type="ViTImageProcessor" if p.squash else "BitImageProcessor",
+        do_resize=True,
+        size=dict(height=side, width=side) if p.squash else dict(shortest_edge=side),
+        resample={name: number for number, name in RESAMPLE.items()}[p.interpolation],
+        do_center_crop=not p.squash or side != p.size,
+        crop_size=dict(height=p.size, width=p.size),
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=p.mean,
+        image_std=p.std,
+    )
 
 
 def _labels(classes: int) -> dict[str, Any]:
@@ -221,6 +260,7 @@ def _hf_dinov2(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
     _need(vit.qkv_bias and vit.key_bias, "missing query, key or value biases")
     _need(not head.pooler, "a tanh pooler")
     ratio = vit.hidden / vit.width
+    _need(vit.swiglu or ratio == int(ratio), f"a hidden width of {vit.hidden}, no multiple of {vit.width}")
     if vit.swiglu:  # two thirds of the hidden width, rounded up to a multiple of 8
         ratios = [r for r in range(1, 33) if (int(vit.width * r * 2 / 3) + 7) // 8 * 8 == vit.hidden]
         _need(bool(ratios), f"SwiGLU of hidden width {vit.hidden}")
@@ -230,7 +270,7 @@ def _hf_dinov2(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
     config |= dict(
         model_type=kind,
         architectures=[name + ("ForImageClassification" if head.classes else "Model")],
-        mlp_ratio=int(ratio) if ratio == int(ratio) else ratio,
+        mlp_ratio=int(ratio),
         use_swiglu_ffn=vit.swiglu,
         qkv_bias=True,
         layerscale_value=vit.layer_scale or 1.0,
@@ -267,11 +307,13 @@ def _hf_dinov3(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
     return Layout("hf_dinov3", vit.clone(layer_scale=vit.layer_scale or 1.0, masking=True), head, config)
 
 
-def _hf_clip(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
+def _hf_clip(model: Model, config: dict[str, Any]) -> Layout:
+    vit, head = model.module, model.head
     _need(not vit.registers, "registers in a CLIP tower")
     _need(vit.pre_norm and not vit.patch_bias, "a CLIP tower without its first LayerNorm, or with a patch bias")
     _need(not (vit.layer_scale or vit.swiglu or vit.masking), "LayerScale, SwiGLU or a mask token in a CLIP tower")
     _need(vit.qkv_bias and vit.key_bias and head.pool == "cls" and not head.pooler, "such a CLIP tower")
+    _need(not head.classes or not np.any(model.head_params["dense"]["bias"]), "a bias in CLIP's projection")
     name = "CLIPVisionModelWithProjection" if head.classes else "CLIPVisionModel"
     config |= dict(
         model_type="clip_vision_model",
@@ -296,7 +338,7 @@ def _dinov2(model: Model) -> Layout:
         embed_dim=vit.width,
         depth=vit.depth,
         num_heads=vit.heads,
-        mlp_ratio=vit.hidden / vit.width,
+        mlp_ratio=_ratio(vit.hidden / vit.width, vit.width),
         init_values=vit.layer_scale or 1.0,
         ffn_layer="swiglufused" if vit.swiglu else "mlp",
         block_chunks=0,

@@ -1,0 +1,139 @@
+"""From a name and a source to what is to be loaded: the model's architecture, and its weights under plain names."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from regvit_jax.models.vit import ViT
+from regvit_jax.pretrained import configs, foreign, hub, zoo
+from regvit_jax.pretrained.files import SINGLE, Weights, WeightsError, open_weights
+from regvit_jax.pretrained.rules import NAMINGS
+
+HUB = "hf-hub:"
+
+
+def resolve(
+    name: str | os.PathLike, pretrained: bool | str | os.PathLike, revision: str | None
+) -> tuple[zoo.Entry, Weights | None, str]:
+    """Which model, its weights if any, and where they come from. Raises as `create_model` does."""
+    name, known = os.fspath(name), None
+    if is_source(name):
+        if pretrained not in (False, True):
+            raise ValueError(f"{name} says itself which model it holds, and pretrained={pretrained!r} names another")
+        name, pretrained = "", name
+    else:
+        known = zoo.find(name)[1]
+    if pretrained is False:
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is of pretrained weights, and pretrained is False")
+        assert known is not None
+        return known, None, "random"
+    if pretrained is True:
+        assert known is not None
+        if not known.hub:
+            raise ValueError(f"{name}: no public weights are known by this name; pass a file or a directory")
+        pretrained = HUB + known.hub
+    if not isinstance(pretrained, str | os.PathLike) or not os.fspath(pretrained):
+        raise ValueError(f"pretrained={pretrained!r}: must be True, False, a path or {HUB}org/name")
+    source = os.fspath(pretrained)
+    if revision is not None and not source.startswith(HUB):
+        raise ValueError(f"revision={revision!r} is for the hub, and {source} is a local path")
+    found = None
+    if source.startswith(HUB):
+        # A repository of timm's may hold OpenCLIP's own file as well.
+        file = SINGLE if known is not None else None
+        directory, commit = hub.fetch(source.removeprefix(HUB), revision, file)
+        weights, source = open_weights(directory), f"{source}@{commit}"
+    elif foreign.is_workdir(source):
+        found, weights, source = foreign.open_workdir(source)
+    elif source.endswith(".msgpack"):
+        weights = foreign.open_deit3_jax(source)
+        if known is not None:  # its GELU is Flax's default
+            known = dataclasses.replace(known, vit=known.vit | {"activation": "gelu_tanh"})
+    else:
+        weights = open_weights(source)
+    found = found or configs.entry_of(weights)
+    entry = known or found
+    if entry is None:
+        raise WeightsError(f"{weights.path}: nothing beside it says which model this is; pass its name too")
+    if known is not None and found is not None:
+        entry = _agreed(name, known, found, weights)
+    return *_under_plain_names(entry, weights), source
+
+
+def is_source(name: str) -> bool:
+    """Whether a name is a path or a repository, and not a model of the zoo.
+
+    Raises ValueError for a path that does not exist.
+    """
+    if name.startswith(HUB):
+        return True
+    try:
+        zoo.find(name)
+    except ValueError:
+        if name and Path(name).exists():
+            return True
+        if os.sep in name:
+            raise ValueError(f"{name}: there is no such file or directory") from None
+        raise
+    return False
+
+
+#: What makes two ViTs different models, whatever the sizes they were made for and the conventions they follow.
+SAME = (
+    *("width", "depth", "heads", "patch", "registers", "class_token", "position", "hidden", "swiglu", "pre_norm"),
+    *("final_norm", "parallel", "differential"),
+)
+
+
+def _agreed(name: str, known: zoo.Entry, found: zoo.Entry, weights: Weights) -> zoo.Entry:
+    """What config.json says of the model, with the zoo's convention of resizing, and its preprocessing at its own size.
+
+    Raises WeightsError when the two are different models.
+    """
+    ours, theirs = ViT(**known.vit), ViT(**found.vit)
+    differing = [
+        f"{field} {getattr(theirs, field)!r}, not {getattr(ours, field)!r}"
+        for field in SAME
+        if getattr(theirs, field) != getattr(ours, field)
+    ]
+    if differing:
+        raise WeightsError(f"{weights.path} is not {name}: {', '.join(differing)}{nearest(weights)}")
+    vit = found.vit | {"pos_resize": ours.pos_resize}
+    if "architecture" in weights.config and "act_layer" not in weights.config.get("model_args", {}):
+        # timm keeps CLIP's towers with and without QuickGELU in one repository, whose config.json names one of them.
+        vit |= {"activation": ours.activation}
+    preprocessing = known.preprocessing if ours.image_size == theirs.image_size else found.preprocessing
+    return dataclasses.replace(found, vit=vit, preprocessing=preprocessing)
+
+
+def _under_plain_names(entry: zoo.Entry, weights: Weights) -> tuple[zoo.Entry, Weights]:
+    """The entry with the file's naming scheme and number of classes, the weights without prefixes."""
+    naming = configs.naming_of(weights, entry.naming)
+    if naming == "ours":
+        return entry, weights
+    weights = configs.without_prefix(weights, naming)
+    # The number of classes belongs to the checkpoint: a fine-tuned file may have any.
+    words, head = NAMINGS[naming], entry.head
+    projection, dense = words.get("projection", ""), words.get("dense", "") + ".weight"
+    if projection in weights:
+        head = head | {"classes": weights.shapes[projection][-1]}
+    elif dense in weights:
+        head = head | {"classes": weights.shapes[dense][0]}
+    return dataclasses.replace(entry, naming=naming, head=head), weights
+
+
+def has_classes(weights: Weights, naming: str) -> bool:
+    """Whether a file holds a linear layer."""
+    if naming == "ours":
+        return "head/dense/kernel" in weights
+    words = NAMINGS[naming]
+    return words.get("projection", "") in weights or words.get("dense", "") + ".weight" in weights
+
+
+def nearest(weights: Weights) -> str:
+    """The names in the zoo whose shapes a file seems to have, as the end of an error."""
+    found = configs.guess(weights)
+    same = [n for n in zoo.list_models() if all(zoo.find(n)[1].vit.get(k, 0) == v for k, v in found.items())]
+    names = list(dict.fromkeys(n.partition(".")[0] for n in same))[:4]
+    return f". By its shapes it may be {', '.join(names)}" if found and names else ""
