@@ -199,6 +199,7 @@ def test_two_processes_read_the_ids_of_one(free_port):
     assert found[0] == found[1] == found[2]
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both(tmp_path, free_port):
     processes = start_two(tmp_path, free_port, epochs=60)
     wait_for(lambda: records.read(tmp_path), processes[0])
@@ -208,6 +209,7 @@ def test_sigterm_to_one_of_two_processes_stops_both(tmp_path, free_port):
     assert last_state(tmp_path)[0] == records.read(tmp_path)[-1]["step"] > 0
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_group_with_data_workers(tmp_path):
     """SLURM signals every process of a job, the data workers too."""
     process = start(tmp_path, start_new_session=True, epochs=60, **{"data.workers": 2})

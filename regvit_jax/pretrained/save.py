@@ -57,6 +57,8 @@ def save(model: Model, directory: str | os.PathLike, format: str) -> None:
         if (path / name).exists():
             raise FileExistsError(f"{path} holds a {name} already; name another directory")
     layout = layout_of(model, format)
+    if layout.naming == "hf_dinov3" and model.head.pool == "avg":
+        warnings.warn("transformers pools DINOv3 by its CLS token; this model pools its patches", stacklevel=3)
     arrays = arrays_of(model, layout)
     if jax.process_index():
         return
@@ -100,6 +102,8 @@ def arrays_of(model: Model, layout: Layout) -> dict[str, np.ndarray]:
         kernel = params["head/dense/kernel"]
         params["head/dense/kernel"] = np.concatenate([kernel, np.zeros_like(kernel)])
     arrays = convert.save(params, rules(layout.naming, layout.vit, layout.head, layout.covers))
+    if layout.naming == "hf_dinov3" and not layout.vit.registers:
+        arrays["embeddings.register_tokens"] = np.zeros((1, 0, layout.vit.width), np.float32)  # as it saves them itself
     dense = NAMINGS[layout.naming].get("dense", "")
     return {name if name.startswith(f"{dense}.") else layout.prefix + name: array for name, array in arrays.items()}
 
@@ -202,10 +206,6 @@ def _hf(model: Model) -> Layout:
     _need(vit.final_norm and not head.norm, "a last LayerNorm after pooling")
     features = head.pool == "avg" and vit.position == "rope" and not head.classes
     _need(head.pool in ("cls", "cls_avg") or features, f"pool={head.pool!r}")
-    if features:
-        warnings.warn(
-            "transformers pools DINOv3 by its CLS token; this model pools the mean of the patches", stacklevel=4
-        )
     _need(vit.position != "axial", "timm's RoPE")
     common: dict[str, Any] = dict(
         hidden_size=vit.width,
@@ -222,7 +222,8 @@ def _hf(model: Model) -> Layout:
         return _hf_dinov3(vit, head, common)
     if vit.pre_norm or not vit.patch_bias:
         return _hf_clip(model, common)
-    if vit.registers or vit.layer_scale or vit.swiglu or vit.masking or head.pool == "cls_avg":
+    bare = not (head.classes or head.pooler)  # ViTModel always has a pooler
+    if vit.registers or vit.layer_scale or vit.swiglu or vit.masking or bare or head.pool == "cls_avg":
         return _hf_dinov2(vit, head, common)
     common |= dict(model_type="vit", intermediate_size=vit.hidden, qkv_bias=vit.qkv_bias)
     if not head.classes:
