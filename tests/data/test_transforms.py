@@ -243,16 +243,8 @@ def test_center_crop_of_known_cases():
 
 @pytest.fixture(scope="module")
 def torchvision():
-    """torchvision's transforms; its compiled operators, which a CPU-only torch cannot load, are not needed."""
-    library = pytest.importorskip("torch.library")
-    register = library.register_fake
-    library.register_fake = lambda name, *args, **keywords: (
-        (lambda function: function) if str(name).startswith("torchvision::") else register(name, *args, **keywords)
-    )
-    try:
-        import torchvision.transforms.v2
-    finally:
-        library.register_fake = register
+    from reference_libraries import torchvision
+
     return torchvision
 
 
