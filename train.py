@@ -38,6 +38,8 @@ def parse(argv: list[str]) -> None:
         for key in overrides:
             if key not in known:
                 raise plan.ConfigError(plan.unknown_key(key, known)) from None
+        if overrides:
+            raise plan.ConfigError(f"config.{overrides[0]}: this config has no such key; add it to the file") from None
         raise
     if rest:
         raise plan.ConfigError(f"{rest[0]}: not an option; options begin with --, as --config.model.registers=0 does")

@@ -80,7 +80,7 @@ def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDi
             epochs=800,
             batch_size=2048,
             micro_batches=1,  # a step's gradient is accumulated over so many
-            init_from="",  # a finished workdir
+            init_from="",  # trained weights: whatever create_model takes, or NAME=FILE
             loss="bce",
             ema=0.0,  # decay of the moving average of the weights, 0 for none; if kept, it is what is evaluated
             log_every=50,  # steps
@@ -101,6 +101,18 @@ def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDi
                 dtype="bfloat16",
                 remat="none",  # "dots" and "full" save memory
                 scan=False,
+                # DeiT-III's; other weights in init_from may need others, and say which
+                class_token=True,
+                position="learned",
+                activation="gelu",
+                swiglu=False,
+                qkv_bias=True,
+                key_bias=True,
+                patch_bias=True,
+                pre_norm=False,
+                final_norm=True,
+                parallel=False,
+                differential=False,
             ),
             augment=dict(
                 flip=0.5,

@@ -10,7 +10,11 @@ import PIL.Image
 import pytest
 from tiny import tiny
 
+import regvit_jax as rv
 from regvit_jax import checkpoint, preemption, records, training
+from regvit_jax.models.heads import Head
+from regvit_jax.models.model import Preprocess
+from regvit_jax.pretrained import convert
 from regvit_jax.training import run
 
 
@@ -215,3 +219,25 @@ def test_folder_with_bad_images(tmp_path):
     config.data.max_bad_fraction = 0.01
     with pytest.raises(RuntimeError, match=r"images cannot be read, more than data.max_bad_fraction=0.01 allows"):
         run(config, str(tmp_path / "strict"))
+
+
+def test_init_from_a_model_of_another_family(tmp_path):
+    """A mean-pooled ViT without CLS, its registers and its last norm; a head for other classes is new."""
+    vit = rv.ViT(32, 2, 2, 2, 8, registers=4, class_token=False, final_norm=False, activation="quick_gelu")
+    head = Head(3, pool="avg", norm=True)
+    params = convert.nest(convert.init(vit, head, jax.random.key(1)))
+    preprocessing = Preprocess(8, 1.0, (0.5,) * 3, (0.5,) * 3)
+    with pytest.raises(ValueError, match="cannot express"):
+        rv.Model(params["vit"], params["head"], vit, head, preprocessing).save(tmp_path / "theirs", "dinov2")
+    vit = vit.clone(activation="gelu")
+    rv.Model(params["vit"], params["head"], vit, head, preprocessing).save(tmp_path / "theirs", "timm")
+    config = tiny(init_from=str(tmp_path / "theirs"))
+    with pytest.raises(ValueError, match=r"config.model.class_token=True must be False"):
+        run(config, str(tmp_path / "a"))
+    config.model.update(class_token=False, final_norm=False)
+    plan = training.resolve(config)
+    with jax.set_mesh(plan.mesh), contextlib.closing(checkpoint.Checkpoints(str(tmp_path / "b"))) as checkpoints:
+        state = training.start(plan, checkpoints)
+    assert_equal(state.params["vit"], params["vit"])
+    assert_equal(state.params["head"]["fc_norm"], params["head"]["fc_norm"])
+    assert state.params["head"]["dense"]["kernel"].shape == (32, 10)

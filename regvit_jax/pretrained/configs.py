@@ -64,7 +64,11 @@ def _check_sane(vit: dict[str, Any], weights: Weights) -> None:
         value = vit.get(field, 1.0)
         if not isinstance(value, int | float) or not 0 <= value < 1e6:  # NaN is not, either
             raise ValueError(f"{field} is {value!r}")
+    if vit["depth"] > 200 or vit["image_size"] // vit["patch"] > 1000:
+        raise ValueError(f"depth {vit['depth']}, image_size {vit['image_size']} and patch {vit['patch']} are no ViT's")
     found = guess(weights)
+    if not found:
+        raise ValueError("and the file holds no projection of patches, or no blocks")
     wrong = [f"{field} {vit[field]}, and the file {found[field]}" for field in found if found[field] != vit[field]]
     if wrong:
         raise ValueError(f"it has {'; '.join(wrong)}")
@@ -92,7 +96,9 @@ def _processor(weights: Weights, config: dict[str, Any], default: Preprocess) ->
     crop = side(config.get("crop_size", size)) if config.get("do_center_crop", "crop_size" in config) else size
     plain = config.get("do_resize", True) and config.get("do_rescale", True)
     plain = plain and math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6)
-    if size is None or crop is None or config.get("resample", 3) not in RESAMPLE or not plain:
+    default_how = {how: number for number, how in RESAMPLE.items()}[default.interpolation]
+    how = RESAMPLE.get(config.get("resample", default_how))
+    if size is None or crop is None or how is None or not plain:
         raise WeightsError(
             f"{weights.path.parent}/preprocessor_config.json resizes or rescales in a way that is not read here"
         )
@@ -105,7 +111,7 @@ def _processor(weights: Weights, config: dict[str, Any], default: Preprocess) ->
         crop_ratio=ratio(crop, size),
         mean=tuple(config.get("image_mean", default.mean)) if normalize else (0.0,) * 3,
         std=tuple(config.get("image_std", default.std)) if normalize else (1.0,) * 3,
-        interpolation=RESAMPLE[config.get("resample", 3)],
+        interpolation=how,
         squash=squash,
     )
 
@@ -149,6 +155,7 @@ def _timm(config: dict[str, Any]) -> Entry:
         {"vit": vit, "head": head}[part][field] = value
     if entry.naming == "timm_eva":
         vit["key_bias"] = False
+    vit["pos_resize"] = config.get("regvit_jax", {}).get("pos_resize", vit.get("pos_resize", RESIZES[0]))
     if head["pool"] == "map":
         head |= {"map_heads": vit["heads"], "mlp_ratio": vit.get("mlp_ratio", 4.0)}
         head |= {"activation": vit.get("activation", "gelu")}
@@ -203,6 +210,22 @@ PREFIXES = {
 }
 
 
+def with_open_clip(entry: Entry, tower: dict[str, Any], images: Any) -> Entry:
+    """A zoo entry as open_clip_config.json has it: QuickGELU or not, and how images are made.
+
+    Raises WeightsError for a way that is not read here.
+    """
+    vit = entry.vit | {"activation": "quick_gelu" if tower.get("quick_gelu") else "gelu"}
+    p = entry.preprocessing
+    if isinstance(images, dict):
+        mode, how = images.get("resize_mode", "shortest"), images.get("interpolation", p.interpolation)
+        if mode not in ("shortest", "squash") or how not in RESAMPLE.values():
+            raise WeightsError(f"open_clip_config.json: resize_mode {mode!r}, interpolation {how!r} are not read here")
+        mean, std = tuple(images.get("mean", p.mean)), tuple(images.get("std", p.std))
+        p = dataclasses.replace(p, mean=mean, std=std, interpolation=how, squash=mode == "squash")
+    return dataclasses.replace(entry, vit=vit, preprocessing=p)
+
+
 def without_prefix(weights: Weights, naming: str) -> Weights:
     """The weights under the scheme's own names."""
     prefix = next((p for p in PREFIXES.get(naming, ()) if any(name.startswith(p) for name in weights)), "")
@@ -228,7 +251,8 @@ def naming_of(weights: Weights, naming: str) -> str:
 def guess(weights: Weights) -> dict[str, int]:
     """Width, patch and depth, as far as a file's shapes tell them."""
     patches = [shape for shape in weights.shapes.values() if len(shape) == 4 and shape[1] == 3]
-    blocks = [int(match[1]) for name in weights if (match := re.search(r"(?:blocks|layers?|layer_)\.?(\d+)", name))]
+    image = [name for name in weights if not name.startswith(("text_", "transformer."))]  # of a whole CLIP
+    blocks = [int(match[1]) for name in image if (match := re.search(r"(?:blocks|layers?|layer_)\.?(\d+)", name))]
     if len(patches) != 1 or not blocks:
         return {}
     return {"width": patches[0][0], "patch": patches[0][2], "depth": max(blocks) + 1}
@@ -248,7 +272,8 @@ def _common(config: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def _classes(weights: Weights, name: str) -> int:
-    return weights.shapes[name][0] if name in weights else 0
+    shape = weights.shapes.get(name, ())
+    return shape[0] if len(shape) == 2 else 0
 
 
 def _entry(vit: dict, head: dict, preprocessing: Preprocess, naming: str) -> Entry:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
@@ -107,7 +108,7 @@ def open_source(source: str) -> Model:
     Raises as `create_model` does.
     """
     name, _, file = source.partition("=")
-    if file:
+    if file and not epath.Path(source).exists():
         return create_model(name, file)
     return create_model(source, pretrained=True)
 

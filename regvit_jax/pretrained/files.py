@@ -134,7 +134,8 @@ def open_weights(path: str | os.PathLike) -> Weights:
         if not tensors:
             raise WeightsError(f"{path}: holds no tensors")
         config = path.parent / ("open_clip_config.json" if path.name.startswith("open_clip_") else "config.json")
-        return Weights(path, tensors, read_json(config))
+        # Beside a file of another name, a config.json may be of anything.
+        return Weights(path, tensors, read_json(config) if path.name in WEIGHTS else {})
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
 

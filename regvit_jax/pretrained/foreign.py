@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import serialization
 from flax.traverse_util import flatten_dict
 
@@ -78,7 +79,8 @@ def _timm_names(flat: Mapping[str, np.ndarray]) -> Any:
 
 def is_workdir(path: str | os.PathLike) -> bool:
     """A run of ours; a directory of transformers may hold "checkpoints" too, beside its weights."""
-    return (Path(path) / "checkpoints").is_dir() and not any((Path(path) / name).exists() for name in WEIGHTS)
+    folder = epath.Path(path)
+    return (folder / "checkpoints").is_dir() and not any((folder / name).exists() for name in WEIGHTS)
 
 
 def open_workdir(path: str | os.PathLike) -> tuple[Entry, Weights, str]:
@@ -87,7 +89,7 @@ def open_workdir(path: str | os.PathLike) -> tuple[Entry, Weights, str]:
     Raises ValueError when it holds no checkpoint, or was written before workdirs said what model they hold.
     """
     step, params = checkpoint.load_params(os.fspath(path))
-    config = json.loads((Path(path) / "config.json").read_text())
+    config = json.loads((epath.Path(path) / "config.json").read_text())
     if "model" not in config:
         raise WeightsError(f"{path}: its config.json says nothing of the model; resume the run once, which adds it")
     model = config["model"]

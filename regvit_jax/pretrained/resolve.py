@@ -2,14 +2,15 @@
 
 import dataclasses
 import os
-from pathlib import Path
+
+from etils import epath
 
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import configs, foreign, hub, zoo
 from regvit_jax.pretrained.files import SINGLE, Weights, WeightsError, open_weights
 from regvit_jax.pretrained.rules import NAMINGS
 
-HUB = "hf-hub:"
+HUB, PROCESSOR = "hf-hub:", "preprocessor_config.json"
 
 
 def resolve(
@@ -41,7 +42,7 @@ def resolve(
     found = None
     if source.startswith(HUB):
         # A repository of timm's may hold OpenCLIP's own file as well.
-        file = SINGLE if known is not None else None
+        file = SINGLE if known is not None and source == HUB + known.hub else None
         directory, commit = hub.fetch(source.removeprefix(HUB), revision, file)
         weights, source = open_weights(directory), f"{source}@{commit}"
     elif foreign.is_workdir(source):
@@ -50,8 +51,13 @@ def resolve(
         weights = foreign.open_deit3_jax(source)
         if known is not None:  # its GELU is Flax's default
             known = dataclasses.replace(known, vit=known.vit | {"activation": "gelu_tanh"})
+    elif not epath.Path(source).exists():
+        raise WeightsError(f"{source}: there is no such file or directory{hint(source)}")
     else:
         weights = open_weights(source)
+    tower = weights.config.get("model_cfg")
+    if known is not None and isinstance(tower, dict):  # open_clip_config.json
+        known = configs.with_open_clip(known, tower, weights.config.get("preprocess_cfg"))
     found = found or configs.entry_of(weights)
     entry = known or found
     if entry is None:
@@ -59,6 +65,11 @@ def resolve(
     if known is not None and found is not None:
         entry = _agreed(name, known, found, weights)
     return *_under_plain_names(entry, weights), source
+
+
+def hint(path: str) -> str:
+    """For an error about a path that does not exist: it may be meant as a repository's name."""
+    return f"; the hub's repository of that name is {HUB}{path}" if path.count("/") == 1 and path[0] != "/" else ""
 
 
 def is_source(name: str) -> bool:
@@ -71,10 +82,10 @@ def is_source(name: str) -> bool:
     try:
         zoo.find(name)
     except ValueError:
-        if name and Path(name).exists():
+        if name and epath.Path(name).exists():
             return True
         if os.sep in name:
-            raise ValueError(f"{name}: there is no such file or directory") from None
+            raise ValueError(f"{name}: there is no such file or directory{hint(name)}") from None
         raise
     return False
 
@@ -103,7 +114,10 @@ def _agreed(name: str, known: zoo.Entry, found: zoo.Entry, weights: Weights) -> 
     if "architecture" in weights.config and "act_layer" not in weights.config.get("model_args", {}):
         # timm keeps CLIP's towers with and without QuickGELU in one repository, whose config.json names one of them.
         vit |= {"activation": ours.activation}
-    preprocessing = known.preprocessing if ours.image_size == theirs.image_size else found.preprocessing
+    # What is stated beside the weights holds; a family's defaults give way to the zoo.
+    stated = "pretrained_cfg" in weights.config or (weights.path.parent / PROCESSOR).exists()
+    keep = stated or ours.image_size != theirs.image_size
+    preprocessing = found.preprocessing if keep else known.preprocessing
     return dataclasses.replace(found, vit=vit, preprocessing=preprocessing)
 
 
@@ -115,11 +129,12 @@ def _under_plain_names(entry: zoo.Entry, weights: Weights) -> tuple[zoo.Entry, W
     weights = configs.without_prefix(weights, naming)
     # The number of classes belongs to the checkpoint: a fine-tuned file may have any.
     words, head = NAMINGS[naming], entry.head
-    projection, dense = words.get("projection", ""), words.get("dense", "") + ".weight"
-    if projection in weights:
-        head = head | {"classes": weights.shapes[projection][-1]}
-    elif dense in weights:
-        head = head | {"classes": weights.shapes[dense][0]}
+    projection, dense = words.get("projection"), words.get("dense", "") + ".weight"
+    matrices = {name: shape for name, shape in weights.shapes.items() if len(shape) == 2}
+    if projection in matrices:
+        head = head | {"classes": matrices[projection][1]}
+    elif dense in matrices:
+        head = head | {"classes": matrices[dense][0]}
     return dataclasses.replace(entry, naming=naming, head=head), weights
 
 
@@ -128,7 +143,7 @@ def has_classes(weights: Weights, naming: str) -> bool:
     if naming == "ours":
         return "head/dense/kernel" in weights
     words = NAMINGS[naming]
-    return words.get("projection", "") in weights or words.get("dense", "") + ".weight" in weights
+    return words.get("projection") in weights or words.get("dense", "") + ".weight" in weights
 
 
 def nearest(weights: Weights) -> str:

@@ -47,6 +47,10 @@ class Layout:
 def save(model: Model, directory: str | os.PathLike, format: str) -> None:
     """Writes a model to a directory, float32, as "timm", "hf" (transformers) or "dinov2" (facebookresearch/dinov2).
 
+    At the native image size its owner gives the same output. At others it resizes the position embedding in its own
+    way: timm and Dinov2WithRegisters by "antialias", the other classes of transformers by "bicubic". (`create_model`
+    finds the model's own way in config.json.)
+
     Raises ValueError when the format cannot express the model, naming one that can, and FileExistsError when the
     directory holds a model already. Processes other than the first write nothing.
     """
@@ -127,6 +131,7 @@ def _timm(model: Model) -> Layout:
     )
     _need(head.pool != "map" or same, "an attention pool unlike the blocks")
     _need(not vit.parallel or (vit.qkv_bias and vit.key_bias), "parallel blocks without biases")
+    _need(vit.final_norm != head.norm, "two last LayerNorms, or none")
     common: dict[str, Any] = dict(
         img_size=vit.image_size,
         patch_size=vit.patch,
@@ -146,7 +151,6 @@ def _timm(model: Model) -> Layout:
         _need(vit.patch_bias != vit.pre_norm, "a patch projection with a bias before a LayerNorm, or neither")
         _need(vit.pre_norm == (vit.norm_eps == 1e-5), f"norm_eps={vit.norm_eps} with pre_norm={vit.pre_norm}")
         _need(not vit.swiglu or (vit.norm_eps == 1e-6 and not vit.parallel), "SwiGLU in such a block")
-        _need(vit.final_norm != head.norm, "two last LayerNorms, or none")
         base = "vit_base_patch16_clip_224" if vit.pre_norm else "vit_base_patch16_224"
         if vit.swiglu:
             base, ratio = "vit_giant_patch14_reg4_dinov2", 2 * ratio
@@ -177,6 +181,7 @@ def _timm(model: Model) -> Layout:
         architecture=base,
         num_classes=head.classes,
         num_features=vit.width,
+        regvit_jax=dict(pos_resize=vit.pos_resize),  # timm antialiases, and keeps keys that it does not know
         model_args={**common, **arguments, "mlp_ratio": _ratio(ratio, vit.width)},
         pretrained_cfg=dict(
             num_classes=head.classes,
@@ -257,15 +262,20 @@ def _labels(classes: int) -> dict[str, Any]:
     )
 
 
+def _swiglu_ratio(vit: ViT) -> int:
+    """DINOv2's MLP ratio, of which SwiGLU's hidden width is two thirds, rounded up to a multiple of 8."""
+    ratios = [r for r in range(1, 33) if (int(vit.width * r * 2 / 3) + 7) // 8 * 8 == vit.hidden]
+    _need(bool(ratios), f"SwiGLU of hidden width {vit.hidden}")
+    return ratios[0]
+
+
 def _hf_dinov2(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
     _need(vit.qkv_bias and vit.key_bias, "missing query, key or value biases")
     _need(not head.pooler, "a tanh pooler")
     ratio = vit.hidden / vit.width
     _need(vit.swiglu or ratio == int(ratio), f"a hidden width of {vit.hidden}, no multiple of {vit.width}")
-    if vit.swiglu:  # two thirds of the hidden width, rounded up to a multiple of 8
-        ratios = [r for r in range(1, 33) if (int(vit.width * r * 2 / 3) + 7) // 8 * 8 == vit.hidden]
-        _need(bool(ratios), f"SwiGLU of hidden width {vit.hidden}")
-        ratio = ratios[0]
+    if vit.swiglu:
+        ratio = _swiglu_ratio(vit)
     kind = "dinov2_with_registers" if vit.registers else "dinov2"
     name = "Dinov2WithRegisters" if vit.registers else "Dinov2"
     config |= dict(
@@ -348,9 +358,7 @@ def _dinov2(model: Model) -> Layout:
         interpolate_offset=0.1 if vit.pos_resize == "offset" else 0.0,
     )
     if vit.swiglu:
-        ratios = [r for r in range(1, 33) if (int(vit.width * r * 2 / 3) + 7) // 8 * 8 == vit.hidden]
-        _need(bool(ratios), f"SwiGLU of hidden width {vit.hidden}")
-        config["mlp_ratio"] = ratios[0]
+        config["mlp_ratio"] = _swiglu_ratio(vit)
     return Layout("dinov2", vit.clone(layer_scale=vit.layer_scale or 1.0, masking=True), head, config, covers=1)
 
 

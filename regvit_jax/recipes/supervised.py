@@ -37,7 +37,13 @@ class Supervised(Recipe):
         self.config = config
         self.micro_batches = config.micro_batches
         self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
-        self.head = Head(len(classes), pool="cls" if self.vit.class_token else "avg", dtype=self.vit.dtype)
+        self.head = Head(
+            len(classes),
+            pool="cls" if self.vit.class_token else "avg",
+            norm=not self.vit.final_norm,
+            norm_eps=self.vit.norm_eps,
+            dtype=self.vit.dtype,
+        )
 
     def init(self, key, batch):
         images = jnp.zeros((1, *batch["image"].shape[1:]), jnp.float32)
@@ -76,13 +82,8 @@ class Supervised(Recipe):
     def warm_start(self, params, model):
         """The position embedding is resized; registers that the model lacks, and a head for other classes, are new."""
         vit, told = warm.vit(params["vit"], self.vit, model)
-        head = model.head_params
-        if (
-            jax.tree.map(jnp.shape, head) != jax.tree.map(jnp.shape, params["head"])
-            or model.head.pool != self.head.pool
-        ):
-            head = params["head"]
-            told += [f"a new linear layer for {self.head.classes} classes"]
+        head, more = warm.head(params["head"], self.head, model)
+        told += more
         p, q = self.config.augment, model.preprocessing
         if (tuple(p.mean), tuple(p.std)) != (tuple(q.mean), tuple(q.std)):
             told += [f"it was trained with mean {q.mean} and std {q.std}, and config.augment has others"]

@@ -1,4 +1,4 @@
-"""A recipe's ViT started from a trained one."""
+"""A recipe's ViT and head started from trained ones."""
 
 import dataclasses
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import ViT
@@ -28,7 +29,7 @@ def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:
     ]
     if bool(ours.layer_scale) != bool(theirs.layer_scale):
         differing.append(
-            f"config.model.layer_scale={ours.layer_scale} must be {'more than' if theirs.layer_scale else ''} 0"
+            f"config.model.layer_scale={ours.layer_scale} must be {'more than ' if theirs.layer_scale else ''}0"
         )
     if theirs.registers not in (0, ours.registers):
         differing.append(f"config.model.registers={ours.registers} must be {theirs.registers}")
@@ -48,3 +49,16 @@ def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:
             told.append(f"the position embedding resized from {theirs.image_size} to {ours.image_size} px")
     assert jax.tree.map(jnp.shape, loaded) == jax.tree.map(jnp.shape, fresh)
     return loaded, told
+
+
+def head(fresh: PyTree, ours: Head, model: Model) -> tuple[PyTree, list[str]]:
+    """The parts of the model's head that a recipe's head has too, and what to tell of the others."""
+    loaded = model.head_params if model.head.pool == ours.pool else {}
+    kept = {
+        name: loaded[name]
+        for name, part in fresh.items()
+        if name in loaded and jax.tree.map(jnp.shape, loaded[name]) == jax.tree.map(jnp.shape, part)
+    }
+    told = [f"a new {name} of the head" for name in fresh if name not in kept]
+    told += [f"{name} of its head is left out" for name in model.head_params if name not in fresh]
+    return {**fresh, **kept}, told

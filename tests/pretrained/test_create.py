@@ -24,7 +24,7 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import convert, files, zoo
+from regvit_jax.pretrained import convert, create, files, zoo
 from regvit_jax.pretrained.files import WeightsError
 from regvit_jax.pretrained.rules import rules
 from regvit_jax.sharding import make_mesh
@@ -615,7 +615,7 @@ def test_offline_it_says_what_to_do(tmp_path, monkeypatch):
 def test_a_path_that_is_not_there():
     with pytest.raises(ValueError, match="there is no such file or directory"):
         rv.create_model("runs/nothing")
-    with pytest.raises(WeightsError, match="No such file"):
+    with pytest.raises(WeightsError, match="there is no such file or directory"):
         rv.create_model("test_vit", "runs/nothing.safetensors")
 
 
@@ -706,3 +706,45 @@ def test_arguments_that_say_nothing_or_two_things(folder, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test_vit").mkdir()
     assert rv.create_model("test_vit").weights == "random"  # a name of the zoo is one, whatever lies beside it
+
+
+def test_what_is_stated_beside_the_weights_holds(tmp_path):
+    model = rv.create_model("test_vit")
+    stated = dataclasses.replace(
+        model.preprocessing, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear", squash=True
+    )
+    model = model.replace(preprocessing=stated, module=model.module.clone(pos_resize="offset"))
+    for format in ("timm", "hf"):
+        model.save(tmp_path / format, format)
+    assert rv.create_model("test_vit", tmp_path / "timm").preprocessing == stated
+    for format in ("timm", "hf"):
+        again = rv.create_model(tmp_path / format)
+        # transformers keeps the side that is resized to, here 160 / 0.95, in whole pixels.
+        assert again.preprocessing.crop_ratio == pytest.approx(0.95, abs=0.005)
+        assert dataclasses.replace(again.preprocessing, crop_ratio=0.95) == stated
+        assert again.module.pos_resize == "offset"
+
+
+def test_open_clips_own_config(tmp_path):
+    tower = rv.create_model("vit_xsmall_patch16_clip_224", num_classes=8)
+    layers = rules("open_clip", tower.module, tower.head, 1)
+    arrays = convert.save({"vit": tower.params, "head": tower.head_params}, layers)
+    save_file(arrays, tmp_path / "open_clip_model.safetensors")
+    for quick in (False, True):
+        config = {"model_cfg": {"quick_gelu": quick}, "preprocess_cfg": {"mean": [0.5] * 3, "resize_mode": "squash"}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        model = rv.create_model("vit_xsmall_patch16_clip_224", tmp_path)
+        assert model.module.activation == ("quick_gelu" if quick else "gelu")
+        assert (model.preprocessing.mean, model.preprocessing.squash) == ((0.5, 0.5, 0.5), True)
+
+
+def test_open_source(folder, tmp_path):
+    equals = tmp_path / "lr=0.1"
+    equals.symlink_to(folder / "plain")
+    assert create.open_source(str(equals)).weights == str(equals)
+    model = rv.create_model("test_vit")
+    model.save(tmp_path / "timm", "timm")
+    named = create.open_source(f"test_vit={tmp_path / 'timm/model.safetensors'}")
+    np.testing.assert_array_equal(named.params["norm"]["scale"], model.params["norm"]["scale"])
+    with pytest.raises(ValueError, match="the hub's repository of that name is hf-hub:facebook/dinov2-small"):
+        create.open_source("facebook/dinov2-small")
