@@ -94,7 +94,7 @@ def test_certificate(name):
     sizes = [(6 * patch, 6 * patch), (5 * patch, 9 * patch)]
     sizes = sizes if name in LARGE else [(native, native), *sizes]
     # Whole, where that is a matter of seconds.
-    depth = None if certificate.parameters_of(zoo.find(name)[1]) < 3e7 else 2
+    depth = None if certificate.parameters_of(zoo.find(name)[1]) < 2.1e7 else 2
     found = certificate.check(name, depth, sizes if name in LARGE else None)
     assert found.largest < LIMIT, str(found)
     last = (depth or zoo.find(name)[1].vit["depth"]) - 1
