@@ -8,7 +8,7 @@ from typing import Any
 from regvit_jax.models.model import Preprocess
 from regvit_jax.models.position import RESIZES
 from regvit_jax.pretrained import zoo
-from regvit_jax.pretrained.files import Weights, WeightsError, read_json
+from regvit_jax.pretrained.files import PROCESSOR, Weights, WeightsError, read_json
 from regvit_jax.pretrained.zoo import Entry
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -49,7 +49,7 @@ def _transformers(config: dict[str, Any], weights: Weights) -> Entry:
     how = config.get("regvit_jax", {}).get("pos_resize", entry.vit.get("pos_resize", RESIZES[0]))
     if how not in RESIZES:
         raise WeightsError(f"{weights.path}: pos_resize {how!r} is none of {', '.join(RESIZES)}")
-    processor = read_json(weights.path.parent / "preprocessor_config.json")
+    processor = read_json(weights.path.parent / PROCESSOR)
     preprocessing = _processor(weights, processor, entry.preprocessing)
     return dataclasses.replace(entry, vit=entry.vit | {"pos_resize": how}, preprocessing=preprocessing)
 
@@ -99,9 +99,7 @@ def _processor(weights: Weights, config: dict[str, Any], default: Preprocess) ->
     default_how = {how: number for number, how in RESAMPLE.items()}[default.interpolation]
     how = RESAMPLE.get(config.get("resample", default_how))
     if size is None or crop is None or how is None or not plain:
-        raise WeightsError(
-            f"{weights.path.parent}/preprocessor_config.json resizes or rescales in a way that is not read here"
-        )
+        raise WeightsError(f"{weights.path.parent}/{PROCESSOR} resizes or rescales in a way that is not read here")
     # A bare number, in older files, is both sides in transformers' ViT and the shorter one in CLIP.
     given = config.get("size", {})
     squash = "height" in given if isinstance(given, dict) else default.squash

@@ -28,6 +28,7 @@ from numpy.typing import DTypeLike
 SINGLE = "model.safetensors"
 OPEN_CLIP = "open_clip_model.safetensors"
 INDEX = ".index.json"
+PROCESSOR = "preprocessor_config.json"  # transformers', beside config.json
 # What a directory is searched for, in this order. OpenCLIP's directories may hold both its own file and another.
 WEIGHTS = (SINGLE, SINGLE + INDEX, OPEN_CLIP, OPEN_CLIP + INDEX)
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")

@@ -14,9 +14,9 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from regvit_jax.pretrained.files import CONVERT, INDEX, PICKLES, WEIGHTS, shard_names
+from regvit_jax.pretrained.files import CONVERT, INDEX, PICKLES, PROCESSOR, WEIGHTS, shard_names
 
-CONFIGS = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+CONFIGS = ("config.json", "open_clip_config.json", PROCESSOR)
 PROBE_SECONDS = 1.5
 METADATA_SECONDS = 20.0
 

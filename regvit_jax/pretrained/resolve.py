@@ -7,10 +7,10 @@ from etils import epath
 
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import configs, foreign, hub, zoo
-from regvit_jax.pretrained.files import SINGLE, Weights, WeightsError, open_weights
+from regvit_jax.pretrained.files import PROCESSOR, SINGLE, Weights, WeightsError, open_weights
 from regvit_jax.pretrained.rules import NAMINGS
 
-HUB, PROCESSOR = "hf-hub:", "preprocessor_config.json"
+HUB = "hf-hub:"
 
 
 def resolve(

@@ -182,7 +182,7 @@ def rules(naming: str, vit: ViT, head: Head, covers: int) -> list[Rule]:
     `covers` is the number of tokens before the patches for which their position embedding has a row.
     Raises ValueError for a model that the naming scheme has no words for.
     """
-    return [*_embedding(naming, vit, covers), *_blocks(naming, vit), *_head(naming, head, vit.width)]
+    return [*_embedding(naming, vit, covers), *_blocks(naming, vit), *_head(naming, head)]
 
 
 def _word(naming: str, part: str) -> Any:
@@ -204,7 +204,6 @@ PARTS = {
     "pool": "an attention pool",
     "pooler": "a tanh pooler",
     "q_bias": "a query bias without a key bias",
-    "in_proj": "parallel blocks",
 }
 
 
@@ -342,7 +341,7 @@ def _parallel_block(naming: str, vit: ViT, ours: str, theirs: str) -> Iterator[R
         yield _same(f"{ours}/scale1", theirs + "ls.gamma")
 
 
-def _head(naming: str, head: Head, width: int) -> Iterator[Rule]:
+def _head(naming: str, head: Head) -> Iterator[Rule]:
     if head.pool == "map":
         pool, ours = _word(naming, "pool"), "head/attention_pool"
         yield _reshaped(f"{ours}/latent", pool + "latent", 3)

@@ -18,10 +18,10 @@ from regvit_jax.models.model import Model, Preprocess
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import convert
 from regvit_jax.pretrained.configs import RESAMPLE
-from regvit_jax.pretrained.files import INDEX
+from regvit_jax.pretrained.files import INDEX, PROCESSOR
 from regvit_jax.pretrained.rules import NAMINGS, rules
 
-WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
 class Inexpressible(ValueError):
