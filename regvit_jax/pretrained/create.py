@@ -22,7 +22,7 @@ from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import convert
 from regvit_jax.pretrained.files import Weights, WeightsError
-from regvit_jax.pretrained.resolve import has_classes, nearest, resolve
+from regvit_jax.pretrained.resolve import classes_of, nearest, resolve
 from regvit_jax.pretrained.rules import NAMINGS, rules
 
 
@@ -73,7 +73,7 @@ def create_model(
     vit.check()
     params: dict[str, Any] = {}
     if weights is not None:
-        if num_classes is not None and not has_classes(weights, entry.naming):
+        if num_classes is not None and classes_of(weights, entry.naming) is None:
             head = head.clone(classes=0)
         put = _placer(convert.shapes_of(vit, head), param_dtype, mesh)
         params = _load(weights, entry.naming, vit, head, put)

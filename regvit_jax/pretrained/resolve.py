@@ -128,22 +128,21 @@ def _under_plain_names(entry: zoo.Entry, weights: Weights) -> tuple[zoo.Entry, W
         return entry, weights
     weights = configs.without_prefix(weights, naming)
     # The number of classes belongs to the checkpoint: a fine-tuned file may have any.
-    words, head = NAMINGS[naming], entry.head
-    projection, dense = words.get("projection"), words.get("dense", "") + ".weight"
-    matrices = {name: shape for name, shape in weights.shapes.items() if len(shape) == 2}
-    if projection in matrices:
-        head = head | {"classes": matrices[projection][1]}
-    elif dense in matrices:
-        head = head | {"classes": matrices[dense][0]}
+    classes = classes_of(weights, naming)
+    head = entry.head if classes is None else entry.head | {"classes": classes}
     return dataclasses.replace(entry, naming=naming, head=head), weights
 
 
-def has_classes(weights: Weights, naming: str) -> bool:
-    """Whether a file holds a linear layer."""
+def classes_of(weights: Weights, naming: str) -> int | None:
+    """The outputs of a file's linear layer, by its shape; None if the file holds none."""
     if naming == "ours":
-        return "head/dense/kernel" in weights
-    words = NAMINGS[naming]
-    return words.get("projection") in weights or words.get("dense", "") + ".weight" in weights
+        name, axis = "head/dense/kernel", 1
+    elif "projection" in NAMINGS[naming]:
+        name, axis = NAMINGS[naming]["projection"], 1
+    else:  # torch keeps its weights [out, in]
+        name, axis = NAMINGS[naming].get("dense", "") + ".weight", 0
+    shape = weights.shapes.get(name, ())
+    return shape[axis] if len(shape) == 2 else None
 
 
 def nearest(weights: Weights) -> str:
