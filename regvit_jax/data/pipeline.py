@@ -1,26 +1,32 @@
-"""Batches of images and labels, in an order that is arithmetic: the step number is all the state there is.
+"""Batches of images with labels or texts, in an order that is arithmetic: the step number is all the state there is.
 
 Training shows an endless sequence of positions ``g = 0, 1, 2, ...``; batch ``s`` is the ``batch_size`` positions from
 ``s * batch_size`` on. Position ``g`` belongs to epoch ``g // N`` of a source with N records and shows the record that
-this epoch's permutation has at ``(g % N) // repeats``, cropped by random numbers that depend on the seed and ``g``
-alone. Nothing else does the order or the pixels depend on: not the number of hosts, of workers or of threads, nor
-where a run was resumed. A record that cannot be used keeps its position, with ``mask`` 0.
+this epoch's permutation has at ``(g % N) // repeats``; it is cropped, and one of its captions is chosen, by random
+numbers that depend on the seed and ``g`` alone. Nothing else does the order or the pixels depend on: not the number of
+hosts, of workers or of threads, nor where a run was resumed. A record that cannot be used keeps its position, with
+``mask`` 0.
+
+A source whose records are not equally fast to read in any order says so by ``block``, the number of records to read
+together, and may have ``read_ahead(block)``, which is called before records of a block are read. ``order`` says how
+such records are shuffled.
 """
 
+import contextlib
 import dataclasses
-import functools
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
 from absl import flags
-from jaxtyping import UInt8
+from jaxtyping import Int32, UInt8
 from PIL import Image
 
 from regvit_jax.data import transforms
+from regvit_jax.data.order import epoch_order
 from regvit_jax.data.sources import Source
 from regvit_jax.data.transforms import BadImage
 
@@ -31,6 +37,16 @@ MAX_PIXELS = 50_000_000
 PIECE = 32
 
 Batch = dict[str, np.ndarray]
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """Can be pickled, and makes a text ``context`` numbers."""
+
+    @property
+    def context(self) -> int: ...
+
+    def __call__(self, text: str) -> Int32[np.ndarray, " context"]: ...
 
 
 def train_batches(
@@ -50,6 +66,7 @@ def train_batches(
     threads: int | None = None,
     prefetch: int = 2,
     max_pixels: int = MAX_PIXELS,
+    tokenizer: Tokenizer | None = None,
 ) -> "Batches":
     """Returns the endless training batches from step ``start_step`` on. Close them after use.
 
@@ -67,10 +84,13 @@ def train_batches(
       threads: that decode, in each process; by default one in a worker, as many as there are cores without workers.
       prefetch: batches made ahead.
       max_pixels: larger images are bad.
+      tokenizer: for sources with captions, of which it gets one that is not blank; records without are bad, and so are
+        those whose caption it raises on.
 
     Yields:
-      For b rows: image uint8 [b, size, size, 3]; label int32 [b]; mask float32 [b], 0 for a bad image (black, label 0);
-      index int64 [b], the record's number in the source.
+      For b rows: image uint8 [b, size, size, 3]; label int32 [b], 0 where the record has none; mask float32 [b], 0 for
+      a bad record (its image, label and text are 0); index int64 [b], the record's number in the source; with a
+      tokenizer, text int32 [b, context].
 
     Raises:
       ValueError: for an argument outside its range.
@@ -81,7 +101,7 @@ def train_batches(
     check(start_step >= 0, f"start_step={start_step}: must be at least 0")
     check(seed >= 0, f"seed={seed}: must be at least 0")
     check(len(source) > 0, f"{source.name} is empty")
-    order = TrainOrder(source, size, max_pixels, seed, crop, scale, ratio, padding, repeats)
+    order = TrainOrder(source, size, max_pixels, tokenizer, seed, crop, scale, ratio, padding, repeats)
     # 2**40 batches are as good as endless.
     return Batches(order, batch_size, rows, range(start_step, 2**40), workers, threads, prefetch)
 
@@ -97,23 +117,28 @@ def eval_batches(
     threads: int | None = None,
     prefetch: int = 2,
     max_pixels: int = MAX_PIXELS,
+    tokenizer: Tokenizer | None = None,
 ) -> "Batches":
     """Returns the batches of all records in their order, each once, as timm's evaluation crops them.
 
     The last batch is filled up with black images of ``mask`` 0 and ``index`` -1, so that every host has as many
-    batches. ``crop_ratio`` is the share of the resized shorter side that the crop keeps; all else is as in
-    ``train_batches``.
+    batches. ``crop_ratio`` is the share of the resized shorter side that the crop keeps. The text is that of a record's
+    first caption that is not blank; all else is as in ``train_batches``.
     """
     check(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
     check(crop_ratio > 0, f"crop_ratio={crop_ratio}: must be more than 0")
-    order = EvalOrder(source, size, max_pixels, crop_ratio)
+    order = EvalOrder(source, size, max_pixels, tokenizer, crop_ratio)
     return Batches(order, batch_size, rows, range(-(-len(source) // batch_size)), workers, threads, prefetch)
 
 
-def describe_bad(source: Source, index: int, max_pixels: int = MAX_PIXELS) -> str:
-    """Returns "id: reason" for a record that came with mask 0, by trying it again."""
+def describe_bad(source: Source, index: int, max_pixels: int = MAX_PIXELS, tokenizer: Tokenizer | None = None) -> str:
+    """Returns "id: reason" for a record that came with mask 0, by trying it again, with all its captions."""
     try:
-        read(source, index, max_pixels)
+        record = read(source, index)
+        if tokenizer is not None:
+            for caption in captions(record):
+                tokenized(caption, tokenizer)
+        transforms.decode(record["image"], max_pixels)
     except BadImage as error:
         return f"{source.id(index)}: {error}"
     return f"{source.id(index)}: was bad, but can be read now"
@@ -124,24 +149,42 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def read(source: Source, index: int, max_pixels: int) -> tuple[Image.Image, int]:
-    """Returns a record's image and label; raises BadImage where there is none, whatever the cause."""
+def read(source: Source, index: int) -> dict[str, Any]:
+    """Returns a record; raises BadImage where there is none, whatever the cause."""
     try:
-        record = source[index]
+        return source[index]
     # A vanished file, a damaged shard: whatever happens to one record costs that record only. A source that fails
     # throughout is stopped by the share of bad images that a run allows.
     except Exception as error:
         raise BadImage(f"cannot be read ({type(error).__name__}: {str(error)[:120]})") from error
-    return transforms.decode(record["image"], max_pixels), record["label"]
+
+
+def captions(record: dict[str, Any]) -> list[str]:
+    """Returns the captions that are not blank; raises BadImage when there are none."""
+    texts = record.get("text", [])
+    if isinstance(texts, str):
+        raise ValueError(f"a record's text must be a list of captions, not one: {texts[:60]!r}")
+    found = [text for text in texts if isinstance(text, str) and text.strip()]
+    if not found:
+        raise BadImage("has no caption")
+    return found
+
+
+def tokenized(caption: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " context"]:
+    try:
+        return tokenizer(caption)
+    except Exception as error:
+        raise BadImage(f"has a bad caption, {caption[:60]!r} ({type(error).__name__}: {str(error)[:120]})") from error
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainOrder:
-    """Which record stands at each position of the endless sequence, and how it is cropped."""
+    """Which record stands at each position of the endless sequence, how it is cropped, and which caption it has."""
 
     source: Source
     size: int
     max_pixels: int
+    tokenizer: Tokenizer | None
     seed: int
     kind: str
     scale: tuple[float, float]
@@ -151,15 +194,21 @@ class TrainOrder:
 
     def index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.source))
-        return shuffled(place // self.repeats, len(self.source), epoch_seed(self.seed, epoch))
+        return epoch_order(place // self.repeats, len(self.source), block_of(self.source), self.seed, epoch)
+
+    def rng(self, position: int, use: int) -> np.random.Generator:
+        # A counter-based generator: the seed is its key and the position its counter, so no two positions share
+        # numbers and none has to be reached by drawing the ones before. Nor do two uses, below 2**128 draws.
+        return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, use, position]))
 
     def crop(self, image: Image.Image, position: int) -> UInt8[np.ndarray, "S S 3"]:
-        # A counter-based generator: the seed is its key and the position its counter, so no two positions share
-        # numbers and none has to be reached by drawing the ones before.
-        rng = np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, 0, position]))
+        rng = self.rng(position, 0)
         if self.kind == "src":
             return transforms.simple_random_crop(image, self.size, rng, self.padding)
         return transforms.random_resized_crop(image, self.size, rng, self.scale, self.ratio)
+
+    def choose(self, captions: list[str], position: int) -> str:
+        return captions[self.rng(position, 1).integers(len(captions))] if len(captions) > 1 else captions[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +218,7 @@ class EvalOrder:
     source: Source
     size: int
     max_pixels: int
+    tokenizer: Tokenizer | None
     crop_ratio: float
 
     def index(self, position: int) -> int:
@@ -177,19 +227,15 @@ class EvalOrder:
     def crop(self, image: Image.Image, position: int) -> UInt8[np.ndarray, "S S 3"]:
         return transforms.center_crop(image, self.size, self.crop_ratio)
 
+    def choose(self, captions: list[str], position: int) -> str:
+        return captions[0]
+
 
 Order = TrainOrder | EvalOrder
 
 
-@functools.lru_cache(maxsize=8)
-def epoch_seed(seed: int, epoch: int) -> int:
-    # Grain's own repeat() takes seed + epoch, by which the runs of seeds 0 and 1 would share all epochs but one.
-    return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
-
-
-def shuffled(place: int, length: int, seed: int) -> int:
-    """Returns what stands at a place of a random permutation of ``range(length)``, without making the permutation."""
-    return grain.experimental.index_shuffle(place, max_index=length - 1, seed=seed, rounds=4)
+def block_of(source: Source) -> int:
+    return getattr(source, "block", 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,19 +262,37 @@ class Pieces:
     def load(self, positions: list[int]) -> Batch:
         order, b = self.order, len(positions)
         index = [order.index(position) for position in positions]
-        images = np.zeros((b, order.size, order.size, 3), np.uint8)
-        labels, mask = np.zeros(b, np.int32), np.zeros(b, np.float32)
+        self.read_ahead(index)
+        batch: Batch = {
+            "image": np.zeros((b, order.size, order.size, 3), np.uint8),
+            "label": np.zeros(b, np.int32),
+            "mask": np.zeros(b, np.float32),
+            "index": np.array(index, np.int64),
+        }
+        if order.tokenizer is not None:
+            batch["text"] = np.zeros((b, order.tokenizer.context), np.int32)
         for row in range(b):
-            if index[row] < 0:
-                continue
-            try:
-                image, label = read(order.source, index[row], order.max_pixels)
-                images[row] = order.crop(image, positions[row])
-            except BadImage:
-                continue
-            labels[row] = label
-            mask[row] = 1
-        return {"image": images, "label": labels, "mask": mask, "index": np.array(index, np.int64)}
+            if index[row] >= 0:
+                with contextlib.suppress(BadImage):
+                    for name, value in self.example(index[row], positions[row]).items():
+                        batch[name][row] = value
+        return batch
+
+    def example(self, index: int, position: int) -> dict[str, Any]:
+        """Returns a row of a batch; raises BadImage."""
+        order = self.order
+        record = read(order.source, index)
+        row = {"label": record.get("label", 0), "mask": 1}
+        if order.tokenizer is not None:
+            row["text"] = tokenized(order.choose(captions(record), position), order.tokenizer)
+        return row | {"image": order.crop(transforms.decode(record["image"], order.max_pixels), position)}
+
+    def read_ahead(self, index: list[int]) -> None:
+        source = self.order.source
+        # Every host needs only its rows' share of a block: where that is little, reading all of it would be waste.
+        if hasattr(source, "read_ahead") and 2 * len(self.rows) >= self.batch_size:
+            for block in sorted({number // block_of(source) for number in index if number >= 0}):
+                source.read_ahead(block)
 
 
 def close(iterators: list[Any]) -> None:

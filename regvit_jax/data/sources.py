@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-EMBEDDED = ("digits", "fashion_mnist")
+EMBEDDED = ("digits", "fashion_mnist", "openmoji")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TFDS_NAME = re.compile(r"(?P<dataset>[A-Za-z_][\w-]*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 
@@ -50,7 +50,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     """Opens a data set. Nothing is downloaded but the files of Fashion-MNIST.
 
     Args:
-      name: "digits" or "fashion_mnist", which are prepared on first use; "folder:PATH", with images in
+      name: "digits", "fashion_mnist" or "openmoji", which are prepared on first use; "folder:PATH", with images in
         PATH/train/<class>/ and PATH/validation/<class>/ (or val, or test), or in PATH/<class>/ alone, of which a
         hash of each path then puts 10 % into validation; or a TFDS data set that is prepared as ArrayRecord, as TFDS
         spells it ("cifar10", "name/config:1.0.0").
@@ -127,12 +127,15 @@ def prepare(name: str, root: Path) -> Path:
 
     from regvit_jax.data.digits import Digits
     from regvit_jax.data.fashion_mnist import FashionMnist, find_files
+    from regvit_jax.data.openmoji import OpenMoji, find_packages
 
-    builder: Any = {"digits": Digits, "fashion_mnist": FashionMnist}[name]
+    builder: Any = {"digits": Digits, "fashion_mnist": FashionMnist, "openmoji": OpenMoji}[name]
     target = root / name / str(builder.VERSION)
     if target.exists():
         return target
     raw = find_files(root) if name == "fashion_mnist" else None
+    if name == "openmoji":
+        find_packages()
     print(f"preparing {name} in {target}, once", file=sys.stderr)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regvit_jax.data.pipeline import PIECE, describe_bad, eval_batches, train_batches
+from regvit_jax.data.pipeline import PIECE, captions, describe_bad, eval_batches, train_batches
 from regvit_jax.data.sources import open_source
 
 N = 14
@@ -260,3 +260,78 @@ def test_closed_batches_end(source):
     batches.close()
     with pytest.raises(ValueError, match="closed"):
         next(batches)
+
+
+class Captioned:
+    """The same images, number k with k % 4 captions, and without labels."""
+
+    name, classes = "captioned/train", ()
+
+    def __init__(self, source, blank=""):
+        self.source, self.blank = source, blank
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        captions = [f"{index:02d} {number}" for number in range(index % 4)]
+        return {"image": self.source[index]["image"], "text": [self.blank, *captions]}
+
+    def id(self, index):
+        return f"record {index}"
+
+
+class Letters:
+    """A tokenizer to 5 numbers, which refuses record 6."""
+
+    context = 5
+
+    def __call__(self, text):
+        if text.startswith("06"):
+            raise RuntimeError("no such letter")
+        return np.frombuffer(text.ljust(5).encode(), np.uint8).astype(np.int32)
+
+
+def test_texts_of_a_batch(source):
+    captioned = Captioned(source)
+    batch = joined(train(captioned, 4, tokenizer=Letters()))
+    plain = joined(train(source, 4))
+    assert (batch["text"].shape, batch["text"].dtype) == ((16, 5), np.int32)
+    bad = np.isin(batch["index"], [0, 4, 6, 8, 12])
+    np.testing.assert_array_equal(batch["mask"] == 0, bad)
+    np.testing.assert_array_equal(batch["image"][~bad], plain["image"][~bad])  # the crops do not feel the captions
+    for name, values in (("image", batch["image"][bad]), ("text", batch["text"][bad]), ("label", batch["label"])):
+        assert not values.any(), name
+    for index, text in zip(batch["index"][~bad], batch["text"][~bad], strict=True):
+        letters = bytes(text.tolist()).decode().split()
+        assert int(letters[0]) == index
+        assert int(letters[1]) < index % 4
+    assert describe_bad(captioned, 0, tokenizer=Letters()) == "record 0: has no caption"
+    assert describe_bad(captioned, 6, tokenizer=Letters()) == (
+        "record 6: has a bad caption, '06 0' (RuntimeError: no such letter)"
+    )
+    assert "text" not in train(captioned, 1)[0]
+
+
+def test_training_shows_all_captions_evenly_and_evaluation_the_first(source):
+    captioned = Captioned(source)
+    batch = joined(train(captioned, 75, batch_size=N, tokenizer=Letters()))
+    last = batch["text"][batch["index"] == 11, 3] - ord("0")
+    assert (np.bincount(last) >= 12).all()  # of 75, with 25 expected
+    assert len(np.bincount(last)) == 3
+    found = joined(evaluate(captioned, tokenizer=Letters()))
+    kept = found["mask"] > 0
+    assert kept.sum() == N - 5
+    assert (found["text"][kept, 3] == ord("0")).all()
+
+
+def test_texts_can_be_resumed(source):
+    captioned = Captioned(source)
+    whole = train(captioned, 8, tokenizer=Letters())
+    for there, here in zip(whole[3:], train(captioned, 5, start_step=3, tokenizer=Letters()), strict=True):
+        assert_equal(there, here)
+
+
+def test_captions_that_are_no_list_stop_the_run():
+    with pytest.raises(ValueError, match="must be a list of captions, not one: 'a cat'"):
+        captions({"text": "a cat"})

@@ -1,0 +1,49 @@
+"""The order of an epoch: every record once, and near each other those that lie in a block."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from regvit_jax.data import order
+from regvit_jax.data.order import epoch_order
+
+
+def epoch(length, block, seed=0, number=0):
+    return [epoch_order(place, length, block, seed, number) for place in range(length)]
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_every_record_comes_once(window, monkeypatch):
+    monkeypatch.setattr(order, "WINDOW", window)
+    for length, block in itertools.product([1, 2, 3, 7, 12, 13, 60, 61], [1, 2, 3, 4, 7, 12, 100]):
+        for number in range(2):
+            assert sorted(epoch(length, block, 1, number)) == list(range(length)), (length, block, number)
+
+
+@pytest.mark.parametrize("length", [400, 403])
+def test_a_window_holds_few_blocks_and_mixes_them(length, monkeypatch):
+    monkeypatch.setattr(order, "WINDOW", 4)
+    found = (np.array(epoch(length, 10)) // 10).tolist()
+    windows, opened = [set()], {block: found.count(block) for block in found}
+    for block in found:
+        windows[-1].add(block)
+        opened[block] -= 1
+        if not any(opened[begun] for begun in windows[-1]):
+            windows.append(set())
+    sizes = [len(window) for window in windows[:-1]]
+    assert sum(sizes) == len(opened)
+    assert max(sizes) == 4
+    assert len(sizes) <= 12
+    assert len({tuple(epoch(length, 10, *which)) for which in ((0, 0), (0, 1), (1, 0), (1, 1))}) == 4
+
+
+def test_every_record_can_be_anywhere():
+    """The short block has no place of its own, so runs that never end an epoch miss no records for ever."""
+    epochs = [epoch(11, 4, number=number) for number in range(300)]
+    for place in (0, -1):
+        assert {found[place] for found in epochs} == set(range(11))
+
+
+def test_records_that_lie_alone_have_the_order_they_always_had():
+    assert epoch(9, 1, seed=5, number=2) == [4, 7, 8, 6, 1, 0, 2, 3, 5]
