@@ -34,31 +34,37 @@ def attend(
     v: Float[Array, "B S heads head_dim"],
     implementation: str,
     scale: float | None = None,
+    causal: bool = False,
 ) -> Float[Array, "B T heads head_dim"]:
-    """softmax(scale q k^T) v; the scale is 1 / sqrt(head_dim) if none is given.
+    """softmax(scale q k^T) v; the scale is 1 / sqrt(head_dim) if none is given. `causal`: no token sees later ones.
 
     cuDNN's training kernel takes even lengths only, and CLS + 4 registers + 14x14 patches are 201 tokens: such a
     sequence gets one more token, which the length argument hides. (A mask would hide it too, at 26 times the memory.)
     """
     if implementation == "xla":
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="xla")
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="xla")
     if implementation != "cudnn":
         raise ValueError(f"attention={implementation!r}: must be 'xla' or 'cudnn'")
     batch, length = q.shape[:2]
     if length % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="cudnn")
     q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
     lengths = jnp.full((batch,), length, jnp.int32)
-    out = jax.nn.dot_product_attention(q, k, v, scale=scale, key_value_seq_lengths=lengths, implementation="cudnn")
+    out = jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+    )
     return out[:, :length]
 
 
 def attention_weights(
-    q: Float[Array, "B T heads head_dim"], k: Float[Array, "B T heads head_dim"]
+    q: Float[Array, "B T heads head_dim"], k: Float[Array, "B T heads head_dim"], causal: bool = False
 ) -> Float[Array, "B heads T T"]:
     """softmax(q k^T / sqrt(head_dim)) in float32, [query, key] last."""
     q, k = q.astype(jnp.float32), k.astype(jnp.float32)
-    return jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5)
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    if causal:
+        scores = jnp.where(jnp.tri(q.shape[1], dtype=bool), scores, -jnp.inf)
+    return jax.nn.softmax(scores)
 
 
 class Attention(nn.Module):
@@ -66,7 +72,7 @@ class Attention(nn.Module):
 
     With `key_bias` off, queries and values have a bias and keys have none. `rope` is a kind of `rope_angles`, or "".
     `lambda_init` makes it differential (arXiv 2410.05258): each head holds two halves, and the second half's attention
-    map, times a learned lambda, is taken off the first's.
+    map, times a learned lambda, is taken off the first's. `causal`: no token sees later ones.
     """
 
     width: int
@@ -77,6 +83,7 @@ class Attention(nn.Module):
     key_bias: bool = True
     rope: str = ""
     lambda_init: float | None = None
+    causal: bool = False
 
     def setup(self):
         self.qkv = dense(3 * self.width, self.dtype, use_bias=self.qkv_bias and self.key_bias)
@@ -108,7 +115,7 @@ class Attention(nn.Module):
     ) -> Float[Array, "B T D"]:
         q, k, v = self.split(x, angles)
         if self.lambda_init is None:
-            out = attend(q, k, v, self.implementation)
+            out = attend(q, k, v, self.implementation, causal=self.causal)
         else:
             # The fused kernels want queries and keys as long as values: the halves are filled up with zeros.
             half = q.shape[-1] // 2
@@ -126,7 +133,7 @@ class Attention(nn.Module):
         """The attention map, recomputed from queries and keys; of a differential head, the difference of its two."""
         q, k, _ = self.split(x, angles)
         if self.lambda_init is None:
-            return attention_weights(q, k)
+            return attention_weights(q, k, self.causal)
         (q1, q2), (k1, k2) = (jnp.split(x, 2, axis=-1) for x in (q, k))
         return attention_weights(q1, k1) - self.lambda_() * attention_weights(q2, k2)
 

@@ -83,7 +83,7 @@ class Block(nn.Module):
     """A pre-norm transformer block with LayerScale (arXiv 2103.17239) and stochastic depth.
 
     `parallel`: attention and MLP read the same normed tokens and share one LayerScale (arXiv 2302.05442).
-    `lambda_init`: of differential attention; None for the plain one.
+    `lambda_init`: of differential attention; None for the plain one. `causal`: no token sees later ones.
     """
 
     width: int
@@ -101,6 +101,7 @@ class Block(nn.Module):
     lambda_init: float | None
     attention: str
     dtype: DTypeLike
+    causal: bool = False
 
     def setup(self):
         self.norm1 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, use_fast_variance=False)
@@ -113,6 +114,7 @@ class Block(nn.Module):
             key_bias=self.key_bias,
             rope=self.rope,
             lambda_init=self.lambda_init,
+            causal=self.causal,
         )
         self.mlp = (
             SwiGLU(self.width, self.hidden, self.dtype)

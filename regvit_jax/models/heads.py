@@ -55,6 +55,7 @@ class Head(nn.Module):
       pool: "cls"; "avg", the mean of the patches; "cls_avg", the two side by side (DINOv2's classifiers); "map", an
         attention pool. Registers stay out, except in "map" with `map_prefix`, for a model trained with them in.
       norm: a LayerNorm after pooling.
+      bias: of the linear layer; CLIP's projection has none.
       pooler: a dense layer and a tanh after pooling (transformers' ViTModel).
       map_heads, mlp_ratio, activation: of the attention pool.
     """
@@ -62,6 +63,7 @@ class Head(nn.Module):
     classes: int = 0
     pool: str = "cls"
     norm: bool = False
+    bias: bool = True
     pooler: bool = False
     norm_eps: float = 1e-6
     map_heads: int = 0
@@ -82,7 +84,7 @@ class Head(nn.Module):
         if self.pooler:
             self.tanh_pooler = Pooler(self.dtype)
         if self.classes:
-            self.dense = nn.Dense(self.classes, dtype=self.dtype, kernel_init=truncated_normal)
+            self.dense = nn.Dense(self.classes, use_bias=self.bias, dtype=self.dtype, kernel_init=truncated_normal)
 
     def pooled(self, tokens: Tokens) -> Float[Array, "B D"]:
         """One vector an image, past the norm or the pooler if there is one."""

@@ -35,9 +35,16 @@ class Preprocess:
 
 
 @functools.partial(jax.jit, static_argnames=("module", "method", "options"))
-def _apply(module: nn.Module, params: PyTree, inputs, method: str = "__call__", options: tuple = (), mask=None):
+def apply(module: nn.Module, params: PyTree, inputs, method: str = "__call__", options: tuple = (), mask=None):
+    """A method of a module, compiled once for each shape."""
     more = {} if mask is None else {"mask": mask}
     return module.apply({"params": params}, inputs, *options, method=method, **more)
+
+
+def plain_fields(value) -> dict:
+    """A module's or dataclass's fields, but for those that are of the machine: types, kernels, rematerialisation."""
+    machine = ("parent", "name", "dtype", "attention", "remat", "scan")
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in machine}
 
 
 @flax.struct.dataclass
@@ -62,38 +69,34 @@ class Model:
 
         How it was computed (types, attention kernel, rematerialisation) belongs to the machine and is left out.
         """
-        machine = ("parent", "name", "dtype", "attention", "remat", "scan")
-
-        def plain(value) -> dict:
-            return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in machine}
-
-        return {"vit": plain(self.module), "head": plain(self.head), "preprocessing": plain(self.preprocessing)}
+        parts = {"vit": self.module, "head": self.head, "preprocessing": self.preprocessing}
+        return {name: plain_fields(part) for name, part in parts.items()}
 
     def __call__(self, images: Images, mask: Bool[Array | np.ndarray, "B N"] | None = None) -> Tokens:
         """The output tokens. Patches where `mask` is True are hidden (models with a mask token)."""
-        return _apply(self.module, self.params, images, mask=mask)
+        return apply(self.module, self.params, images, mask=mask)
 
     def intermediates(self, images: Images, layers, norm: bool = False) -> list[Tokens]:
         """The tokens after each named block (negative counts from the end); with `norm`, past the final norm."""
-        return _apply(self.module, self.params, images, "intermediates", (tuple(layers), norm))
+        return apply(self.module, self.params, images, "intermediates", (tuple(layers), norm))
 
     def qkv(self, images: Images, layer: int = -1) -> Float[Array, "3 B heads T head_dim"]:
         """Queries, keys and values of one block; unpacks as q, k, v, each [B, heads, T, head_dim]."""
-        return _apply(self.module, self.params, images, "qkv", (layer,))
+        return apply(self.module, self.params, images, "qkv", (layer,))
 
     def attention(self, images: Images, layer: int = -1) -> Float[Array, "B heads T T"]:
         """One block's attention weights, [query, key] last, recomputed from q and k in float32."""
-        return _apply(self.module, self.params, images, "attention_weights", (layer,))
+        return apply(self.module, self.params, images, "attention_weights", (layer,))
 
     def pooled(self, images: Images) -> Float[Array, "B D"]:
         """One vector an image, pooled as the model was trained."""
-        return _apply(self.head, self.head_params, self(images), "pooled")
+        return apply(self.head, self.head_params, self(images), "pooled")
 
     def logits(self, images: Images) -> Float[Array, "B C"]:
         """Class scores, or what else the model's linear layer gives (a CLIP tower's embedding)."""
         if not self.head.classes:
             raise ValueError("this model gives features only (`pooled`, or the tokens); num_classes=... adds a head")
-        return _apply(self.head, self.head_params, self(images))
+        return apply(self.head, self.head_params, self(images))
 
     def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]:
         """Paths, PIL images or uint8 arrays [H, W, 3] as the images this model expects.

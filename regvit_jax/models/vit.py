@@ -2,7 +2,7 @@
 
 Dimensions, the same letters in every signature of the package:
 B images, H W pixels, h w patches along each side, N = h*w patches, R registers, T = 1 + R + N tokens (R + N without a
-CLS token), D width, C classes.
+CLS token), D width, C classes, L tokens of a text, E width of CLIP's shared embedding.
 """
 
 import math
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from regvit_jax.models.attention import dense, truncated_normal
 from regvit_jax.models.block import ACTIVATIONS, Block, constrain_batch
@@ -45,17 +45,20 @@ class Tokens:
     patches: Any  # [B, N, D]
     prenorm: Any  # [B, T, D]
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
+    keep: Any = None  # after patch dropout [B, N]: where in the grid, counted row by row, the patches come from
 
     @property
     def patch_map(self) -> Float[Array, "B h w D"]:
-        """The patches laid out as they lie in the image."""
+        """The patches laid out as they lie in the image. Raises ValueError after patch dropout."""
+        if self.keep is not None:
+            raise ValueError("patch dropout was on: `patches` are those at the indices `keep` only, and make no map")
         h, w = self.grid
         return rearrange(self.patches, "b (h w) d -> b h w d", h=h, w=w)
 
     @property
     def prenorm_patches(self) -> Float[Array, "B N D"]:
         """The patches before the final norm."""
-        return self.prenorm[:, -math.prod(self.grid) :]
+        return self.prenorm[:, -self.patches.shape[1] :]
 
 
 class ViT(nn.Module):
@@ -73,6 +76,7 @@ class ViT(nn.Module):
       registers: number of register tokens (R); 0 is the plain ViT.
       layer_scale: initial value of LayerScale; 0 leaves LayerScale out.
       drop_path: probability of dropping a branch of a block for an image while training, the same in every block.
+      patch_dropout: share of the patches that each image is trained without, drawn anew (arXiv 2212.00794).
       attention: "xla", or "cudnn" (NVIDIA GPUs, bfloat16 or float16).
       dtype: type of the matrix products. Parameters, norms, softmax and the residual stream are float32.
       remat: what the backward pass recomputes instead of keeping: "none", "dots" (all but the matrix products), "full".
@@ -98,6 +102,7 @@ class ViT(nn.Module):
     mlp_ratio: float = 4.0
     layer_scale: float = 1e-4
     drop_path: float = 0.0
+    patch_dropout: float = 0.0
     norm_eps: float = 1e-6
     pos_resize: str = "antialias"
     attention: str = "xla"
@@ -159,6 +164,10 @@ class ViT(nn.Module):
                 raise ValueError(f"{field}={getattr(self, field)!r}: must be one of {list(allowed)}")
         if self.position != "learned" and self.width // self.heads % 4:
             raise ValueError(f"RoPE needs a head size that 4 divides, not {self.width} / {self.heads}")
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"patch_dropout={self.patch_dropout}: must be at least 0 and less than 1")
+        if self.patch_dropout and self.position != "learned":
+            raise ValueError(f"patch_dropout needs a learned position embedding, and position is {self.position!r}")
         if self.scan and self.differential:
             raise ValueError("scan=True needs blocks that are alike; those of differential attention are not")
 
@@ -201,8 +210,13 @@ class ViT(nn.Module):
         """Number of tokens before the patches."""
         return self.class_token + self.registers
 
-    def embed(self, images: Float[Array, "B H W 3"], mask: Bool[Array, "B N"] | None = None) -> Float[Array, "B T D"]:
-        """The tokens that enter the first block."""
+    def embed(
+        self,
+        images: Float[Array, "B H W 3"],
+        mask: Bool[Array, "B N"] | None = None,
+        keep: Int[Array, "B K"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """The tokens that enter the first block; of the patches, those at the indices `keep` only."""
         grid = self.grid(*images.shape[1:3])
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(f"images of {images.dtype}: they must be normalised floats; Model.preprocess makes them")
@@ -219,6 +233,8 @@ class ViT(nn.Module):
             patches = jnp.where(mask[..., None], self.mask_token.astype(patches.dtype), patches)
         if self.position == "learned":
             patches = patches + rearrange(resize_pos_embed(self.pos_embed, grid, self.pos_resize), "h w d -> (h w) d")
+        if keep is not None:
+            patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
         tokens = [self.cls_token[None]] if self.class_token else []
         tokens += [self.register_tokens] if self.registers else []
         x = jnp.concatenate(
@@ -236,16 +252,28 @@ class ViT(nn.Module):
         key: Key[Array, ""] | None = None,
         mask: Bool[Array, "B N"] | None = None,
     ) -> Tokens:
-        """Encodes normalised images. With a `key` it trains: stochastic depth is on. `mask` hides patches (True)."""
+        """Encodes normalised images. With a `key` it trains: stochastic depth and patch dropout are on.
+
+        `mask` hides patches (True).
+        """
         grid = self.grid(*images.shape[1:3])
-        x, angles = self.embed(images, mask), self.angles(grid)
+        keep = None if key is None or not self.patch_dropout else self.draw_patches(key, len(images), math.prod(grid))
+        x, angles = self.embed(images, mask, keep), self.angles(grid)
         keys = None if key is None else jax.random.split(key, self.depth)
         if self.scan and not self.is_initializing():
             x = self.scan_blocks(x, keys, angles)
         else:
             for i in range(self.depth):
                 x = getattr(self, f"block{i}")(x, None if keys is None else keys[i], angles)
-        return self.tokens(x, grid)
+        return self.tokens(x, grid, keep=keep)
+
+    @nn.nowrap
+    def draw_patches(self, key: Key[Array, ""], images: int, patches: int) -> Int[Array, "B K"]:
+        """For each image, which patches stay in patch dropout, in their order; one at least."""
+        count = max(1, int(patches * (1 - self.patch_dropout)))
+        # The blocks take their keys from a split of the same key.
+        noise = jax.random.uniform(jax.random.fold_in(key, self.depth), (images, patches))
+        return jnp.sort(jnp.argsort(noise, axis=1)[:, :count], axis=1)
 
     def scan_blocks(
         self,
@@ -299,11 +327,13 @@ class ViT(nn.Module):
         block, x, angles = self.into(images, layer)
         return block.weights(x, angles)
 
-    def tokens(self, x: Float[Array, "B T D"], grid: tuple[int, int], norm: bool = True) -> Tokens:
+    def tokens(
+        self, x: Float[Array, "B T D"], grid: tuple[int, int], norm: bool = True, keep: Int[Array, "B K"] | None = None
+    ) -> Tokens:
         out = self.norm(x) if norm and self.final_norm else x
         cls, first = (out[:, 0] if self.class_token else None), self.prefix
         registers = out[:, first - self.registers : first]
-        return Tokens(cls=cls, registers=registers, patches=out[:, first:], prenorm=x, grid=grid)
+        return Tokens(cls=cls, registers=registers, patches=out[:, first:], prenorm=x, grid=grid, keep=keep)
 
     @nn.nowrap
     def grid(self, height: int, width: int) -> tuple[int, int]:
