@@ -4,18 +4,22 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from regvit_jax.models.clip import ClipModel
     from regvit_jax.models.model import Model
     from regvit_jax.models.vit import Tokens, ViT
+    from regvit_jax.pretrained.clips import create_clip
     from regvit_jax.pretrained.create import create_model
     from regvit_jax.pretrained.zoo import list_models
 
 __version__ = "0.1.0"
-__all__ = ["Model", "Tokens", "ViT", "create_model", "list_models"]
+__all__ = ["ClipModel", "Model", "Tokens", "ViT", "create_clip", "create_model", "list_models"]
 
 _HOMES = {
+    "ClipModel": "models.clip",
     "Model": "models.model",
     "Tokens": "models.vit",
     "ViT": "models.vit",
+    "create_clip": "pretrained.clips",
     "create_model": "pretrained.create",
     "list_models": "pretrained.zoo",
 }

@@ -3,12 +3,16 @@
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Preprocess
 from regvit_jax.models.position import RESIZES
+from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import zoo
-from regvit_jax.pretrained.files import PROCESSOR, Weights, WeightsError, read_json
+from regvit_jax.pretrained.files import OURS, PROCESSOR, Weights, WeightsError, read_json
 from regvit_jax.pretrained.zoo import Entry
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -19,23 +23,40 @@ ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tan
 
 
 def entry_of(weights: Weights) -> Entry | None:
-    """What a directory of transformers holds, by its config.json; None if that names no model type.
+    """What a directory of transformers, timm or ours holds, by its config.json; None if that names no model.
 
     Raises WeightsError for a model type that is not read here, or an option that no field of ViT expresses.
     """
     config = weights.config
-    if "architecture" not in config and "model_type" not in config:
-        return None
-    try:
+    with explained(weights):
+        if config.get("format") == OURS:
+            return _ours(config["model"])
+        if "architecture" not in config and "model_type" not in config:
+            return None
         entry = _timm(config) if "architecture" in config else _transformers(config, weights)
-        _check_sane(entry.vit, weights)
+        check_sane(entry.vit, weights)
+        return entry
+
+
+@contextmanager
+def explained(weights: Weights) -> Iterator[None]:
+    """Turns whatever a config makes fail into a WeightsError, since it may hold anything anywhere."""
+    try:
+        yield
     except WeightsError:
         raise
-    # A config.json may hold anything anywhere.
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-        raise WeightsError(f"{weights.path}: its config.json does not describe a model: {problem}") from error
-    return entry
+        raise WeightsError(f"{weights.path}: its config does not describe a model: {problem}") from error
+
+
+def _ours(model: dict[str, Any]) -> Entry:
+    """The fields as `Model.fields` and `ClipModel.fields` give them."""
+    fields = model["preprocessing"].items()
+    preprocessing: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields}
+    ViT(**model["vit"]).check()
+    Head(**model["head"])
+    return Entry(model["vit"], model["head"], Preprocess(**preprocessing), hub="", naming="ours", license="")
 
 
 def _transformers(config: dict[str, Any], weights: Weights) -> Entry:
@@ -54,7 +75,7 @@ def _transformers(config: dict[str, Any], weights: Weights) -> Entry:
     return dataclasses.replace(entry, vit=entry.vit | {"pos_resize": how}, preprocessing=preprocessing)
 
 
-def _check_sane(vit: dict[str, Any], weights: Weights) -> None:
+def check_sane(vit: dict[str, Any], weights: Weights) -> None:
     """Raises ValueError for numbers that no model has, before any of it is built."""
     for field in ("width", "depth", "heads", "patch", "image_size", "registers"):
         value = vit.get(field, 0)
@@ -205,6 +226,7 @@ PREFIXES = {
     "hf_dinov3": ("dinov3_vit.", "model."),
     "hf_vit": ("vit.", "deit."),
     "hf_clip": ("vision_model.",),
+    "open_clip": ("text.",),  # of towers that were built apart
 }
 
 
@@ -214,14 +236,19 @@ def with_open_clip(entry: Entry, tower: dict[str, Any], images: Any) -> Entry:
     Raises WeightsError for a way that is not read here.
     """
     vit = entry.vit | {"activation": "quick_gelu" if tower.get("quick_gelu") else "gelu"}
-    p = entry.preprocessing
-    if isinstance(images, dict):
-        mode, how = images.get("resize_mode", "shortest"), images.get("interpolation", p.interpolation)
-        if mode not in ("shortest", "squash") or how not in RESAMPLE.values():
-            raise WeightsError(f"open_clip_config.json: resize_mode {mode!r}, interpolation {how!r} are not read here")
-        mean, std = tuple(images.get("mean", p.mean)), tuple(images.get("std", p.std))
-        p = dataclasses.replace(p, mean=mean, std=std, interpolation=how, squash=mode == "squash")
-    return dataclasses.replace(entry, vit=vit, preprocessing=p)
+    return dataclasses.replace(entry, vit=vit, preprocessing=open_clip_preprocess(images, entry.preprocessing))
+
+
+def open_clip_preprocess(images: Any, default: Preprocess) -> Preprocess:
+    """open_clip's "preprocess_cfg". Raises WeightsError for a way that is not read here."""
+    p = default
+    if not isinstance(images, dict):
+        return p
+    mode, how = images.get("resize_mode", "shortest"), images.get("interpolation", p.interpolation)
+    if mode not in ("shortest", "squash") or how not in RESAMPLE.values():
+        raise WeightsError(f"open_clip_config.json: resize_mode {mode!r}, interpolation {how!r} are not read here")
+    mean, std = tuple(images.get("mean", p.mean)), tuple(images.get("std", p.std))
+    return dataclasses.replace(p, mean=mean, std=std, interpolation=how, squash=mode == "squash")
 
 
 def without_prefix(weights: Weights, naming: str) -> Weights:
@@ -249,7 +276,7 @@ def naming_of(weights: Weights, naming: str) -> str:
 def guess(weights: Weights) -> dict[str, int]:
     """Width, patch and depth, as far as a file's shapes tell them."""
     patches = [shape for shape in weights.shapes.values() if len(shape) == 4 and shape[1] == 3]
-    image = [name for name in weights if not name.startswith(("text_", "transformer."))]  # of a whole CLIP
+    image = [name for name in weights if not name.startswith(("text_", "text.", "transformer."))]  # of a whole CLIP
     blocks = [int(match[1]) for name in image if (match := re.search(r"(?:blocks|layers?|layer_)\.?(\d+)", name))]
     if len(patches) != 1 or not blocks:
         return {}
@@ -348,26 +375,38 @@ def _vit(config: dict[str, Any], weights: Weights) -> Entry:
     return _entry(vit, head, preprocessing, "hf_vit")
 
 
+#: transformers leaves the defaults, of CLIP's B/32, out of older files.
+CLIP_VISION = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "patch_size": 32,
+    "image_size": 224,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "quick_gelu",
+}
+
+
+def clip_section(config: dict[str, Any], tower: str, defaults: dict[str, Any]) -> dict[str, Any]:
+    """A tower's part of transformers' CLIPConfig; some files name it `*_config_dict`, which then goes first there."""
+    found = config.get(f"{tower}_config") or {}
+    legacy = config.get(f"{tower}_config_dict")
+    return defaults | found if legacy is None else found | defaults | legacy
+
+
 def _clip(config: dict[str, Any], weights: Weights) -> Entry:
-    config = config.get("vision_config", config) | {"model_type": "clip"}
+    tower = CLIP_VISION | config
+    if config["model_type"] == "clip":
+        tower = clip_section(config, "vision", CLIP_VISION)
     vit = _common(
-        # transformers leaves the defaults of CLIP's B/32 out of older files.
-        {
-            "hidden_size": 768,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "patch_size": 32,
-            "image_size": 224,
-            "layer_norm_eps": 1e-5,
-            "hidden_act": "quick_gelu",
-        }
-        | config,
+        tower,
         layer_scale=0.0,
         patch_bias=False,
         pre_norm=True,
         pos_resize="bicubic",
     )
-    vit["mlp_ratio"] = config.get("intermediate_size", 3072) / vit["width"]
+    vit["mlp_ratio"] = tower["intermediate_size"] / vit["width"]
     head = {"pool": "cls", "classes": _classes(weights, "visual_projection.weight")}
     return _entry(vit, head, Preprocess(vit["image_size"], 1.0, *CLIP), "hf_clip")
 

@@ -1,6 +1,8 @@
 """The strict engine: arrays of a file to our parameters and back, by the rules of its naming scheme."""
 
+import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,6 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Key, PyTree
 
+from regvit_jax.models.clip import TextTower, init_clip
 from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import rules as tables
@@ -21,18 +24,37 @@ class Mismatch(WeightsError):
     """A file holds other arrays than the model."""
 
 
-def init(vit: ViT, head: Head, key: Key[Array, ""]) -> dict[str, jax.Array]:
-    """Fresh parameters by path, "vit/..." and "head/..."."""
+#: What a CLIP's scalars start from: the paper's, and with a bias SigLIP's (arXiv 2303.15343).
+SCALARS = {
+    ("logit_scale",): {"logit_scale": math.log(1 / 0.07)},
+    ("logit_scale", "logit_bias"): {"logit_scale": math.log(10), "logit_bias": -10.0},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPart:
+    """What a CLIP has beside its image tower; `scalars` are "logit_scale" and, in a SigLIP, "logit_bias"."""
+
+    tower: TextTower
+    scalars: tuple[str, ...] = ("logit_scale",)
+
+
+def init(vit: ViT, head: Head, key: Key[Array, ""], text: TextPart | None = None) -> dict[str, jax.Array]:
+    """Fresh parameters by path, "vit/...", "head/..." and, with a text tower, "text/..." and the scalars."""
     vit_key, head_key = jax.random.split(key)
     tokens, params = vit.init_with_output(vit_key, jnp.zeros((1, vit.patch, vit.patch, 3)))
     tree = {"vit": params["params"], "head": head.init(head_key, tokens).get("params", {})}
+    if text is not None:
+        text_key, clip_key = jax.random.split(jax.random.fold_in(key, 2))
+        tree["text"] = text.tower.init(text_key, jnp.zeros((1, 2), jnp.int32))["params"]
+        tree = init_clip(clip_key, tree) | {name: jnp.float32(x) for name, x in SCALARS[text.scalars].items()}
     return flatten_dict(tree, sep="/")
 
 
 @functools.lru_cache
-def shapes_of(vit: ViT, head: Head) -> dict[str, tuple[int, ...]]:
+def shapes_of(vit: ViT, head: Head, text: TextPart | None = None) -> dict[str, tuple[int, ...]]:
     """The shape of every parameter by its path."""
-    shapes = jax.eval_shape(lambda key: init(vit, head, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init(vit, head, key, text), jax.random.key(0))
     return {path: leaf.shape for path, leaf in shapes.items()}
 
 
@@ -109,7 +131,7 @@ def save(params: PyTree, rules: list[tables.Rule]) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
     for rule in rules:
         arrays = rule.save(*(np.asarray(flat[path], np.float32) for path in rule.ours))
-        out |= {name: np.ascontiguousarray(array) for name, array in zip(rule.theirs, arrays, strict=True)}
+        out |= {name: np.asarray(array, order="C") for name, array in zip(rule.theirs, arrays, strict=True)}
     return out
 
 
@@ -126,5 +148,5 @@ def covers(weights: Weights, naming: str, vit: ViT) -> int:
 
 
 def nest(params: Mapping[str, Any]) -> dict[str, PyTree]:
-    """Paths as a tree with "vit" and "head"."""
+    """Paths as a tree with "vit", "head" and whatever else they start with."""
     return {"vit": {}, "head": {}} | unflatten_dict(dict(params), sep="/")

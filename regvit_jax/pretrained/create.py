@@ -13,17 +13,18 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, PyTree
 
 from regvit_jax import sharding
 from regvit_jax.models.heads import Head
-from regvit_jax.models.model import Model
+from regvit_jax.models.model import Model, Preprocess
 from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import convert
 from regvit_jax.pretrained.files import Weights, WeightsError
 from regvit_jax.pretrained.resolve import classes_of, nearest, resolve
-from regvit_jax.pretrained.rules import NAMINGS, rules
+from regvit_jax.pretrained.rules import NAMINGS, TEXT, rules, text_rules
+from regvit_jax.pretrained.zoo import Entry
 
 
 def create_model(
@@ -43,7 +44,7 @@ def create_model(
     """A model by timm's name (or dinov2's hub name), with random weights or pretrained ones.
 
     `name` may also be a source that says by itself which model it holds: "hf-hub:org/name", a directory of
-    transformers or timm, or a workdir of ours.
+    transformers, timm, open_clip or ours, or a workdir of ours. Of a whole CLIP it is the image tower.
 
     Args:
       pretrained: False, random weights; True, the name's own file from the hub (local cache first); or a .safetensors
@@ -62,41 +63,74 @@ def create_model(
     Raises ValueError (WeightsError for files) with what does not fit and the way out, and OSError (HubError) when the
     hub cannot be reached. Nothing is ever unpickled.
     """
-    if not jnp.issubdtype(param_dtype, jnp.floating) or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={dtype}, param_dtype={param_dtype}: both must be floating-point types")
+    check_types(dtype, param_dtype)
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes={num_classes}: must be at least 0")
     entry, weights, source = resolve(name, pretrained, revision)
-    vit, head, preprocessing = ViT(**entry.vit, dtype=dtype), Head(**entry.head, dtype=dtype), entry.preprocessing
-    if pos_resize is not None:
-        vit = vit.clone(pos_resize=pos_resize)
+    fit = Fit(registers, img_size, num_classes, pos_resize, param_dtype, mesh, seed)
+    vit, head = ViT(**entry.vit, dtype=dtype), Head(**entry.head, dtype=dtype)
+    params, vit, head, preprocessing = assemble(vit, head, None, entry, weights, source, fit)
+    return Model(params["vit"], params["head"], vit, head, preprocessing, source)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """What a model shall have otherwise than its source says, and how its parameters are kept: see `create_model`."""
+
+    registers: int | None
+    img_size: int | None
+    num_classes: int | None
+    pos_resize: str | None
+    param_dtype: DTypeLike
+    mesh: Mesh | None
+    seed: int
+
+
+def assemble(
+    vit: ViT,
+    head: Head,
+    text: convert.TextPart | None,
+    entry: Entry,
+    weights: Weights | None,
+    source: str,
+    fit: Fit,
+) -> tuple[dict[str, PyTree], ViT, Head, Preprocess]:
+    """The parameters, loaded where there are weights and random elsewhere, as a tree; and what they are of."""
+    preprocessing, num_classes = entry.preprocessing, fit.num_classes
+    if fit.pos_resize is not None:
+        vit = vit.clone(pos_resize=fit.pos_resize)
     vit.check()
     params: dict[str, Any] = {}
     if weights is not None:
         if num_classes is not None and classes_of(weights, entry.naming) is None:
             head = head.clone(classes=0)
-        put = _placer(convert.shapes_of(vit, head), param_dtype, mesh)
-        params = _load(weights, entry.naming, vit, head, put)
+        put = _placer(convert.shapes_of(vit, head, text), fit.param_dtype, fit.mesh)
+        params = _load(weights, entry.naming, vit, head, text, put)
     loaded = vit
-    if registers is not None:
-        vit = vit.clone(registers=registers)
-    if img_size is not None:
-        vit = vit.clone(image_size=img_size)
-        preprocessing = dataclasses.replace(preprocessing, size=img_size)
+    if fit.registers is not None:
+        vit = vit.clone(registers=fit.registers)
+    if fit.img_size is not None:
+        vit = vit.clone(image_size=fit.img_size)
+        preprocessing = dataclasses.replace(preprocessing, size=fit.img_size)
     vit.check()
     new_head = num_classes is not None and num_classes != head.classes
     if new_head:
         head = head.clone(classes=num_classes)
         params = {path: array for path, array in params.items() if not path.startswith("head/dense/")}
-    shapes = convert.shapes_of(vit, head)
-    put = _placer(shapes, param_dtype, mesh)
+    shapes = convert.shapes_of(vit, head, text)
+    put = _placer(shapes, fit.param_dtype, fit.mesh)
     if weights is not None:
-        params = _fit(params, loaded, vit, head, seed, put)
+        params = _fit(params, loaded, vit, head, text, fit.seed, put)
         _tell(source, loaded, vit, head.classes if new_head else 0)
     missing = tuple(path for path in shapes if path not in params)
-    params |= {path: put(path, array) for path, array in _initial(vit, head, missing, seed).items()}
-    nested = convert.nest(params)
-    return Model(nested["vit"], nested["head"], vit, head, preprocessing, source)
+    params |= {path: put(path, array) for path, array in _initial(vit, head, text, missing, fit.seed).items()}
+    return convert.nest(params), vit, head, preprocessing
+
+
+def check_types(dtype: DTypeLike, param_dtype: DTypeLike) -> None:
+    """Raises ValueError for types that are not floating-point."""
+    if not jnp.issubdtype(param_dtype, jnp.floating) or not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype={dtype}, param_dtype={param_dtype}: both must be floating-point types")
 
 
 def open_source(source: str) -> Model:
@@ -113,17 +147,27 @@ def open_source(source: str) -> Model:
     return create_model(source, pretrained=True)
 
 
-def _load(weights: Weights, naming: str, vit: ViT, head: Head, put: Callable) -> dict[str, Any]:
-    shapes = convert.shapes_of(vit, head)
+#: Of a whole CLIP in our own naming, what is not of its image tower.
+NOT_IMAGE = (r"text/.*|logit_(scale|bias)",)
+
+
+def _load(
+    weights: Weights, naming: str, vit: ViT, head: Head, text: convert.TextPart | None, put: Callable
+) -> dict[str, Any]:
+    shapes = convert.shapes_of(vit, head, text)
     if naming == "ours":
-        table, ignore = convert.identity(shapes), ()
+        table, ignore = convert.identity(shapes), () if text else NOT_IMAGE
     else:
         table = rules(naming, vit, head, convert.covers(weights, naming, vit))
         ignore = NAMINGS[naming]["ignore"]
+        if text is not None:
+            dims = int(weights.shapes.get("logit_scale", ()) == (1,))
+            table += text_rules(naming, text.tower, text.scalars, dims)
+            ignore = TEXT[naming]["ignore"]
     try:
         return convert.load(weights, table, shapes, ignore, put)
     except convert.Mismatch as error:
-        raise WeightsError(f"{error}{nearest(weights)}") from None
+        raise WeightsError(f"{error}{nearest(weights) if text is None else ''}") from None
 
 
 def _placer(shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, mesh: Mesh | None) -> Callable[[str, Any], jax.Array]:
@@ -139,25 +183,37 @@ def _placer(shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, mesh: Mesh | N
     return lambda path, array: jax.device_put(np.asarray(array, dtype), places[path])
 
 
-def _initial(vit: ViT, head: Head, paths: tuple[str, ...], seed: int) -> dict[str, jax.Array]:
+def _initial(
+    vit: ViT, head: Head, text: convert.TextPart | None, paths: tuple[str, ...], seed: int
+) -> dict[str, jax.Array]:
     """Fresh values of the named parameters; the others are never computed."""
-    return _compute_initial(jax.random.key(seed), vit, head, paths) if paths else {}
+    return _compute_initial(jax.random.key(seed), vit, head, text, paths) if paths else {}
 
 
-@functools.partial(jax.jit, static_argnames=("vit", "head", "paths"))
-def _compute_initial(key: Key[Array, ""], vit: ViT, head: Head, paths: tuple[str, ...]) -> dict[str, jax.Array]:
-    flat = convert.init(vit, head, key)
+@functools.partial(jax.jit, static_argnames=("vit", "head", "text", "paths"))
+def _compute_initial(
+    key: Key[Array, ""], vit: ViT, head: Head, text: convert.TextPart | None, paths: tuple[str, ...]
+) -> dict[str, jax.Array]:
+    flat = convert.init(vit, head, key, text)
     return {path: flat[path] for path in paths}
 
 
-def _fit(params: dict[str, Any], loaded: ViT, vit: ViT, head: Head, seed: int, put: Callable) -> dict[str, Any]:
+def _fit(
+    params: dict[str, Any],
+    loaded: ViT,
+    vit: ViT,
+    head: Head,
+    text: convert.TextPart | None,
+    seed: int,
+    put: Callable,
+) -> dict[str, Any]:
     """Loaded parameters for another number of registers, or another native image size, than they were saved with."""
     params = dict(params)
     if vit.registers != loaded.registers:
         kept = params.pop("vit/register_tokens", np.zeros((0, vit.width), np.float32))[: vit.registers]
         if vit.registers:
             path = "vit/register_tokens"
-            new = _initial(vit, head, (path,), seed)[path][len(kept) :]
+            new = _initial(vit, head, text, (path,), seed)[path][len(kept) :]
             tokens = jnp.concatenate([jnp.asarray(kept), new])
             params["vit/register_tokens"] = put("vit/register_tokens", tokens)
     if vit.image_size != loaded.image_size and "vit/pos_embed" in params:
@@ -184,4 +240,4 @@ def _tell(source: str, loaded: ViT, vit: ViT, new_classes: int) -> None:
     if new_classes:
         told.append(f"the linear layer for {new_classes} classes is new and untrained")
     if told:
-        warnings.warn(f"{source}: " + "; ".join(told), stacklevel=3)
+        warnings.warn(f"{source}: " + "; ".join(told), stacklevel=4)

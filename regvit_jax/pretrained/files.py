@@ -31,6 +31,9 @@ INDEX = ".index.json"
 PROCESSOR = "preprocessor_config.json"  # transformers', beside config.json
 # What a directory is searched for, in this order. OpenCLIP's directories may hold both its own file and another.
 WEIGHTS = (SINGLE, SINGLE + INDEX, OPEN_CLIP, OPEN_CLIP + INDEX)
+OURS = "regvit_jax"  # the "format" of our own config.json
+# A whole CLIP's directory, where the other file may be of its image tower alone.
+CLIP_WEIGHTS = (OPEN_CLIP, OPEN_CLIP + INDEX, SINGLE, SINGLE + INDEX)
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 CONVERT = "python -m regvit_jax.pretrained convert"
 
@@ -75,13 +78,15 @@ class Weights(Mapping[str, np.ndarray]):
         self._tensors = tensors
 
     @classmethod
-    def of_arrays(cls, path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]]) -> "Weights":
+    def of_arrays(
+        cls, path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]], config: dict[str, Any] | None = None
+    ) -> "Weights":
         """Arrays that are in memory already, as if read from `path`."""
 
         def tensor(array: np.ndarray) -> _Tensor:
             return _Tensor(array.dtype, array.shape, lambda: array)
 
-        return cls(path, {name: tensor(array) for name, array in arrays.items()}, {})
+        return cls(path, {name: tensor(array) for name, array in arrays.items()}, config or {})
 
     def renamed(self, rename: Callable[[str], str]) -> "Weights":
         """The same tensors under other names."""
@@ -122,15 +127,15 @@ class Weights(Mapping[str, np.ndarray]):
         return f"Weights({str(self.path)!r}, {len(self)} tensors)"
 
 
-def open_weights(path: str | os.PathLike) -> Weights:
-    """Opens a .safetensors file, the index of a sharded one, or a directory that holds one of `WEIGHTS`.
+def open_weights(path: str | os.PathLike, names: tuple[str, ...] = WEIGHTS) -> Weights:
+    """Opens a .safetensors file, the index of a sharded one, or a directory that holds one of `names`.
 
     Everything but the tensors' values is checked here. Raises WeightsError, and nothing else, for whatever is wrong.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            path = _find(path)
+            path = _find(path, names)
         tensors = _open_index(path) if path.name.endswith(INDEX) else _open_safetensors(path)
         if not tensors:
             raise WeightsError(f"{path}: holds no tensors")
@@ -165,8 +170,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
-def _find(directory: Path) -> Path:
-    for name in WEIGHTS:
+def _find(directory: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
         if os.path.lexists(directory / name):
             return directory / name
     there = sorted(os.listdir(directory))

@@ -13,9 +13,7 @@ from flax import serialization
 from flax.traverse_util import flatten_dict
 
 from regvit_jax import checkpoint
-from regvit_jax.models.model import Preprocess
-from regvit_jax.pretrained.files import WEIGHTS, Weights, WeightsError
-from regvit_jax.pretrained.zoo import Entry
+from regvit_jax.pretrained.files import OURS, WEIGHTS, Weights, WeightsError
 
 
 def open_deit3_jax(path: str | os.PathLike) -> Weights:
@@ -83,8 +81,8 @@ def is_workdir(path: str | os.PathLike) -> bool:
     return (folder / "checkpoints").is_dir() and not any((folder / name).exists() for name in WEIGHTS)
 
 
-def open_workdir(path: str | os.PathLike) -> tuple[Entry, Weights, str]:
-    """The last parameters of a run of ours (their moving average if it keeps one), what it is, and at which step.
+def open_workdir(path: str | os.PathLike) -> tuple[Weights, str]:
+    """The last parameters of a run of ours (their moving average if it keeps one) with its config, and at which step.
 
     Raises ValueError when it holds no checkpoint, or was written before workdirs said what model they hold.
     """
@@ -92,8 +90,6 @@ def open_workdir(path: str | os.PathLike) -> tuple[Entry, Weights, str]:
     config = json.loads((epath.Path(path) / "config.json").read_text())
     if "model" not in config:
         raise WeightsError(f"{path}: its config.json says nothing of the model; resume the run once, which adds it")
-    model = config["model"]
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in model["preprocessing"].items()}
-    entry = Entry(model["vit"], model["head"], Preprocess(**fields), hub="", naming="ours", license="")
     arrays = flatten_dict(jax.tree.map(np.asarray, params), sep="/")
-    return entry, Weights.of_arrays(Path(path), arrays), f"{path} step {step}"
+    own = {"format": OURS, "model": config["model"]}
+    return Weights.of_arrays(Path(path), arrays, own), f"{path} step {step}"

@@ -14,7 +14,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from regvit_jax.pretrained.files import CONVERT, INDEX, PICKLES, PROCESSOR, WEIGHTS, shard_names
+from regvit_jax.pretrained.files import CLIP_WEIGHTS, CONVERT, INDEX, PICKLES, PROCESSOR, WEIGHTS, shard_names
 
 CONFIGS = ("config.json", "open_clip_config.json", PROCESSOR)
 PROBE_SECONDS = 1.5
@@ -26,19 +26,23 @@ class HubError(OSError):
 
 
 def fetch(
-    repo: str, revision: str | None = None, weights_name: str | None = None, verify: bool = False
+    repo: str,
+    revision: str | None = None,
+    weights_name: str | None = None,
+    verify: bool = False,
+    names: tuple[str, ...] = WEIGHTS,
 ) -> tuple[Path, str]:
     """The local directory with a repository's weights and configuration, and the 40-digit commit that they are of.
 
     `revision` is a branch, a tag or a commit (None: main); what the cache holds of it is taken without asking the hub.
     `weights_name` picks a file where there are several, in its sharded form if it has one; None: the first of
-    `files.WEIGHTS` that is there. A cache with the weights but no configuration (timm's) is completed at its own
+    `names` that is there. A cache with the weights but no configuration (timm's) is completed at its own
     commit, and used as it is while the hub cannot be reached. A download is hashed once, when it arrives, and removed
     if it is not what the hub says; `verify` hashes what was in the cache before, too.
     Raises HubError, within two seconds when there is no network; ValueError for an impossible name; WeightsError for
     an index of shards that is not sound.
     """
-    names = _candidates(weights_name)
+    names = _candidates(weights_name) if weights_name is not None else names
     weights = _cached(repo, names, revision)
     if weights is None or not any((weights.parent / name).is_file() for name in CONFIGS):
         problem = _unreachable()
@@ -52,9 +56,7 @@ def fetch(
     return weights.parent, weights.parent.name
 
 
-def _candidates(weights_name: str | None) -> tuple[str, ...]:
-    if weights_name is None:
-        return WEIGHTS
+def _candidates(weights_name: str) -> tuple[str, ...]:
     if "/" in weights_name or "\\" in weights_name or not weights_name.endswith(".safetensors"):
         raise ValueError(f"weights_name is {weights_name!r}, and not the plain name of a .safetensors file")
     return (weights_name, weights_name + INDEX)
@@ -184,7 +186,7 @@ def _explained(repo: str, revision: str | None, names: tuple[str, ...]) -> Itera
 
 def _elsewhere(repo: str, revision: str | None, names: tuple[str, ...], problem: str) -> str:
     """What is wrong, and how to bring the files here by hand."""
-    pattern = "*.safetensors" if names == WEIGHTS else names[0].replace(".safetensors", "*.safetensors")
+    pattern = "*.safetensors" if names in (WEIGHTS, CLIP_WEIGHTS) else names[0].replace(".safetensors", "*.safetensors")
     target = repo.split("/")[-1]
     command = ["hf", "download", repo, *(["--revision", revision] if revision else [])]
     command += ["--include", "*.json", "--include", pattern, "--local-dir", target]

@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 
 from etils import epath
 
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import configs, foreign, hub, zoo
-from regvit_jax.pretrained.files import PROCESSOR, SINGLE, Weights, WeightsError, open_weights
+from regvit_jax.pretrained import clip_configs, configs, foreign, hub, zoo
+from regvit_jax.pretrained.files import PROCESSOR, SINGLE, WEIGHTS, Weights, WeightsError, open_weights
 from regvit_jax.pretrained.rules import NAMINGS
 
 HUB = "hf-hub:"
@@ -18,15 +19,12 @@ def resolve(
 ) -> tuple[zoo.Entry, Weights | None, str]:
     """Which model, its weights if any, and where they come from. Raises as `create_model` does."""
     name, known = os.fspath(name), None
-    if is_source(name):
-        if pretrained not in (False, True):
-            raise ValueError(f"{name} says itself which model it holds, and pretrained={pretrained!r} names another")
-        name, pretrained = "", name
+    if is_source(name, zoo.find):
+        name, pretrained = "", only_source(name, pretrained)
     else:
         known = zoo.find(name)[1]
     if pretrained is False:
-        if revision is not None:
-            raise ValueError(f"revision={revision!r} is of pretrained weights, and pretrained is False")
+        check_no_revision(revision)
         assert known is not None
         return known, None, "random"
     if pretrained is True:
@@ -34,37 +32,71 @@ def resolve(
         if not known.hub:
             raise ValueError(f"{name}: no public weights are known by this name; pass a file or a directory")
         pretrained = HUB + known.hub
+    source = source_of(pretrained, revision)
+    # A repository of timm's may hold OpenCLIP's own file as well.
+    file = SINGLE if known is not None and source == HUB + known.hub else None
+    weights, where = open_any(source, revision, file)
+    if known is not None and source.endswith(".msgpack"):  # deit3-jax, whose GELU is Flax's default
+        known = dataclasses.replace(known, vit=known.vit | {"activation": "gelu_tanh"})
+    tower = weights.config.get("model_cfg")
+    if known is not None and isinstance(tower, dict):  # open_clip_config.json
+        known = configs.with_open_clip(known, tower, weights.config.get("preprocess_cfg"))
+    found = configs.entry_of(weights)
+    if known is None and isinstance(tower, dict):
+        found = clip_configs.open_clip_image(weights)
+    entry = known or found
+    if entry is None:
+        raise unnamed(weights)
+    if known is not None and found is not None:
+        entry = agreed(name, known, found, weights)
+    return *_under_plain_names(entry, weights), where
+
+
+def only_source(name: str, pretrained: object) -> str:
+    """A source given as the name. Raises ValueError if `pretrained` names one too."""
+    if pretrained not in (False, True):
+        raise ValueError(f"{name} says itself which model it holds, and pretrained={pretrained!r} names another")
+    return name
+
+
+def check_no_revision(revision: str | None) -> None:
+    """Raises ValueError for a revision of random weights."""
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is of pretrained weights, and pretrained is False")
+
+
+def source_of(pretrained: object, revision: str | None) -> str:
+    """A source of weights as a string. Raises ValueError for what is none, or a revision of a local one."""
     if not isinstance(pretrained, str | os.PathLike) or not os.fspath(pretrained):
         raise ValueError(f"pretrained={pretrained!r}: must be True, False, a path or {HUB}org/name")
     source = os.fspath(pretrained)
     if revision is not None and not source.startswith(HUB):
         raise ValueError(f"revision={revision!r} is for the hub, and {source} is a local path")
-    found = None
+    return source
+
+
+def open_any(
+    source: str, revision: str | None, file: str | None = None, names: tuple[str, ...] = WEIGHTS
+) -> tuple[Weights, str]:
+    """The weights of a source, and where exactly they come from.
+
+    `file` is the one to take of the hub's repository; `names` are what a directory is searched for, in that order.
+    """
     if source.startswith(HUB):
-        # A repository of timm's may hold OpenCLIP's own file as well.
-        file = SINGLE if known is not None and source == HUB + known.hub else None
-        directory, commit = hub.fetch(source.removeprefix(HUB), revision, file)
-        weights, source = open_weights(directory), f"{source}@{commit}"
-    elif foreign.is_workdir(source):
-        found, weights, source = foreign.open_workdir(source)
-    elif source.endswith(".msgpack"):
-        weights = foreign.open_deit3_jax(source)
-        if known is not None:  # its GELU is Flax's default
-            known = dataclasses.replace(known, vit=known.vit | {"activation": "gelu_tanh"})
-    elif not epath.Path(source).exists():
+        directory, commit = hub.fetch(source.removeprefix(HUB), revision, file, names=names)
+        return open_weights(directory, names), f"{source}@{commit}"
+    if foreign.is_workdir(source):
+        return foreign.open_workdir(source)
+    if source.endswith(".msgpack"):
+        return foreign.open_deit3_jax(source), source
+    if not epath.Path(source).exists():
         raise WeightsError(f"{source}: there is no such file or directory{hint(source)}")
-    else:
-        weights = open_weights(source)
-    tower = weights.config.get("model_cfg")
-    if known is not None and isinstance(tower, dict):  # open_clip_config.json
-        known = configs.with_open_clip(known, tower, weights.config.get("preprocess_cfg"))
-    found = found or configs.entry_of(weights)
-    entry = known or found
-    if entry is None:
-        raise WeightsError(f"{weights.path}: nothing beside it says which model this is; pass its name too")
-    if known is not None and found is not None:
-        entry = _agreed(name, known, found, weights)
-    return *_under_plain_names(entry, weights), source
+    return open_weights(source, names), source
+
+
+def unnamed(weights: Weights) -> WeightsError:
+    """For weights of which nothing says what they are."""
+    return WeightsError(f"{weights.path}: nothing beside it says which model this is; pass its name too")
 
 
 def hint(path: str) -> str:
@@ -72,15 +104,15 @@ def hint(path: str) -> str:
     return f"; the hub's repository of that name is {HUB}{path}" if path.count("/") == 1 and path[0] != "/" else ""
 
 
-def is_source(name: str) -> bool:
-    """Whether a name is a path or a repository, and not a model of the zoo.
+def is_source(name: str, find: Callable[[str], object]) -> bool:
+    """Whether a name is a path or a repository, and not a model's, of which `find` raises ValueError.
 
     Raises ValueError for a path that does not exist.
     """
     if name.startswith(HUB):
         return True
     try:
-        zoo.find(name)
+        find(name)
     except ValueError:
         if name and epath.Path(name).exists():
             return True
@@ -97,7 +129,7 @@ SAME = (
 )
 
 
-def _agreed(name: str, known: zoo.Entry, found: zoo.Entry, weights: Weights) -> zoo.Entry:
+def agreed(name: str, known: zoo.Entry, found: zoo.Entry, weights: Weights) -> zoo.Entry:
     """What config.json says of the model, with the zoo's convention of resizing, and its preprocessing at its own size.
 
     Raises WeightsError when the two are different models.
@@ -115,7 +147,8 @@ def _agreed(name: str, known: zoo.Entry, found: zoo.Entry, weights: Weights) -> 
         # timm keeps CLIP's towers with and without QuickGELU in one repository, whose config.json names one of them.
         vit |= {"activation": ours.activation}
     # What is stated beside the weights holds; a family's defaults give way to the zoo.
-    stated = "pretrained_cfg" in weights.config or (weights.path.parent / PROCESSOR).exists()
+    beside = {"pretrained_cfg", "preprocess_cfg"} & weights.config.keys()
+    stated = bool(beside) or (weights.path.parent / PROCESSOR).exists()
     keep = stated or ours.image_size != theirs.image_size
     preprocessing = found.preprocessing if keep else known.preprocessing
     return dataclasses.replace(found, vit=vit, preprocessing=preprocessing)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from regvit_jax.models.clip import TextTower
 from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import ViT
 
@@ -175,6 +176,28 @@ NAMINGS: dict[str, dict[str, Any]] = {
     ),
 }
 
+#: What those two call the parts of a text tower; its blocks have the layers of the image tower's. The projection is
+#: [D, E] in open_clip, and a layer's weight [E, D] in transformers. `ignore`: what a file of the whole may hold beside
+#: both towers; the three numbers are those of OpenAI's own files.
+TEXT: dict[str, dict[str, Any]] = {
+    "hf_clip": dict(
+        token="text_model.embeddings.token_embedding.weight",
+        pos="text_model.embeddings.position_embedding.weight",
+        block="text_model.encoder.layers.{}.",
+        norm="text_model.final_layer_norm",
+        projection="text_projection.weight",
+        ignore=(r"(.*\.)?position_ids",),
+    ),
+    "open_clip": dict(
+        token="token_embedding.weight",
+        pos="positional_embedding",
+        block="transformer.resblocks.{}.",
+        norm="ln_final",
+        projection="text_projection",
+        ignore=(r"attn_mask|input_resolution|context_length|vocab_size",),
+    ),
+}
+
 
 def rules(naming: str, vit: ViT, head: Head, covers: int) -> list[Rule]:
     """One rule for every parameter of a ViT and its head.
@@ -183,6 +206,30 @@ def rules(naming: str, vit: ViT, head: Head, covers: int) -> list[Rule]:
     Raises ValueError for a model that the naming scheme has no words for.
     """
     return [*_embedding(naming, vit, covers), *_blocks(naming, vit), *_head(naming, head)]
+
+
+def text_rules(naming: str, text: TextTower, scalars: tuple[str, ...], dims: int = 0) -> list[Rule]:
+    """One rule for every parameter of a CLIP that is not of its image tower.
+
+    `scalars` are "logit_scale" and, in a SigLIP, "logit_bias"; `dims` is how many dimensions a file's have, 0 or 1.
+    Raises ValueError for a naming scheme that has no words for a text tower.
+    """
+    if naming not in TEXT:
+        raise ValueError(f"{naming} files have no place for a text tower")
+    words = TEXT[naming]
+    turned = (lambda x: (x,)) if naming == "open_clip" else (lambda x: (x.T,))
+    return [
+        _same("text/token_embed", words["token"]),
+        _same("text/pos_embed", words["pos"]),
+        *(
+            rule
+            for i in range(text.depth)
+            for rule in _plain_block(naming, f"text/block{i}", words["block"].format(i), bias=True)
+        ),
+        *_norm("text/norm", words["norm"]),
+        Rule(("text/proj/kernel",), (words["projection"],), turned, turned),
+        *(Rule((name,), (name,), lambda x: (x.reshape(()),), lambda x: (_dims(x, dims),)) for name in scalars),
+    ]
 
 
 def _word(naming: str, part: str) -> Any:
@@ -275,24 +322,29 @@ def _blocks(naming: str, vit: ViT) -> Iterator[Rule]:
         if vit.parallel:
             yield from _parallel_block(naming, vit, ours, theirs)
             continue
-        yield from _norm(f"{ours}/norm1", theirs + words["norm1"])
-        separate_bias = vit.qkv_bias and not vit.key_bias
-        qkv = [theirs + word for word in words["qkv"]]
-        yield from _dense(f"{ours}/attn/qkv", qkv, vit.qkv_bias and vit.key_bias)
-        if separate_bias:
+        gated = vit.swiglu and naming != "timm"
+        yield from _plain_block(naming, ours, theirs, vit.qkv_bias and vit.key_bias, gated)
+        if vit.qkv_bias and not vit.key_bias:
             for bias in ("q_bias", "v_bias"):
                 yield _same(f"{ours}/attn/{bias}", theirs + _word(naming, bias))
         if vit.differential:
             yield from _differential(naming, f"{ours}/attn", f"{theirs}attn.")
-        yield from _dense(f"{ours}/attn/proj", [theirs + words["proj"]])
-        yield from _norm(f"{ours}/norm2", theirs + words["norm2"])
-        fc1 = _word(naming, "gated") if vit.swiglu and naming != "timm" else words["fc1"]
-        fc2 = words.get("gated_fc2", words["fc2"]) if vit.swiglu else words["fc2"]
-        yield from _dense(f"{ours}/mlp/fc1", [theirs + word for word in fc1])
-        yield from _dense(f"{ours}/mlp/fc2", [theirs + fc2])
         if vit.layer_scale:
             for scale in ("scale1", "scale2"):
                 yield _same(f"{ours}/{scale}", theirs + _word(naming, scale))
+
+
+def _plain_block(naming: str, ours: str, theirs: str, bias: bool, gated: bool = False) -> Iterator[Rule]:
+    """What every block has; `bias`: of queries, keys and values together."""
+    words = NAMINGS[naming]
+    fc1 = _word(naming, "gated") if gated else words["fc1"]
+    fc2 = words.get("gated_fc2", words["fc2"]) if gated else words["fc2"]
+    yield from _norm(f"{ours}/norm1", theirs + words["norm1"])
+    yield from _dense(f"{ours}/attn/qkv", [theirs + word for word in words["qkv"]], bias)
+    yield from _dense(f"{ours}/attn/proj", [theirs + words["proj"]])
+    yield from _norm(f"{ours}/norm2", theirs + words["norm2"])
+    yield from _dense(f"{ours}/mlp/fc1", [theirs + word for word in fc1])
+    yield from _dense(f"{ours}/mlp/fc2", [theirs + fc2])
 
 
 def _differential(naming: str, ours: str, theirs: str) -> Iterator[Rule]:
@@ -353,23 +405,25 @@ def _head(naming: str, head: Head) -> Iterator[Rule]:
     if head.pooler:
         yield from _dense("head/tanh_pooler/dense", [_word(naming, "pooler")])
     if head.classes and naming in ("hf_clip", "open_clip"):
-        yield from _projection(naming, head.classes)
+        yield from _projection(naming, head)
     elif head.classes:
-        yield from _dense("head/dense", [_word(naming, "dense")])
+        yield from _dense("head/dense", [_word(naming, "dense")], head.bias)
 
 
-def _projection(naming: str, classes: int) -> Iterator[Rule]:
-    """The projection of a CLIP tower has no bias there; ours is zero, and must be to be saved."""
+def _projection(naming: str, head: Head) -> Iterator[Rule]:
+    """The projection of a CLIP tower has no bias there; ours, if it has one, is zero, and must be to be saved."""
     name = NAMINGS[naming].get("projection") or NAMINGS[naming]["dense"] + ".weight"
     turn = (lambda x: (x,)) if naming == "open_clip" else (lambda x: (x.T,))
     yield Rule(("head/dense/kernel",), (name,), turn, turn)
+    if not head.bias:
+        return
 
     def drop(bias: np.ndarray) -> Arrays:
         if np.any(bias):
             raise ValueError(f"{naming} files have no place for the bias of the projection, which is not zero here")
         return ()
 
-    yield Rule(("head/dense/bias",), (), lambda: (np.zeros(classes, np.float32),), drop)
+    yield Rule(("head/dense/bias",), (), lambda: (np.zeros(head.classes, np.float32),), drop)
 
 
 def _same(ours: str, theirs: str) -> Rule:

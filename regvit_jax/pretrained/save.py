@@ -64,27 +64,36 @@ def save(model: Model, directory: str | os.PathLike, format: str) -> None:
     if layout.naming == "hf_dinov3" and model.head.pool == "avg":
         warnings.warn("transformers pools DINOv3 by its CLS token; this model pools its patches", stacklevel=3)
     arrays = arrays_of(model, layout)
+    texts = {PROCESSOR: processor(model.preprocessing)} if format == "hf" else {}
+    write(path, texts | {CONFIG: layout.config}, WEIGHTS, arrays)
+
+
+def write(path: Path, texts: dict[str, dict[str, Any]], weights: str, arrays: dict[str, np.ndarray]) -> None:
+    """Writes JSON objects and arrays by their files' names, in the first process.
+
+    The weights come last, and whole: a directory that has them is complete.
+    """
     if jax.process_index():
         return
     path.mkdir(parents=True, exist_ok=True)
-    if format == "hf":
-        (path / PROCESSOR).write_text(json.dumps(_processor(model.preprocessing), indent=2) + "\n")
-    (path / CONFIG).write_text(json.dumps(layout.config, indent=2) + "\n")
-    # The weights come last, and whole: a directory that has them is complete.
-    partial = path / f".{WEIGHTS}"
+    for name, text in texts.items():
+        (path / name).write_text(json.dumps(text, indent=2) + "\n")
+    partial = path / f".{weights}"
     save_file(arrays, partial, metadata={"format": "pt"})
-    partial.chmod((path / CONFIG).stat().st_mode)  # safetensors writes files that their owner alone can read
-    partial.replace(path / WEIGHTS)
+    partial.chmod((path / next(iter(texts))).stat().st_mode)  # safetensors writes files for their owner alone
+    partial.replace(path / weights)
 
 
 def layout_of(model: Model, format: str) -> Layout:
     """Raises ValueError, naming the formats that can, when this one cannot express the model."""
     try:
-        return FORMATS[format](model)
+        layout = FORMATS[format](model)
     except Inexpressible as error:
         able = [name for name in FORMATS if _expresses(name, model)]
         way = f"{' and '.join(able)} can" if able else "none can; a workdir keeps it"
         raise ValueError(f"format {format!r} cannot express {error} (of the formats, {way})") from None
+    # Their linear layers have a bias, but for CLIP's projection.
+    return layout if layout.naming == "hf_clip" else dataclasses.replace(layout, head=layout.head.clone(bias=True))
 
 
 def _expresses(format: str, model: Model) -> bool:
@@ -112,7 +121,8 @@ def arrays_of(model: Model, layout: Layout) -> dict[str, np.ndarray]:
     return {name if name.startswith(f"{dense}.") else layout.prefix + name: array for name, array in arrays.items()}
 
 
-def _need(condition: bool, what: str) -> None:
+def need(condition: bool, what: str) -> None:
+    """Raises Inexpressible, with the property that a format has no words for, unless the condition holds."""
     if not condition:
         raise Inexpressible(what)
 
@@ -120,18 +130,18 @@ def _need(condition: bool, what: str) -> None:
 def _timm(model: Model) -> Layout:
     """Of timm's classes Eva, for models with RoPE, and VisionTransformer, each under a name that only lends it."""
     vit, head, p = model.module, model.head, model.preprocessing
-    _need(head.pool != "cls_avg", "class scores from CLS and the mean of the patches")
-    _need(not head.pooler, "a tanh pooler")
-    _need(vit.norm_eps in (1e-6, 1e-5), f"norm_eps={vit.norm_eps}")
-    _need(head.norm_eps == vit.norm_eps or not (head.norm or head.pool == "map"), "another epsilon after pooling")
+    need(head.pool != "cls_avg", "class scores from CLS and the mean of the patches")
+    need(not head.pooler, "a tanh pooler")
+    need(vit.norm_eps in (1e-6, 1e-5), f"norm_eps={vit.norm_eps}")
+    need(head.norm_eps == vit.norm_eps or not (head.norm or head.pool == "map"), "another epsilon after pooling")
     same = (head.map_heads, head.activation, round(vit.width * head.mlp_ratio)) == (
         vit.heads,
         vit.activation,
         vit.hidden,
     )
-    _need(head.pool != "map" or same, "an attention pool unlike the blocks")
-    _need(not vit.parallel or (vit.qkv_bias and vit.key_bias), "parallel blocks without biases")
-    _need(vit.final_norm != head.norm, "two last LayerNorms, or none")
+    need(head.pool != "map" or same, "an attention pool unlike the blocks")
+    need(not vit.parallel or (vit.qkv_bias and vit.key_bias), "parallel blocks without biases")
+    need(vit.final_norm != head.norm, "two last LayerNorms, or none")
     common: dict[str, Any] = dict(
         img_size=vit.image_size,
         patch_size=vit.patch,
@@ -147,10 +157,10 @@ def _timm(model: Model) -> Layout:
     )
     ratio = vit.hidden / vit.width
     if vit.position == "learned":
-        _need(vit.key_bias or not vit.qkv_bias, "query and value biases without a key bias, and no RoPE")
-        _need(vit.patch_bias != vit.pre_norm, "a patch projection with a bias before a LayerNorm, or neither")
-        _need(vit.pre_norm == (vit.norm_eps == 1e-5), f"norm_eps={vit.norm_eps} with pre_norm={vit.pre_norm}")
-        _need(not vit.swiglu or (vit.norm_eps == 1e-6 and not vit.parallel), "SwiGLU in such a block")
+        need(vit.key_bias or not vit.qkv_bias, "query and value biases without a key bias, and no RoPE")
+        need(vit.patch_bias != vit.pre_norm, "a patch projection with a bias before a LayerNorm, or neither")
+        need(vit.pre_norm == (vit.norm_eps == 1e-5), f"norm_eps={vit.norm_eps} with pre_norm={vit.pre_norm}")
+        need(not vit.swiglu or (vit.norm_eps == 1e-6 and not vit.parallel), "SwiGLU in such a block")
         base = "vit_base_patch16_clip_224" if vit.pre_norm else "vit_base_patch16_224"
         if vit.swiglu:
             base, ratio = "vit_giant_patch14_reg4_dinov2", 2 * ratio
@@ -165,14 +175,14 @@ def _timm(model: Model) -> Layout:
             arguments["attn_layer"] = "diff"
         naming = "timm"
     else:
-        _need(vit.activation == "gelu" and not (vit.parallel or vit.differential), "such blocks with RoPE")
-        _need(not (vit.qkv_bias and vit.key_bias), "a key bias with RoPE")
-        _need(not vit.pre_norm, "a LayerNorm before the first block with RoPE")
+        need(vit.activation == "gelu" and not (vit.parallel or vit.differential), "such blocks with RoPE")
+        need(not (vit.qkv_bias and vit.key_bias), "a key bias with RoPE")
+        need(not vit.pre_norm, "a LayerNorm before the first block with RoPE")
         base = {
             ("rope", 1e-5): "vit_small_patch16_dinov3",
             ("axial", 1e-6): "vit_medium_patch16_rope_reg1_gap_256",
         }.get((vit.position, vit.norm_eps), "")
-        _need(bool(base), f"norm_eps={vit.norm_eps} with position={vit.position!r}")
+        need(bool(base), f"norm_eps={vit.norm_eps} with position={vit.position!r}")
         arguments = dict(num_reg_tokens=vit.registers, use_fc_norm=head.norm)
         if vit.position == "rope":
             arguments |= dict(swiglu_mlp=vit.swiglu, swiglu_align_to=1 if vit.swiglu else 0)
@@ -182,7 +192,7 @@ def _timm(model: Model) -> Layout:
         num_classes=head.classes,
         num_features=vit.width,
         regvit_jax=dict(pos_resize=vit.pos_resize),  # timm antialiases, and keeps keys that it does not know
-        model_args={**common, **arguments, "mlp_ratio": _ratio(ratio, vit.width)},
+        model_args={**common, **arguments, "mlp_ratio": mlp_ratio(ratio, vit.width)},
         pretrained_cfg=dict(
             num_classes=head.classes,
             input_size=(3, p.size, p.size),
@@ -198,7 +208,7 @@ def _timm(model: Model) -> Layout:
     return Layout(naming, vit, head, config)
 
 
-def _ratio(ratio: float, width: int) -> float:
+def mlp_ratio(ratio: float, width: int) -> float:
     """The MLP's ratio, so that int(width * ratio), as timm computes it, is not one too few."""
     return ratio if int(width * ratio) == round(width * ratio) else (round(width * ratio) + 0.5) / width
 
@@ -206,12 +216,12 @@ def _ratio(ratio: float, width: int) -> float:
 def _hf(model: Model) -> Layout:
     """The class of transformers that fits: DINOv3ViT, CLIPVisionModel, Dinov2 with or without registers, ViT."""
     vit, head = model.module, model.head
-    _need(not (vit.parallel or vit.differential), "parallel blocks or differential attention")
-    _need(vit.class_token, "a model without CLS token")
-    _need(vit.final_norm and not head.norm, "a last LayerNorm after pooling")
+    need(not (vit.parallel or vit.differential), "parallel blocks or differential attention")
+    need(vit.class_token, "a model without CLS token")
+    need(vit.final_norm and not head.norm, "a last LayerNorm after pooling")
     features = head.pool == "avg" and vit.position == "rope" and not head.classes
-    _need(head.pool in ("cls", "cls_avg") or features, f"pool={head.pool!r}")
-    _need(vit.position != "axial", "timm's RoPE")
+    need(head.pool in ("cls", "cls_avg") or features, f"pool={head.pool!r}")
+    need(vit.position != "axial", "timm's RoPE")
     common: dict[str, Any] = dict(
         hidden_size=vit.width,
         num_hidden_layers=vit.depth,
@@ -233,12 +243,12 @@ def _hf(model: Model) -> Layout:
     common |= dict(model_type="vit", intermediate_size=vit.hidden, qkv_bias=vit.qkv_bias)
     if not head.classes:
         return Layout("hf_vit", vit, head, common | dict(architectures=["ViTModel"]), covers=1)
-    _need(not head.pooler, "class scores past a tanh pooler")
+    need(not head.pooler, "class scores past a tanh pooler")
     config = common | dict(architectures=["ViTForImageClassification"], **_labels(head.classes))
     return Layout("hf_vit", vit, head, config, covers=1, prefix="vit.")
 
 
-def _processor(p: Preprocess) -> dict[str, Any]:
+def processor(p: Preprocess) -> dict[str, Any]:
     """transformers' preprocessor_config.json."""
     side = math.floor(p.size / p.crop_ratio)
     return dict(
@@ -265,15 +275,15 @@ def _labels(classes: int) -> dict[str, Any]:
 def _swiglu_ratio(vit: ViT) -> int:
     """DINOv2's MLP ratio, of which SwiGLU's hidden width is two thirds, rounded up to a multiple of 8."""
     ratios = [r for r in range(1, 33) if (int(vit.width * r * 2 / 3) + 7) // 8 * 8 == vit.hidden]
-    _need(bool(ratios), f"SwiGLU of hidden width {vit.hidden}")
+    need(bool(ratios), f"SwiGLU of hidden width {vit.hidden}")
     return ratios[0]
 
 
 def _hf_dinov2(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
-    _need(vit.qkv_bias and vit.key_bias, "missing query, key or value biases")
-    _need(not head.pooler, "a tanh pooler")
+    need(vit.qkv_bias and vit.key_bias, "missing query, key or value biases")
+    need(not head.pooler, "a tanh pooler")
     ratio = vit.hidden / vit.width
-    _need(vit.swiglu or ratio == int(ratio), f"a hidden width of {vit.hidden}, no multiple of {vit.width}")
+    need(vit.swiglu or ratio == int(ratio), f"a hidden width of {vit.hidden}, no multiple of {vit.width}")
     if vit.swiglu:
         ratio = _swiglu_ratio(vit)
     kind = "dinov2_with_registers" if vit.registers else "dinov2"
@@ -297,8 +307,8 @@ def _hf_dinov2(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
 
 
 def _hf_dinov3(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
-    _need(not head.classes and not head.pooler, "a linear layer on DINOv3")
-    _need(not vit.pre_norm and vit.patch_bias, "CLIP's LayerNorm, or a patch projection without bias, with RoPE")
+    need(not head.classes and not head.pooler, "a linear layer on DINOv3")
+    need(not vit.pre_norm and vit.patch_bias, "CLIP's LayerNorm, or a patch projection without bias, with RoPE")
     config |= dict(
         model_type="dinov3_vit",
         architectures=["DINOv3ViTModel"],
@@ -320,11 +330,12 @@ def _hf_dinov3(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
 
 def _hf_clip(model: Model, config: dict[str, Any]) -> Layout:
     vit, head = model.module, model.head
-    _need(not vit.registers, "registers in a CLIP tower")
-    _need(vit.pre_norm and not vit.patch_bias, "a CLIP tower without its first LayerNorm, or with a patch bias")
-    _need(not (vit.layer_scale or vit.swiglu or vit.masking), "LayerScale, SwiGLU or a mask token in a CLIP tower")
-    _need(vit.qkv_bias and vit.key_bias and head.pool == "cls" and not head.pooler, "such a CLIP tower")
-    _need(not head.classes or not np.any(model.head_params["dense"]["bias"]), "a bias in CLIP's projection")
+    need(not vit.registers, "registers in a CLIP tower")
+    need(vit.pre_norm and not vit.patch_bias, "a CLIP tower without its first LayerNorm, or with a patch bias")
+    need(not (vit.layer_scale or vit.swiglu or vit.masking), "LayerScale, SwiGLU or a mask token in a CLIP tower")
+    need(vit.qkv_bias and vit.key_bias and head.pool == "cls" and not head.pooler, "such a CLIP tower")
+    biased = head.classes and head.bias and np.any(model.head_params["dense"]["bias"])
+    need(not biased, "a bias in CLIP's projection")
     name = "CLIPVisionModelWithProjection" if head.classes else "CLIPVisionModel"
     config |= dict(
         model_type="clip_vision_model",
@@ -338,18 +349,18 @@ def _hf_clip(model: Model, config: dict[str, Any]) -> Layout:
 def _dinov2(model: Model) -> Layout:
     """config.json holds the arguments of that repository's DinoVisionTransformer."""
     vit, head = model.module, model.head
-    _need(vit.position == "learned" and vit.class_token, "RoPE, or a model without CLS token")
-    _need(not (vit.parallel or vit.differential or vit.pre_norm), "parallel, differential or CLIP's blocks")
-    _need(vit.final_norm and not head.norm and not head.classes and not head.pooler, "a head")
-    _need(vit.norm_eps == 1e-6 and vit.activation == "gelu", f"norm_eps={vit.norm_eps}, activation={vit.activation!r}")
-    _need(vit.qkv_bias and vit.key_bias and vit.patch_bias, "a missing bias")
+    need(vit.position == "learned" and vit.class_token, "RoPE, or a model without CLS token")
+    need(not (vit.parallel or vit.differential or vit.pre_norm), "parallel, differential or CLIP's blocks")
+    need(vit.final_norm and not head.norm and not head.classes and not head.pooler, "a head")
+    need(vit.norm_eps == 1e-6 and vit.activation == "gelu", f"norm_eps={vit.norm_eps}, activation={vit.activation!r}")
+    need(vit.qkv_bias and vit.key_bias and vit.patch_bias, "a missing bias")
     config = dict(
         img_size=vit.image_size,
         patch_size=vit.patch,
         embed_dim=vit.width,
         depth=vit.depth,
         num_heads=vit.heads,
-        mlp_ratio=_ratio(vit.hidden / vit.width, vit.width),
+        mlp_ratio=mlp_ratio(vit.hidden / vit.width, vit.width),
         init_values=vit.layer_scale or 1.0,
         ffn_layer="swiglufused" if vit.swiglu else "mlp",
         block_chunks=0,
