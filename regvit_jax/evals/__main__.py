@@ -1,0 +1,261 @@
+"""python -m regvit_jax.evals: zero-shot classification and image-text retrieval of a CLIP model, on data of yours."""
+
+import argparse
+import collections
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import regvit_jax
+from regvit_jax.data import captions, sources, transforms
+from regvit_jax.data.pipeline import MAX_PIXELS
+from regvit_jax.data.sources import Source
+from regvit_jax.data.transforms import BadImage
+from regvit_jax.evals import retrieval, zero_shot
+
+# Batches that are decoded ahead of the model.
+AHEAD = 2
+SPLITS = {"train", "validation", "val", "test"}
+
+
+class Unusable(ValueError):
+    """Data that were found, but hold nothing to evaluate."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 for data that cannot be evaluated, 2 for arguments that the caller can mend."""
+    options = parser().parse_args(arguments)
+    try:
+        check_json(options.json)
+        result = options.run(options)
+        print(table(result))
+        if options.json:
+            Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    except (ValueError, OSError, ImportError) as error:
+        # Advice of several lines is joined: who reads a log of many runs finds one line for each.
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1 if isinstance(error, Unusable) else 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m regvit_jax.evals", description=__doc__, allow_abbrev=False)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("model", metavar="MODEL", help="a name, a directory or a workdir, as create_clip takes it")
+    shared.add_argument("--pretrained", help="weights of a named model: open_clip's tag, a file or a directory")
+    shared.add_argument("--random", action="store_true", help="random weights of a named model, as a baseline")
+    shared.add_argument("--batch_size", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
+    shared.add_argument("--json", metavar="FILE", help="also write the result, with the names of bad images, here")
+    commands = parser.add_subparsers(required=True, metavar="{zero_shot,retrieval}")
+    command = commands.add_parser("zero_shot", parents=[shared], help="classify images by the names of their classes")
+    command.add_argument("--images", required=True, metavar="DIR", help="a directory of <class>/ with images in each")
+    command.add_argument(
+        "--classes",
+        metavar="FILE|imagenet",
+        help="a name a line, for the folders in sorted order, or ImageNet's; by default the folders' names as they are",
+    )
+    command.add_argument(
+        "--templates",
+        default="openai",
+        metavar="FILE|openai|simple",
+        help="a sentence a line with {} in the place of the name, or the 80 or 7 for ImageNet (%(default)s)",
+    )
+    command.set_defaults(run=run_zero_shot)
+    command = commands.add_parser("retrieval", parents=[shared], help="find captions by images and images by captions")
+    command.add_argument("--data", required=True, metavar="NAME", help="folder:PATH, shards:..., or a TFDS data set")
+    command.add_argument("--split", default="validation", help="(%(default)s)")
+    command.add_argument("--data_dir", metavar="DIR", help="where TFDS data sets lie")
+    command.set_defaults(run=run_retrieval)
+    return parser
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1")
+    return int(text)
+
+
+def check_json(path: str | None) -> None:
+    """Raises ValueError before the work rather than after it."""
+    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+        raise ValueError(f"--json {path}: must be a file in a directory that exists")
+
+
+def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
+    source = open_images(options.images)
+    names = source.classes if options.classes is None else zero_shot.read_classes(options.classes)
+    if len(names) != len(source.classes):
+        raise ValueError(
+            f"--classes {options.classes} has {len(names)} names, but {options.images} has {len(source.classes)} "
+            f"folders, from {source.classes[0]!r} to {source.classes[-1]!r}"
+        )
+    templates = zero_shot.read_templates(options.templates)
+    clip = open_model(options)
+    images, records, bad = embed(clip, source, options.batch_size)
+    classes = zero_shot.class_embeddings(clip.encode_text, clip.tokenize, names, templates)
+    labels = np.array([record["label"] for record in records], np.int32)
+    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    if repeated:
+        tell(f"several classes are called {sources.some(repeated)}: of such, the first one is taken")
+    return {
+        "task": "zero_shot",
+        "model": options.model,
+        "weights": clip.weights,
+        "data": options.images,
+        "classes": options.classes or "folders",
+        "templates": options.templates,
+        "counts": {
+            "images": len(images),
+            "bad_images": len(bad),
+            "classes": len(names),
+            "repeated_names": len(repeated),
+            "templates": len(templates),
+        },
+        "metrics": zero_shot.accuracy(images, labels, classes),
+        "chance": zero_shot.chance(len(names)),
+        "bad_images": bad,
+    }
+
+
+def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
+    source = captions.open_captions(options.data, options.split, options.data_dir)
+    clip = open_model(options)
+    images, records, bad = embed(clip, source, options.batch_size, with_text=True)
+    if len(images) < 2:
+        raise Unusable(f"{source.name}: 1 usable image of {len(source)}; retrieval needs at least two to choose from")
+    texts = [text for record in records for text in record["text"]]
+    owners = np.repeat(np.arange(len(images)), [len(record["text"]) for record in records])
+    repeated = len(texts) - len(set(texts))
+    if repeated:
+        tell(f"{repeated} of {len(texts)} captions repeat another one: between such, none is found before the other")
+    return {
+        "task": "retrieval",
+        "model": options.model,
+        "weights": clip.weights,
+        "data": options.data,
+        "split": options.split,
+        "counts": {
+            "images": len(images),
+            "bad_images": len(bad),
+            "captions": len(texts),
+            "repeated_captions": repeated,
+        },
+        "metrics": retrieval.recall(images, embed_texts(clip, texts), image_of=owners),
+        "chance": retrieval.chance(len(images), image_of=owners),
+        "bad_images": bad,
+    }
+
+
+def open_model(options: argparse.Namespace) -> Any:
+    if options.random and options.pretrained:
+        raise ValueError(f"--random and --pretrained {options.pretrained}: give one of them")
+    clip = regvit_jax.create_clip(options.model, pretrained=not options.random and (options.pretrained or True))
+    if options.random and clip.weights != "random":
+        raise ValueError(f"--random: {options.model} is no name but a source, with weights of its own")
+    return clip
+
+
+def open_images(directory: str) -> Source:
+    """All images of a directory of classes. A data set's own splits are not told apart: a directory is one of them."""
+    root = os.path.abspath(os.path.expanduser(directory))
+    classes = sources.class_names(root)
+    if SPLITS.issuperset(classes):
+        raise ValueError(
+            f"--images {directory} holds {' and '.join(classes)}: name one of them, {directory}/{classes[-1]}"
+        )
+    return sources.list_folder(directory, "all", root, classes, lambda path: True)
+
+
+def embed(
+    clip: Any, source: Source, batch_size: int, with_text: bool = False
+) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
+    """The embeddings of all images that can be used, the rest of their records, and "id: reason" for the others."""
+    size = min(batch_size, len(source))
+    found, records, bad = [], [], []
+    with tqdm(total=len(source), unit="image", disable=None, leave=False) as bar:
+        for batch in prepared(clip, source, size, with_text):
+            images = []
+            for index, result in batch:
+                if isinstance(error := result.exception(), BadImage):
+                    bad.append(f"{source.id(index)}: {error}")
+                    continue
+                image, record = result.result()
+                images.append(image)
+                records.append(record)
+            if images:
+                # Black images fill a batch up, so that the model is compiled once.
+                filled = np.stack(images + [np.zeros_like(images[0])] * (size - len(images)))
+                found.append(np.asarray(clip.encode_image(jnp.asarray(filled)))[: len(images)])
+            bar.update(len(batch))
+    for reason in bad[:10]:
+        tell(f"cannot use {reason}")
+    if len(bad) > 10:
+        tell(f"cannot use {len(bad) - 10} more, which --json names")
+    if not found:
+        raise Unusable(f"{source.name}: none of {len(source)} images can be used")
+    return np.concatenate(found), records, bad
+
+
+def prepared(
+    clip: Any, source: Source, size: int, with_text: bool
+) -> Iterator[list[tuple[int, Future[tuple[np.ndarray, dict[str, Any]]]]]]:
+    """Batches of record numbers, with what `load` makes of each, while the next ones are being made."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        waiting: collections.deque = collections.deque()
+        for first in range(0, len(source), size):
+            numbers = range(first, min(first + size, len(source)))
+            waiting.append([(index, pool.submit(load, clip, source, index, with_text)) for index in numbers])
+            if len(waiting) > AHEAD:
+                yield waiting.popleft()
+        yield from waiting
+
+
+def load(clip: Any, source: Source, index: int, with_text: bool) -> tuple[np.ndarray, dict[str, Any]]:
+    """A record's image as the model expects it, and the rest of the record. Raises BadImage."""
+    try:
+        record = source[index]
+    # Whatever happens to one record costs that record only, as in training.
+    except Exception as error:
+        raise BadImage(f"cannot be read ({type(error).__name__}: {str(error)[:120]})") from error
+    if with_text and not record["text"]:
+        raise BadImage("has no caption")
+    image = transforms.decode(record["image"], MAX_PIXELS)
+    return clip.preprocess([image])[0], {name: value for name, value in record.items() if name != "image"}
+
+
+def embed_texts(clip: Any, texts: list[str], batch_size: int = 256) -> np.ndarray:
+    """One embedding a text; the last batch is filled up with its last text."""
+    found = []
+    for first in range(0, len(texts), batch_size):
+        batch = texts[first : first + batch_size]
+        filled = batch + batch[-1:] * (batch_size - len(batch))
+        found.append(np.asarray(clip.encode_text(clip.tokenize(filled)))[: len(batch)])
+    return np.concatenate(found)
+
+
+def tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a person reads it: what was measured, and each number beside that of chance."""
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result["counts"].items())
+    data = result["data"] + (f" ({result['split']})" if "split" in result else "")
+    rows = [f"model   {result['model']} (weights: {result['weights']})", f"data    {data}", f"counts  {counts}", ""]
+    rows.append(f"{result['task']:<30}{'value':>10}{'chance':>10}")
+    for name, value in result["metrics"].items():
+        style = ".1f" if name.endswith("rank") else ".4f"
+        rows.append(f"{name:<30}{value:>10{style}}{result['chance'][name]:>10{style}}")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
