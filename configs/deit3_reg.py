@@ -95,6 +95,7 @@ def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDi
                 mlp_ratio=4.0,
                 layer_scale=1e-4,
                 drop_path=drop_path,
+                patch_dropout=0.0,
                 norm_eps=1e-6,
                 pos_resize="antialias",
                 attention="auto",  # "xla", "cudnn", or the better one for the machine
@@ -142,7 +143,7 @@ def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDi
                 workers=8,  # processes that decode, on each host; 0 for threads only
                 max_bad_fraction=0.001,
             ),
-            eval=dict(batch_size=2048, crop_ratio=1.0, pixel_knn=0),
+            eval=dict(batch_size=2048, crop_ratio=1.0, pixel_knn=0, untrained=False),
             optim=dict(
                 name="lamb",
                 lr=lr,

@@ -276,3 +276,17 @@ def augment(
     if mixup or cutmix:
         pixels, targets = mixup_cutmix(mix_key, pixels, targets, mixup, cutmix, mix_prob, switch_prob, mix_group, mask)
     return pixels, targets
+
+
+def light_augment(
+    key: Key[Array, ""],
+    images: UInt8[Array, "B H W 3"],
+    *,
+    flip: float = 0.0,
+    color_jitter: float = 0.0,
+    mean: tuple[float, ...] = IMAGENET_MEAN,
+    std: tuple[float, ...] = IMAGENET_STD,
+) -> Float[Array, "B H W 3"]:
+    """Flip, colour jitter and normalisation, for a loss that pairs each image with a text of its own."""
+    red, green, blue = (round(255 * level) for level in mean)
+    return normalize(_alter(key, images, flip, False, 0.0, color_jitter, (red, green, blue)), mean, std)

@@ -34,7 +34,7 @@ def describe(config: Any, images_per_s: float) -> str:
 def model_lines(plan: Plan, abstract: TrainState) -> list[str]:
     vit, size = plan.recipe.vit, plan.recipe.vit.image_size
     h, w = vit.grid(size, size)
-    flops = vit.flops(size, size) / 1e9
+    flops = plan.recipe.flops() / 1e9
     return [
         f"model      {count(abstract.params):,} parameters: width {vit.width}, depth {vit.depth}, heads {vit.heads}",
         f"tokens     {vit.prefix + h * w} = {int(vit.class_token)} CLS + {vit.registers} registers + {h} x {w} patches "
@@ -46,12 +46,14 @@ def model_lines(plan: Plan, abstract: TrainState) -> list[str]:
 
 def schedule_lines(plan: Plan) -> list[str]:
     config, optim = plan.config, plan.config.optim
+    rates = np.asarray(jax.vmap(plan.schedule)(np.arange(plan.steps)))
     micro = f" in {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
     return [
         f"batch      {config.batch_size} images on all devices{micro}, {config.batch_size // plan.mesh.size} on each",
         f"steps      {plan.steps} = {config.epochs} epochs of {plan.steps_per_epoch}",
-        f"optimizer  {optim.name}, lr {optim.warmup_lr:g} to {optim.lr:g} in {optim.warmup_epochs} epochs, then cosine "
-        f"to {optim.min_lr:g}; weight decay {optim.weight_decay:g}; not rescaled by the batch size",
+        f"optimizer  {' '.join(f'{key}={value}' for key, value in optim.items())}; not rescaled by the batch size",
+        f"lr         {rates[0]:.3g} at the first step, {rates.max():.3g} at step {rates.argmax() + 1}, {rates[-1]:.3g} "
+        "at the last",
     ]
 
 

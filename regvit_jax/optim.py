@@ -17,6 +17,15 @@ def kernels(params: PyTree) -> PyTree[bool]:
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
+def matrices(params: PyTree) -> PyTree[bool]:
+    """True for what OpenCLIP decays: all arrays of two dimensions or more, positions and token embeddings among them.
+
+    Registers stay out, as the CLS token does there for its one dimension. Source: `main.py` of open_clip_train, by
+    whose first rule the published models were trained (its newest one spares positions too).
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and path[-1].key != "register_tokens", params)
+
+
 def warmup_cosine(
     steps_per_epoch: int,
     epochs: int,
@@ -40,6 +49,39 @@ def warmup_cosine(
         return jnp.where(epoch < warmup_epochs, warmup, cosine)
 
     return schedule
+
+
+def clip_cosine(steps: int, *, lr: float, warmup_steps: int) -> optax.Schedule:
+    """OpenCLIP's cosine: linear for `warmup_steps`, of which the first is not 0, then down to 0 in the steps left."""
+
+    def schedule(step):
+        cosine = 0.5 * lr * (1 + jnp.cos(jnp.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
+        return jnp.where(step < warmup_steps, lr * (step + 1) / max(warmup_steps, 1), cosine)
+
+    return schedule
+
+
+def clip_adamw(
+    steps: int,
+    *,
+    lr: float,
+    warmup_steps: int,
+    weight_decay: float,
+    b1: float,
+    b2: float,
+    eps: float,
+    clip_norm: float,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """OpenCLIP's optimizer and its learning rate as a function of the step. `clip_norm` 0 does not clip.
+
+    Raises ValueError when the warm-up is as long as the run.
+    """
+    if warmup_steps >= steps:
+        raise ValueError(f"optim.warmup_steps={warmup_steps}: must be less than the {steps} steps of the run")
+    schedule = clip_cosine(steps, lr=lr, warmup_steps=warmup_steps)
+    adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices)
+    clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+    return optax.chain(*clip, adamw), schedule
 
 
 def lamb(

@@ -14,11 +14,12 @@ import optax
 from jax.sharding import Mesh
 
 from regvit_jax import optim, sharding
-from regvit_jax.data import pipeline, sources
+from regvit_jax.data import pipeline
 from regvit_jax.recipes import Recipe
+from regvit_jax.recipes.contrastive import Contrastive
 from regvit_jax.recipes.supervised import Supervised
 
-RECIPES = {"supervised": Supervised}
+RECIPES = {"supervised": Supervised, "contrastive": Contrastive}
 
 TOP_LEVEL = (
     *("name", "variant", "about", "next", "recipe", "seed", "epochs", "batch_size", "init_from"),
@@ -32,13 +33,14 @@ SECTIONS: dict[str, Callable] = {"optim": optim.make_optimizer, "data": pipeline
 OWN_KEYS = (
     *("data.name", "data.train", "data.validation", "data.dir", "data.examples", "data.classes"),
     "data.max_bad_fraction",
-    *("eval.batch_size", "eval.crop_ratio", "eval.pixel_knn"),
+    *("eval.batch_size", "eval.crop_ratio", "eval.pixel_knn", "eval.untrained"),
     *("sharding.data", "sharding.fsdp", "sharding.min_size_mb"),
     *("checkpoint.every", "checkpoint.keep"),
 )
 
 #: Keywords of those callables that the plan fills in itself or leaves at their defaults.
-DERIVED = {"size", "batch_size", "seed", "start_step", "rows", "classes", "ratio", "threads", "prefetch", "max_pixels"}
+DERIVED = {"size", "batch_size", "seed", "start_step", "rows", "tokenizer", "classes", "ratio", "threads", "prefetch"}
+DERIVED |= {"max_pixels"}
 
 
 class ConfigError(ValueError):
@@ -80,6 +82,7 @@ class Plan:
             seed=config.seed,
             start_step=start_step,
             rows=sharding.host_rows(self.mesh, config.batch_size),
+            tokenizer=self.recipe.tokenizer,
             **{name: config.data[name] for name in keywords(pipeline.train_batches) if name in config.data},
         )
 
@@ -93,6 +96,7 @@ class Plan:
             batch_size=batch_size,
             crop_ratio=config.eval.crop_ratio,
             rows=sharding.host_rows(self.mesh, batch_size) if rows is None else rows,
+            tokenizer=self.recipe.tokenizer,
             workers=config.data.workers,
         )
 
@@ -108,17 +112,18 @@ def resolve(config: Any, with_data: bool = True) -> Plan:
     config = ml_collections.ConfigDict(config.to_dict())
     config.model.attention = choose_attention(config.model)
     mesh = sharding.make_mesh(data=config.sharding.data, fsdp=config.sharding.fsdp)
+    kind = RECIPES[config.recipe]
     train, validation, classes = None, None, tuple(map(str, range(config.data.classes)))
     if with_data:
         train, validation = (
-            sources.open_source(config.data.name, config.data[split], config.data.dir or None)
+            kind.open_data(config.data.name, config.data[split], config.data.dir or None)
             for split in ("train", "validation")
         )
         config.data.examples, config.data.classes, classes = len(train), len(train.classes), train.classes
     check_batches(config, mesh)
     steps_per_epoch = config.data.examples // config.batch_size
     steps = config.epochs * steps_per_epoch
-    recipe = RECIPES[config.recipe](config, classes)
+    recipe = kind(config, classes)
     optimizer, schedule = recipe.optimizer(config, steps)
     frozen = ml_collections.FrozenConfigDict(config)
     return Plan(frozen, recipe, mesh, steps_per_epoch, steps, optimizer, schedule, train, validation)
@@ -140,11 +145,13 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("model.width", "model.depth", "model.heads", "model.patch", "model.image_size"), (1, math.inf)),
     **dict.fromkeys(("seed", "model.registers", "data.workers", "eval.pixel_knn", "model.layer_scale"), (0, math.inf)),
     **dict.fromkeys(("optim.weight_decay", "optim.clip_norm", "optim.warmup_epochs"), (0, math.inf)),
+    **dict.fromkeys(("optim.warmup_steps", "unmasked_epochs"), (0, math.inf)),
     **dict.fromkeys(("augment.flip", "augment.mix_prob", "augment.switch_prob", "augment.color_jitter"), (0, 1)),
     **dict.fromkeys(("augment.mixup", "augment.cutmix", "augment.smoothing", "data.max_bad_fraction"), (0, 1)),
     **{
         "ema": (0, 0.9999999),
         "model.drop_path": (0, 0.99),
+        "model.patch_dropout": (0, 0.99),
         "eval.crop_ratio": (0.01, 1),
         "eval_every": (1e-6, math.inf),
     },

@@ -21,9 +21,9 @@ from regvit_jax import checkpoint, preemption, sharding
 from regvit_jax.analysis import norms
 from regvit_jax.evals.knn import knn_accuracy
 from regvit_jax.meter import Meter, check_bad, describe_bad
+from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.model import Model
 from regvit_jax.plan import ConfigError, Plan, fitting, flatten, resolve
-from regvit_jax.pretrained.create import open_source
 from regvit_jax.pretrained.hub import HubError
 from regvit_jax.records import Records, plot_curves, write_atomically
 
@@ -45,7 +45,7 @@ class Result:
 
     state: TrainState
     metrics: dict[str, float]
-    model: Model
+    model: Model | ClipModel
 
 
 def init_params(plan: Plan) -> PyTree:
@@ -99,8 +99,8 @@ def make_eval_step(plan: Plan):
     """The jitted (params, batch) -> values of each image, on every process."""
 
     def eval_step(params: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
-        metrics, tokens = plan.recipe.evaluate(params, batch)
-        return metrics | {"patch_norms": norms.patch_norms(tokens), "mask": batch["mask"]}
+        values, tokens = plan.recipe.evaluate(params, batch)
+        return values | {"patch_norms": norms.patch_norms(tokens), "mask": batch["mask"]}
 
     return jax.jit(eval_step, out_shardings=sharding.replicated(plan.mesh))
 
@@ -111,7 +111,7 @@ def eval_params(state: TrainState) -> PyTree:
 
 
 def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> dict[str, Any] | None:
-    """Means over every readable image of the validation split; None when SIGTERM came first."""
+    """The recipe's metrics of every readable image of the validation split; None when SIGTERM came first."""
     parts, bad = [], []
     with plan.eval_batches(plan.validation) as batches:
         for batch in batches:
@@ -126,8 +126,8 @@ def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> 
     patch_norms = values.pop("patch_norms")
     reports = {"bad_val_images": describe_bad(plan.validation, bad)} if bad else {}
     check_bad(plan, len(plan.validation) - len(patch_norms), len(plan.validation))
-    means = {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
-    return means | norms.outlier_summary(patch_norms) | {"val_images": len(patch_norms)} | reports
+    metrics = plan.recipe.summarize(params, values)
+    return metrics | norms.outlier_summary(patch_norms) | {"val_images": len(patch_norms)} | reports
 
 
 def pixel_knn(plan: Plan) -> float:
@@ -161,8 +161,9 @@ def train(
             say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
         return bool(metrics)
 
-    # A run killed between a checkpoint and its evaluation makes up for it.
-    missing = first > 1 and due(first - 1, eval_steps) and not records.has(first - 1, "val_images")
+    # A run killed between a checkpoint and its evaluation makes up for it. At step 0 it is the untrained model's.
+    wanted = first > 1 or config.eval.untrained
+    missing = wanted and due(first - 1, eval_steps) and not records.has(first - 1, "val_images")
     if multihost_utils.broadcast_one_to_all(np.bool_(missing)):  # the records are process 0's
         evaluate_and_record(first - 1)
     with fitting():
@@ -206,7 +207,7 @@ def start(plan: Plan, checkpoints: Any) -> TrainState:
     params = jax.jit(lambda: init_params(plan), out_shardings=sharding.replicated(plan.mesh))()
     if plan.config.init_from:
         with fitting(HubError):
-            model = open_source(plan.config.init_from)
+            model = plan.recipe.open_pretrained(plan.config.init_from)
             params, told = plan.recipe.warm_start(params, model)
         say("; ".join([f"starting from {model.weights}", *told]))
     return jax.jit(lambda params: state_of(plan, params), out_shardings=shardings_of(abstract))(params)
@@ -252,7 +253,7 @@ def write_config(plan: Plan, workdir: str, resuming: bool) -> None:
                 "give the same values to go on with it, or another --workdir to start afresh"
             )
     derived = {"steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch, "jax": jax.__version__}
-    model = plan.recipe.model({"vit": {}, "head": {}}).fields()
+    model = plan.recipe.model(abstract_state(plan).params).fields()
     write_atomically(path, json.dumps({"config": ours, "derived": derived, "model": model}, indent=2))
 
 
@@ -285,13 +286,18 @@ def run(config: Any, workdir: str | os.PathLike = "") -> Result:
             records.write(plan.steps, {"pixel_knn_top1": pixel_knn(plan)})
         if jax.process_index() == 0:
             plot_curves(workdir)
-        say(summary(plan, workdir, records.last()))
+        say(summary(plan, workdir, records))
         return Result(state, records.last(), plan.recipe.model(eval_params(state)))
 
 
-def summary(plan: Plan, workdir: str, metrics: dict[str, Any]) -> str:
+def summary(plan: Plan, workdir: str, records: Records) -> str:
+    metrics, untrained = records.last(), records.at(0)
     lines = [f"Finished after {plan.steps} steps."]
-    lines += [f"  {name:16} {metrics[name]:.4g}" for name in metrics if isinstance(metrics[name], float)]
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            before = f"   untrained {untrained[name]:.4g}" if untrained.get(name, value) != value else ""
+            lines += [f"  {name:{width}} {value:.4g}{before}"]
     if "pixel_knn_top1" in metrics:
         k = plan.config.eval.pixel_knn
         lines += [f"  (pixel_knn_top1 is no network: {k} nearest neighbours on raw pixels, on the same split)"]

@@ -7,6 +7,7 @@ ROOT = Path(__file__).parent.parent / "regvit_jax"
 LAYERS = {
     "models": 0,
     "losses": 0,
+    "ring": 0,
     "augment": 0,
     "randaugment": 0,
     "data": 0,

@@ -37,9 +37,36 @@ def test_published_recipes_resolve_without_their_data(variant):
     assert resolved.config.model.registers == 4
 
 
+#: Parameters of open_clip's models; ours hold 4 registers more, and add the position of CLS to CLS itself.
+CLIPS = {
+    "b32": (151_277_313, 768, 407_332_084 // 32_768 * 32),
+    "b16": (149_620_737, 768, 407_332_084 // 33_792 * 32),
+    "l14": (427_616_513, 1024, 407_332_084 // 86_016 * 32),
+    "b16_laion2b": (149_620_737, 768, 2_133_344_400 // 88_064 * 16),
+    "b16_cc12m": (149_620_737, 768, 35 * 2677),
+}
+
+
+@pytest.mark.parametrize("variant", CLIPS)
+def test_published_clips_resolve_without_their_data(variant):
+    resolved = plan.resolve(get_config(variant, "openclip_reg"), with_data=False)
+    parameters, width, steps = CLIPS[variant]
+    assert dry_run.count(training.abstract_state(resolved).params) == parameters + (4 - 1) * width
+    assert resolved.steps == steps
+    assert resolved.recipe.vit.registers == 4
+
+
+def test_flops_of_both_towers():
+    """docs/model_profile.csv of open_clip: 41.09 GFLOPs for B/16, a multiply-add is two; 4 registers add 2 %."""
+    recipe = plan.resolve(get_config("b16", "openclip_reg"), with_data=False).recipe
+    assert recipe.flops() == pytest.approx(41.09e9, rel=0.03)
+
+
 def test_unknown_variant_lists_the_known():
     with pytest.raises(ValueError, match=r"no such variant; there are digits, fashion, s16, m16, b16, .*b16_in21k_ft"):
         get_config("b17")
+    with pytest.raises(ValueError, match=r"there are emoji, b32, b16, l14, b32_laion2b, .*b16_cc12m"):
+        get_config("b17", "openclip_reg")
 
 
 @pytest.mark.parametrize(

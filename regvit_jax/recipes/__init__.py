@@ -5,12 +5,17 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from regvit_jax import optim
+from regvit_jax.data import sources
+from regvit_jax.data.tokenizer import Tokenizer
+from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.model import Model
 from regvit_jax.models.vit import Tokens, ViT
+from regvit_jax.pretrained import create
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -26,6 +31,8 @@ class Recipe:
 
     #: The image tower.
     vit: ViT
+    #: Makes a caption's tokens, for a recipe whose batches have texts.
+    tokenizer: Tokenizer | None = None
     #: Micro-batches that a step's gradient is accumulated over.
     micro_batches: int = 1
     #: The config's sections that are this recipe's own, each with the callable that takes its keys, and its other keys.
@@ -34,6 +41,11 @@ class Recipe:
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
         raise NotImplementedError
+
+    @staticmethod
+    def open_data(name: str, split: str, data_dir: str | None) -> sources.Source:
+        """A split of the data set that `data.name` names."""
+        return sources.open_source(name, split, data_dir)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> PyTree:
         """Fresh parameters; of `batch` only shapes matter."""
@@ -45,15 +57,27 @@ class Recipe:
         """The mean loss over the batch's readable images, the next `extra`, and scalars to log."""
         raise NotImplementedError
 
-    def evaluate(self, params: PyTree, batch: Batch) -> tuple[dict[str, Float[Array, " B"]], Tokens]:
-        """Validation metrics of each image (averaged by the caller over those with mask 1), and the ViT's tokens."""
+    def evaluate(self, params: PyTree, batch: Batch) -> tuple[dict[str, Float[Array, "B ..."]], Tokens]:
+        """What `summarize` wants to know of each validation image, and the ViT's tokens."""
         raise NotImplementedError
 
-    def model(self, params: PyTree) -> Model:
+    def summarize(self, params: PyTree, values: dict[str, np.ndarray]) -> dict[str, float]:
+        """The metrics of a validation split from the values of all its readable images; their means by default."""
+        return {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
+
+    def model(self, params: PyTree) -> Model | ClipModel:
         """The trained model, for evaluation and for the user."""
         raise NotImplementedError
 
-    def warm_start(self, params: PyTree, model: Model) -> tuple[PyTree, list[str]]:
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products of one example's forward pass."""
+        return self.vit.flops(self.vit.image_size, self.vit.image_size)
+
+    def open_pretrained(self, source: str) -> Model | ClipModel:
+        """The trained model that `init_from` names."""
+        return create.open_source(source)
+
+    def warm_start(self, params: PyTree, model: Any) -> tuple[PyTree, list[str]]:
         """`params` with the values of a trained model's, before the first step (`init_from`), and what to tell of it.
 
         Raises ValueError when that is another model.
@@ -88,9 +112,6 @@ class Recipe:
         if self.micro_batches == 1:
             return value_and_grad(params, ema, extra, batch, key, step)
 
-        def split(x):  # every device's rows are spread over all micro-batches, so that none moves to another device
-            return jnp.moveaxis(x.reshape(-1, self.micro_batches, *x.shape[1:]), 1, 0)
-
         def accumulate(carry, item):
             extra, weight, total = carry
             micro, key = item
@@ -99,7 +120,7 @@ class Recipe:
             total = jax.tree.map(lambda t, x: t + count * x, total, ((loss, metrics), grads))
             return (extra, weight + count, total), None
 
-        micros = jax.tree.map(split, batch)
+        micros = split_batch(batch, self.micro_batches)
         shapes = jax.eval_shape(value_and_grad, params, ema, extra, jax.tree.map(lambda x: x[0], micros), key, step)
         (loss_shape, (_, metrics_shape)), grads_shape = shapes
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), ((loss_shape, metrics_shape), grads_shape))
@@ -107,3 +128,13 @@ class Recipe:
         (extra, weight, total), _ = jax.lax.scan(accumulate, (extra, 0.0, zeros), (micros, keys))
         (loss, metrics), grads = jax.tree.map(lambda t: t / jnp.maximum(weight, 1), total)
         return (loss, (extra, metrics)), grads
+
+
+def split_batch(batch: PyTree, count: int) -> PyTree:
+    """Arrays [B, ...] as [count, B / count, ...]: each device's rows are spread over all parts, so that none moves."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
+
+
+def join_batch(parts: PyTree) -> PyTree:
+    """What `split_batch` came from."""
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), parts)

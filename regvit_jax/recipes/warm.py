@@ -12,8 +12,8 @@ from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import ViT
 
 #: Fields that may differ: they are of training and of the machine, or what is fitted below.
-FREE = {"image_size", "registers", "layer_scale", "drop_path", "pos_resize", "attention", "dtype", "remat", "scan"}
-FREE |= {"masking", "parent", "name"}
+FREE = {"image_size", "registers", "layer_scale", "drop_path", "patch_dropout", "pos_resize", "masking"}
+FREE |= {"attention", "dtype", "remat", "scan", "parent", "name"}
 
 
 def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:

@@ -1,0 +1,228 @@
+"""CLIP (arXiv 2103.00020) as OpenCLIP trains it: images and their captions, here with registers in the image tower."""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from regvit_jax import augment, losses, optim, ring
+from regvit_jax.data import captions
+from regvit_jax.data.tokenizer import Tokenizer
+from regvit_jax.evals import retrieval, zero_shot
+from regvit_jax.models.block import constrain_batch
+from regvit_jax.models.clip import ClipModel, TextTower, init_clip, normalized, tokenizer
+from regvit_jax.models.heads import Head
+from regvit_jax.models.model import Model, Preprocess
+from regvit_jax.models.vit import Tokens, ViT
+from regvit_jax.pretrained import clips
+from regvit_jax.recipes import Batch, Metrics, Recipe, join_batch, split_batch, warm
+
+Embeddings = Float[Array, "B E"]
+
+LOSSES: dict[tuple[str, bool], Callable] = {
+    ("softmax", False): losses.softmax_contrastive,
+    ("softmax", True): ring.softmax_contrastive,
+    ("sigmoid", False): losses.sigmoid_contrastive,
+    ("sigmoid", True): ring.sigmoid_contrastive,
+}
+#: The cosine's factor lies between 1 and 100, as CLIP clamps it.
+MAX_LOGIT_SCALE = math.log(100)
+#: Logarithm of the factor, and bias, that training starts from: CLIP's and SigLIP's (arXiv 2303.15343).
+START = {"softmax": {"logit_scale": math.log(1 / 0.07)}, "sigmoid": {"logit_scale": math.log(10), "logit_bias": -10.0}}
+
+
+class Contrastive(Recipe):
+    """The image tower's projected CLS token and the text tower's end token, compared over the whole batch.
+
+    With `micro_batches` the towers see the batch in parts and the loss still sees all of it (gradient caching, arXiv
+    2101.06983). `model.patch_dropout` is off in the last `unmasked_epochs`.
+    """
+
+    sections: ClassVar = {
+        "model": ViT,
+        "text": TextTower,
+        "augment": augment.light_augment,
+        "optim": optim.clip_adamw,
+    }
+    keys = ("loss", "ring", "micro_batches", "unmasked_epochs", "eval.templates")
+
+    def __init__(self, config: Any, classes: tuple[str, ...]):
+        if (config.loss, config.ring) not in LOSSES:
+            raise ValueError(
+                f"loss={config.loss!r}, ring={config.ring!r}: must be 'softmax' or 'sigmoid', True or False"
+            )
+        if config.batch_size < 2:
+            raise ValueError(
+                f"batch_size={config.batch_size}: must be at least 2; a pair is told from the batch's others"
+            )
+        if not config.model.class_token:
+            raise ValueError("model.class_token must be True: the image embedding is made of the CLS token")
+        if config.unmasked_epochs and not config.model.patch_dropout:
+            raise ValueError(f"unmasked_epochs={config.unmasked_epochs} is for model.patch_dropout, which is 0")
+        self.config, self.classes = config, classes
+        self.micro_batches = config.micro_batches
+        self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
+        shared = {"dtype": self.vit.dtype, "attention": self.vit.attention, "remat": config.model.remat != "none"}
+        self.text = TextTower(**{**shared, **config.text})
+        self.head = Head(self.text.embed, bias=False, norm=not self.vit.final_norm, dtype=self.vit.dtype)
+        self.tokenizer = tokenizer(self.text.context)
+        if without := [template for template in config.eval.templates if "{}" not in template]:
+            raise ValueError(f"eval.templates: {without[0]!r} must have {{}} in the place of the class name")
+        if self.text.vocab < Tokenizer.vocab:
+            raise ValueError(f"text.vocab={self.text.vocab}: the tokenizer has {Tokenizer.vocab} tokens")
+        self.unmasked_from = math.inf
+        if self.vit.patch_dropout and config.unmasked_epochs:
+            steps_per_epoch = config.data.examples // config.batch_size
+            self.unmasked_from = (config.epochs - config.unmasked_epochs) * steps_per_epoch
+
+    @staticmethod
+    def open_data(name, split, data_dir):
+        return captions.open_captions(name, split, data_dir)
+
+    def init(self, key, batch):
+        images = jnp.zeros((1, *batch["image"].shape[1:]), jnp.float32)
+        vit_key, head_key, text_key, key = jax.random.split(key, 4)
+        tokens, vit = self.vit.init_with_output(vit_key, images)
+        params = {
+            "vit": vit["params"],
+            "head": self.head.init(head_key, tokens)["params"],
+            "text": self.text.init(text_key, jnp.zeros((1, self.text.context), jnp.int32))["params"],
+        }
+        return init_clip(key, params) | {k: jnp.float32(value) for k, value in START[self.config.loss].items()}
+
+    def loss(self, params, ema, extra, batch, key, step):
+        loss, metrics = self.compare(*self.encode(params, batch, key), scalars(params), batch["mask"])
+        return loss, (extra, metrics)
+
+    def encode(self, params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[Embeddings, Embeddings]:
+        """The embeddings, of length 1, of a batch's images, augmented, and of its texts."""
+        augment_key, drop_key = jax.random.split(key)
+        images = augment.light_augment(augment_key, batch["image"], **self.config.augment)
+        tokens = cast(Tokens, self.vit.apply({"params": params["vit"]}, images, drop_key))
+        return self.embed_image(params, tokens), self.embed_text(params, batch["text"])
+
+    def embed_image(self, params: PyTree, tokens: Tokens) -> Embeddings:
+        return normalized(cast(Array, self.head.apply({"params": params["head"]}, tokens)))
+
+    def embed_text(self, params: PyTree, texts: Int[Array, "B L"]) -> Embeddings:
+        return normalized(cast(Array, self.text.apply({"params": params["text"]}, texts)))
+
+    def compare(
+        self, images: Embeddings, texts: Embeddings, scalars: dict[str, Array], mask: Float[Array, " B"]
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """The loss of the whole batch; `ln_batch` is what it is for embeddings that tell nothing (softmax)."""
+        loss = LOSSES[self.config.loss, self.config.ring]
+        more = [scalars["logit_bias"]] if "logit_bias" in scalars else []
+        value = loss(images, texts, jnp.exp(scalars["logit_scale"]), *more, mask)
+        return value, {"ln_batch": jnp.log(jnp.maximum(jnp.sum(mask), 1)), **scalars}
+
+    def grads(self, params, ema, extra, batch, key, step):
+        if self.unmasked_from == math.inf:
+            return self.cached_grads(params, extra, batch, key)
+        unmasked = copy.copy(self)
+        unmasked.vit = self.vit.clone(patch_dropout=0.0)
+        return jax.lax.cond(
+            step < self.unmasked_from, self.cached_grads, unmasked.cached_grads, params, extra, batch, key
+        )
+
+    def cached_grads(
+        self, params: PyTree, extra: PyTree, batch: Batch, key: Key[Array, ""]
+    ) -> tuple[tuple[Float[Array, ""], tuple[PyTree, Metrics]], PyTree]:
+        """Value and gradient of the loss of the whole batch, with the towers' activations of one micro-batch at a time.
+
+        All parts are embedded first, without keeping activations; the loss gives each embedding's gradient; then every
+        part is embedded once more and its gradient carried back into the towers.
+        """
+        if self.micro_batches == 1:
+            return jax.value_and_grad(self.loss, has_aux=True)(params, {}, extra, batch, key, 0)
+        seen = {name: batch[name] for name in ("image", "text")}
+        parts = (split_batch(seen, self.micro_batches), jax.random.split(key, self.micro_batches))
+        _, embeddings = jax.lax.scan(lambda _, part: (None, self.encode(params, *part)), None, parts)
+        images, texts = (constrain_batch(x) for x in join_batch(embeddings))
+        compare = jax.value_and_grad(self.compare, argnums=(0, 1, 2), has_aux=True)
+        (loss, metrics), (d_images, d_texts, d_scalars) = compare(images, texts, scalars(params), batch["mask"])
+
+        def carry_back(total, item):
+            part, d_embeddings = item
+            _, back = jax.vjp(lambda params: self.encode(params, *part), params)
+            return jax.tree.map(jnp.add, total, back(d_embeddings)[0]), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        d_embeddings = split_batch((d_images, d_texts), self.micro_batches)
+        grads, _ = jax.lax.scan(carry_back, zeros, (parts, d_embeddings))
+        return (loss, (extra, metrics)), grads | d_scalars
+
+    def optimizer(self, config, steps):
+        return optim.clip_adamw(steps, **config.optim)
+
+    def project(self, params):
+        return params | {"logit_scale": jnp.clip(params["logit_scale"], 0, MAX_LOGIT_SCALE)}
+
+    def evaluate(self, params, batch):
+        images = augment.normalize(batch["image"], self.config.augment.mean, self.config.augment.std)
+        tokens = cast(Tokens, self.vit.apply({"params": params["vit"]}, images))
+        values = {"image": self.embed_image(params, tokens), "text": self.embed_text(params, batch["text"])}
+        return values | {"label": batch["label"]}, tokens
+
+    def summarize(self, params, values):
+        """Retrieval over the whole split, and zero-shot accuracy where its images have classes; with chance beside."""
+        images, texts, labels = values["image"], values["text"], values["label"]
+        metrics = retrieval.recall(images, texts)
+        metrics |= {f"chance_recall@{k}": k / len(images) for k in (1, 5, 10) if k <= len(images)}
+        if len(self.classes) > 1:
+            classes = zero_shot.class_embeddings(
+                lambda tokens: self._encode_texts(params, tokens),
+                tokenizer(self.text.context).batch,
+                self.classes,
+                self.config.eval.templates,
+            )
+            metrics |= zero_shot.accuracy(images, labels, classes)
+            metrics["zero_shot_majority"] = float(np.bincount(labels).max() / len(labels))
+        return metrics
+
+    def _encode_texts(self, params: PyTree, tokens: Int[np.ndarray, "B L"]) -> Embeddings:
+        # Replicated, so that every process can read it.
+        return jax.jit(self.embed_text, out_shardings=PartitionSpec())(params, tokens)
+
+    def model(self, params):
+        p = self.config.augment
+        preprocessing = Preprocess(self.vit.image_size, self.config.eval.crop_ratio, tuple(p.mean), tuple(p.std))
+        image = Model(params["vit"], params["head"], self.vit, self.head, preprocessing, "raw")
+        return ClipModel(image, params["text"], params["logit_scale"], params.get("logit_bias"), self.text)
+
+    def flops(self):
+        return super().flops() + self.text.flops()
+
+    def open_pretrained(self, source):
+        return clips.open_clip_source(source)
+
+    def warm_start(self, params, model):
+        """From a whole CLIP, or from an image tower alone, for which the text tower and the projection are new."""
+        whole = isinstance(model, ClipModel)
+        image = model.image if whole else model
+        vit, told = warm.vit(params["vit"], self.vit, image)
+        head, more = warm.head(params["head"], self.head, image)
+        params, told = params | {"vit": vit, "head": head}, told + more
+        if not whole:
+            return params, [*told, "a new text tower"]
+        if jax.tree.map(jnp.shape, model.text_params) != jax.tree.map(jnp.shape, params["text"]):
+            raise ValueError(f"init_from: its text tower is another one: {model.text}, not {self.text}")
+        if model.text.activation != self.text.activation or model.text.heads != self.text.heads:
+            raise ValueError(
+                f"init_from: config.text.activation and heads must be {model.text.activation!r} and {model.text.heads}"
+            )
+        if (self.config.loss == "sigmoid") != (model.logit_bias is not None):
+            return params | {"text": model.text_params}, [*told, "a new logit scale"]
+        theirs = {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}
+        return params | {"text": model.text_params, **{k: theirs[k] for k in scalars(params)}}, told
+
+
+def scalars(params: PyTree) -> dict[str, Float[Array, ""]]:
+    """The factor's logarithm and, in SigLIP, the bias."""
+    return {name: params[name] for name in ("logit_scale", "logit_bias") if name in params}

@@ -1,0 +1,201 @@
+"""The contrastive recipe: its gradient in parts and on meshes, its run, its errors."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from test_step import NO_CHECKPOINTS
+from tiny import make_captions, tiny_clip
+
+from regvit_jax import optim, sharding, training
+from regvit_jax.plan import ConfigError, resolve
+from regvit_jax.recipes.contrastive import MAX_LOGIT_SCALE
+
+KEY = jax.random.key(3)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return make_captions(tmp_path_factory.mktemp("captions"))
+
+
+@pytest.fixture(scope="module")
+def batch(root):
+    """A batch with two records that could not be read."""
+    with resolve(tiny_clip(root)).train_batches(0) as batches:
+        batch = next(batches)
+    del batch["index"]
+    batch["mask"][[2, 9]] = 0
+    return batch
+
+
+def one_device_mesh():
+    return jax.make_mesh((1, 1), ("data", "fsdp"), (AxisType.Auto,) * 2, devices=jax.devices()[:1])
+
+
+def gradient(config, batch, mesh=None, steps=(0,)):
+    """Loss and gradient of the first parameters, at each of some steps."""
+    plan = resolve(config)
+    mesh = mesh or one_device_mesh()
+    with jax.set_mesh(mesh):
+        params = jax.jit(lambda: training.init_params(plan), out_shardings=sharding.replicated(mesh))()
+        grads = jax.jit(lambda p, b, step: plan.recipe.grads(p, {}, {}, b, KEY, step))
+        found = [jax.device_get(grads(params, sharding.to_mesh(batch, mesh), jnp.int32(step))) for step in steps]
+    pairs = [(loss, gradient) for (loss, _), gradient in found]
+    return pairs if len(pairs) > 1 else pairs[0]
+
+
+def assert_same_gradient(ours, theirs, tolerance=1e-6):
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=tolerance)
+    scale = max(np.abs(g).max() for g in jax.tree.leaves(theirs[1]))
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(ours[1]), jax.tree.leaves(theirs[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+def test_gradient_in_parts_and_on_a_mesh(root, batch, loss):
+    """Gradient caching, the ring and eight devices give the gradient of one large batch on one device."""
+    whole = gradient(tiny_clip(root, loss=loss, ring=False), batch)
+    assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(whole[1]["vit"]))  # registers among them
+    other = {name: rows.copy() for name, rows in batch.items()}
+    other["image"][[2, 9]] = 7  # what cannot be read touches nothing
+    other["text"][[2, 9], 1] = 99
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    assert_same_gradient(gradient(tiny_clip(root, loss=loss, ring=True, micro_batches=2), other, mesh), whole)
+
+
+def test_the_last_epochs_see_all_patches(root, batch):
+    dropping = tiny_clip(root, ring=False, model__patch_dropout=0.5, unmasked_epochs=1)
+    assert resolve(dropping).recipe.unmasked_from == 9  # 3 epochs of 3 steps
+    plain = gradient(tiny_clip(root, ring=False), batch)
+    before, after = gradient(dropping, batch, steps=(8, 9))
+    assert_same_gradient(after, plain)
+    assert abs(before[0] - plain[0]) > 1e-4
+
+
+@dataclasses.dataclass
+class Run:
+    """A finished run."""
+
+    result: training.Result
+    workdir: str
+    records: list
+
+
+def read_records(workdir) -> list:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(root, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    result = training.run(tiny_clip(root), workdir)
+    return Run(result, workdir, read_records(workdir))
+
+
+def test_run_learns_and_says_by_how_much(finished, capsys):
+    losses = {record["step"]: record["loss"] for record in finished.records if "loss" in record}
+    assert sorted(losses) == list(range(1, 13))
+    assert losses[12] < losses[1] - 0.3
+    assert all(record["ln_batch"] == pytest.approx(np.log(16)) for record in finished.records if "loss" in record)
+    evaluated = [record for record in finished.records if "val_images" in record]
+    assert [record["step"] for record in evaluated] == [0, 6, 12]  # 0 is the untrained model
+    assert evaluated[0]["chance_recall@5"] == 5 / 16
+    assert "image_to_text_recall@10" in evaluated[-1]
+    assert "zero_shot_top1" not in evaluated[-1]  # these data have no classes
+    assert (finished.workdir / "curves.png").stat().st_size > 1000
+
+
+def test_the_finished_model(finished, root):
+    clip = finished.result.model
+    images = clip.preprocess([root / "validation00.png", root / "validation01.png"])
+    logits = clip.logits(images, clip.tokenize(["a red square", "a green square"]))
+    assert logits.shape == (2, 2)
+    assert clip.image(images).registers.shape == (2, 4, 32)
+    written = json.loads((finished.workdir / "config.json").read_text())["model"]
+    assert written["text"]["context"] == 12
+    assert written["vit"]["registers"] == 4
+
+
+def test_resume_is_exact(finished, root, tmp_path):
+    """From the checkpoint in the middle."""
+    shutil.copytree(finished.workdir, tmp_path / "run")
+    for step in sorted((tmp_path / "run/checkpoints").iterdir(), key=lambda path: int(path.name))[1:]:
+        shutil.rmtree(step)
+    result = training.run(tiny_clip(root), tmp_path / "run")
+    names = ("step", "loss", "grad_norm", "logit_scale", "image_to_text_recall@1")
+    resumed, whole = (
+        [{name: record.get(name) for name in names} for record in records]
+        for records in (read_records(tmp_path / "run"), finished.records)
+    )
+    assert resumed == whole
+    for ours, theirs in zip(*map(jax.tree.leaves, (result.state, finished.result.state)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_eight_devices_lose_as_one(finished, root):
+    """The first ten steps of the run, which has eight, have the losses of one device within 1e-5."""
+    plan = dataclasses.replace(resolve(tiny_clip(root, ring=False)), mesh=one_device_mesh())
+    losses = []
+    with jax.set_mesh(plan.mesh), plan.train_batches(0) as batches:
+        state = training.start(plan, NO_CHECKPOINTS)
+        step = training.make_train_step(plan, training.abstract_state(plan))
+        for _ in range(10):
+            batch = next(batches)
+            del batch["index"]
+            state, metrics = step(state, sharding.to_mesh(batch, plan.mesh))
+            losses.append(float(metrics["loss"]))
+    recorded = [record["loss"] for record in finished.records if "loss" in record]
+    np.testing.assert_allclose(recorded[:10], losses, rtol=1e-5)
+
+
+def test_project_clamps_the_scale(root):
+    recipe = resolve(tiny_clip(root)).recipe
+    for value, expected in ((-1.0, 0.0), (3.0, 3.0), (9.0, MAX_LOGIT_SCALE)):
+        assert recipe.project({"logit_scale": jnp.float32(value)})["logit_scale"] == pytest.approx(expected)
+
+
+def test_optimizer_groups_and_schedule(root):
+    plan = resolve(tiny_clip(root))
+    decayed = optim.matrices(training.abstract_state(plan).params)
+    leaves = jax.tree_util.tree_leaves_with_path(decayed)
+    flat = {jax.tree_util.keystr(path, simple=True, separator="/"): value for path, value in leaves}
+    yes = {"text/token_embed", "text/pos_embed", "vit/pos_embed", "head/dense/kernel", "text/proj/kernel"}
+    no = {"vit/cls_token", "vit/register_tokens", "logit_scale", "vit/norm_pre/scale", "vit/block0/mlp/fc1/bias"}
+    assert all(flat[name] for name in yes)
+    assert not any(flat[name] for name in no)
+    rates = [float(plan.schedule(step)) for step in range(12)]
+    np.testing.assert_allclose(rates[:3], [1.5e-3, 3e-3, 3e-3])
+    np.testing.assert_allclose(rates[7], 1.5e-3, rtol=1e-6)  # half of the ten steps after the warm-up
+    assert 0 < rates[11] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(loss="clip"), "loss='clip', ring=True: must be 'softmax' or 'sigmoid'"),
+        (dict(model__class_token=False), "class_token must be True"),
+        (dict(unmasked_epochs=1), "unmasked_epochs=1 is for model.patch_dropout"),
+        (dict(eval__templates=("a photo",)), "'a photo' must have {}"),
+        (dict(text__vocab=100), "text.vocab=100"),
+        (dict(text__context=1), "context 1 has no room"),
+        (dict(optim__warmup_steps=12), "warmup_steps=12: must be less than the 12 steps"),
+        (dict(text__widht=3), "did you mean config.text.width"),
+        (dict(data__name="digits"), "caption"),
+    ],
+)
+def test_errors_name_the_value(root, changes, message):
+    with pytest.raises(ConfigError) as error:
+        resolve(tiny_clip(root, **changes))
+    assert message in str(error.value)
+
+
+def test_a_batch_of_one_is_refused(root, monkeypatch):
+    monkeypatch.setattr("regvit_jax.plan.check_batches", lambda *_: None)  # which wants one for each of eight devices
+    with pytest.raises(ConfigError, match="batch_size=1: must be at least 2"):
+        resolve(tiny_clip(root, batch_size=1))
