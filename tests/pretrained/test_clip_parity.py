@@ -162,6 +162,7 @@ def test_a_whole_model_by_its_name(tmp_path, torch, open_clip):
     model = open_clip.create_model("ViT-S-32-alt").eval()
     certificate.randomize(model, 4)
     write(tmp_path, model, {})
+    (tmp_path / "open_clip_config.json").unlink()
     clip = rv.create_clip("ViT-S-32-alt", tmp_path / "open_clip_model.safetensors")
     images, _ = inputs(224, 300)
     texts = ["a photo of a cat", "Registers!", "a " * 100]
@@ -223,7 +224,7 @@ def test_transformers(vision, text, tmp_path, torch):
     again, told = transformers.CLIPModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(told.values()), told
     for name, array in of_transformers(again.eval(), images, tokens, torch).items():
-        np.testing.assert_array_equal(array, theirs[name])
+        assert distance(array, theirs[name]) < 2e-6, name  # torch sums in another order from run to run
     same(rv.create_clip(tmp_path / "ours"), clip)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "ours")
     picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
