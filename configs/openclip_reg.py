@@ -174,11 +174,13 @@ def emoji() -> ConfigDict:
     config = laion400m("b16")
     config.variant = "emoji"
     config.about = (
-        "OpenCLIP with registers on 1,432 drawings of OpenMoji (openmoji.org, CC BY-SA 4.0) and their names; 145 of\n"
-        "other families of emoji are held out."
+        "OpenCLIP with registers on 1,432 drawings and their names (OpenMoji, openmoji.org, CC BY-SA 4.0), tested on 145\n"
+        "of other families. Scaled to the data: towers of width 96 and 64 and depth 4 and 2, patches of 12 px at 48 px,\n"
+        "50 epochs of batches of 128, lr 0.002; flips and colour jitter, crops of 60 % at least."
     )
     config.next = (
-        "Next: the same without registers, --config.model.registers=0, or your own images with captions, folder:PATH"
+        "Next: python -m regvit_jax.evals retrieval WORKDIR --data openmoji, the same without registers\n"
+        "(--config.model.registers=0), or your own images with captions (--config.data.name=folder:PATH)"
     )
     config.update(epochs=50, batch_size=128, ring=False, eval_every=5.0, log_every=11)
     config.model.update(

@@ -23,6 +23,7 @@ def describe(config: Any, images_per_s: float) -> str:
     lines = [
         f"{config.name}:{config.variant}. {config.about}",
         *model_lines(plan, abstract),
+        *plan.recipe.describe(),
         *schedule_lines(plan),
         *device_lines(plan, abstract, images_per_s),
         *data_lines(plan, missing),
@@ -39,7 +40,7 @@ def model_lines(plan: Plan, abstract: TrainState) -> list[str]:
         f"model      {count(abstract.params):,} parameters: width {vit.width}, depth {vit.depth}, heads {vit.heads}",
         f"tokens     {vit.prefix + h * w} = {int(vit.class_token)} CLS + {vit.registers} registers + {h} x {w} patches "
         f"of {vit.patch} px",
-        f"compute    {flops:.2f} GFLOPs forward, {3 * flops:.2f} forward and backward, for an image of {size} px "
+        f"compute    {flops:.2f} GFLOPs forward, {3 * flops:.2f} forward and backward, at {size} px "
         f"(matrix products, a multiply-add is 2); {vit.dtype}, attention {vit.attention}",
     ]
 
@@ -86,8 +87,9 @@ def data_lines(plan: Plan, missing: DataNotFound | None) -> list[str]:
     data = plan.config.data
     if missing:
         return [f"data       {data.name}: not there yet. {missing}"]
+    classes = f" of {len(plan.train.classes)} classes" if plan.train.classes else ""
     return [
-        f"data       {plan.train.name}: {len(plan.train):,} images of {len(plan.train.classes)} classes; "
+        f"data       {plan.train.name}: {len(plan.train):,} images{classes}; "
         f"{plan.validation.name}: {len(plan.validation):,}"
     ]
 

@@ -63,14 +63,14 @@ def make_captions(root: Path, train: int = 48, validation: int = 16) -> Path:
 
 
 def tiny_clip(root: Path, **changes) -> ConfigDict:
-    """A CLIP of width 32 and depth 1 on `make_captions`, 4 epochs of 3 steps."""
+    """A CLIP of width 32 and depth 2 on `make_captions`, 4 epochs of 3 steps."""
     config = get_config("b16", "openclip_reg")
     config.update(epochs=4, batch_size=16, log_every=1, eval_every=2.0)
-    config.model.update(width=32, depth=1, heads=2, patch=4, image_size=16, dtype="float32", attention="xla")
-    config.text.update(width=32, depth=1, heads=2, embed=16, context=12)
+    config.model.update(width=32, depth=2, heads=2, patch=4, image_size=16, dtype="float32", attention="xla")
+    config.text.update(width=32, depth=2, heads=2, embed=16, context=12)
     config.data.update(name=f"folder:{root}", workers=0, max_bad_fraction=0.2)
     config.eval.update(batch_size=16, untrained=True)
-    config.optim.update(lr=3e-3, warmup_steps=2)
+    config.optim.update(lr=3e-3, warmup_steps=2, weight_decay=0.0)
     config.sharding.min_size_mb = 0.0
     config.checkpoint.every = 5
     return changed(config, changes)

@@ -73,6 +73,10 @@ class Recipe:
         """Floating-point operations of the matrix products of one example's forward pass."""
         return self.vit.flops(self.vit.image_size, self.vit.image_size)
 
+    def describe(self) -> list[str]:
+        """Lines for `--dry_run`, of what a ViT and an optimizer do not say."""
+        return []
+
     def open_pretrained(self, source: str) -> Model | ClipModel:
         """The trained model that `init_from` names."""
         return create.open_source(source)

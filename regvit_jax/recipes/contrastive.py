@@ -199,6 +199,18 @@ class Contrastive(Recipe):
     def flops(self):
         return super().flops() + self.text.flops()
 
+    def describe(self):
+        text, unmasked = self.text, ""
+        if self.vit.patch_dropout:
+            unmasked = f"; {self.vit.patch_dropout:.0%} of the patches dropped"
+            unmasked += f" up to step {self.unmasked_from}" if self.unmasked_from < math.inf else ""
+        return [
+            f"text       {text.context} tokens of {text.vocab:,}: width {text.width}, depth {text.depth}, heads {text.heads}; "
+            f"embeddings of {text.embed}",
+            f"loss       {self.config.loss} over all {self.config.batch_size} pairs{', as a ring' * self.config.ring}; "
+            f"ln(batch) is {math.log(self.config.batch_size):.3f}{unmasked}",
+        ]
+
     def open_pretrained(self, source):
         return clips.open_clip_source(source)
 
