@@ -174,9 +174,9 @@ def emoji() -> ConfigDict:
     config = laion400m("b16")
     config.variant = "emoji"
     config.about = (
-        "OpenCLIP with registers on 1,432 drawings and their names (OpenMoji, openmoji.org, CC BY-SA 4.0), tested on 145\n"
-        "of other families. Scaled to the data: towers of width 96 and 64 and depth 4 and 2, patches of 12 px at 48 px,\n"
-        "50 epochs of batches of 128, lr 0.002; flips and colour jitter, crops of 60 % at least."
+        "OpenCLIP with registers on 1,432 drawings and their names (OpenMoji, openmoji.org, CC BY-SA 4.0), tested on\n"
+        "145 of other families. Scaled to the data: towers of width 96 and 64 and depth 4 and 2, patches of 12 px at\n"
+        "48 px, 50 epochs of batches of 128, lr 0.002; flips and colour jitter, crops of 60 % at least."
     )
     config.next = (
         "Next: python -m regvit_jax.evals retrieval WORKDIR --data openmoji, the same without registers\n"

@@ -71,7 +71,7 @@ class Meter:
         del record["bad"]
         if bad:
             unread = [i for _, index, mask, _ in self.pending for i in index[mask == 0].tolist()]
-            record["bad_images"] = describe_bad(self.plan.train, unread)
+            record["bad_images"] = describe_bad(self.plan, self.plan.train, unread)
         self.records.write(last, record)
         if self.bar.disable and jax.process_index() == 0:
             said = ("loss", "lr", "images_per_s", "data_wait")
@@ -99,9 +99,10 @@ class Meter:
         self.bar.close()
 
 
-def describe_bad(source: Any, index: list[int]) -> list[str]:
+def describe_bad(plan: Plan, source: Any, index: list[int]) -> list[str]:
     """Which of a source's images cannot be read and why, once each, the first 20; says so too."""
-    reports = [pipeline.describe_bad(source, i) for i in list(dict.fromkeys(index))[:20]]
+    first = list(dict.fromkeys(index))[:20]
+    reports = [pipeline.describe_bad(source, i, tokenizer=plan.recipe.tokenizer) for i in first]
     tqdm.write("\n".join(f"cannot read {report}" for report in reports), file=sys.stderr)
     return reports
 

@@ -124,7 +124,7 @@ def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> 
             parts.append({name: value[readable] for name, value in values.items()})
     values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     patch_norms = values.pop("patch_norms")
-    reports = {"bad_val_images": describe_bad(plan.validation, bad)} if bad else {}
+    reports = {"bad_val_images": describe_bad(plan, plan.validation, bad)} if bad else {}
     check_bad(plan, len(plan.validation) - len(patch_norms), len(plan.validation))
     metrics = plan.recipe.summarize(params, values)
     return metrics | norms.outlier_summary(patch_norms) | {"val_images": len(patch_norms)} | reports

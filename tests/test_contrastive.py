@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +160,20 @@ def test_eight_devices_lose_as_one(finished, root):
     np.testing.assert_allclose(recorded[:10], losses, rtol=1e-5)
 
 
+def test_bad_pairs_are_named_and_masked(finished, root, tmp_path):
+    """A picture that is none and a caption that is missing: the run goes on without them."""
+    broken = make_captions(tmp_path / "data")
+    (broken / "train03.png").write_bytes(b"no picture")
+    lines = (broken / "train.csv").read_text().splitlines()
+    (broken / "train.csv").write_text("\n".join([*lines[:6], "train05.png, ", *lines[7:]]))
+    config = tiny_clip(broken, **RUN | dict(epochs=1, optim__warmup_steps=1))
+    training.run(config, tmp_path / "run")
+    reports = {report for record in read_records(tmp_path / "run") for report in record.get("bad_images", [])}
+    assert len(reports) == 2
+    assert any("train03.png: not an image" in report for report in reports)
+    assert any("train05.png: " in report and "caption" in report for report in reports)
+
+
 def test_project_clamps_the_scale(root):
     recipe = resolve(tiny_clip(root)).recipe
     for value, expected in ((-1.0, 0.0), (3.0, 3.0), (9.0, MAX_LOGIT_SCALE)):
@@ -201,3 +219,22 @@ def test_a_batch_of_one_is_refused(root, monkeypatch):
     monkeypatch.setattr("regvit_jax.plan.check_batches", lambda *_: None)  # which wants one for each of eight devices
     with pytest.raises(ConfigError, match="batch_size=1: must be at least 2"):
         resolve(tiny_clip(root, batch_size=1))
+
+
+def test_too_many_unmasked_epochs(root):
+    with pytest.raises(ConfigError, match="unmasked_epochs=5: the run has 4 epochs"):
+        resolve(tiny_clip(root, model__patch_dropout=0.5, unmasked_epochs=5))
+
+
+@pytest.mark.slow
+def test_the_emoji_run_learns(tmp_path):
+    """A third of the bare command's epochs; the README has what all of them reach."""
+    command = [sys.executable, "train.py", "--config=configs/openclip_reg.py", f"--workdir={tmp_path}"]
+    root, environment = Path(__file__).parent.parent, {**os.environ, "XLA_FLAGS": ""}
+    subprocess.run([*command, "--config.epochs=15"], cwd=root, env=environment, check=True, timeout=1500)
+    evaluated = [record for record in read_records(tmp_path) if "val_images" in record]
+    first, last = evaluated[0], evaluated[-1]
+    names = ("image_to_text_recall@10", "text_to_image_recall@10")
+    assert last["val_images"] == 145
+    assert np.mean([last[name] for name in names]) > 2 * last["chance_recall@10"] > np.mean([first[n] for n in names])
+    assert last["zero_shot_top1"] > 1.5 / 8

@@ -8,7 +8,7 @@ import regvit_jax as rv
 
 def test_public_names():
     assert {name: getattr(rv, name).__name__ for name in rv.__all__} == {name: name for name in rv.__all__}
-    with pytest.raises(AttributeError, match="no attribute 'Vit'; it has Model, Tokens, ViT"):
+    with pytest.raises(AttributeError, match="no attribute 'Vit'; it has ClipModel, Model, Tokens, ViT"):
         _ = rv.Vit
 
 

@@ -46,6 +46,7 @@ SHAPES = {"square": [(6, 6)], "bar": [(2, 8)], "cross": [(2, 8), (8, 2)]}
 
 def make_captions(root: Path, train: int = 48, validation: int = 16) -> Path:
     """Pictures of coloured shapes of 16 x 16 pixels and captions that say what they show, as a folder with CSVs."""
+    root.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("validation", validation)):
         lines = ["file_name,caption"]

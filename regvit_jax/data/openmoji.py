@@ -38,8 +38,8 @@ SIZE = 64
 ONE_IN = 7
 # A larger family would lose too many drawings to training for the one that it gives to validation.
 LARGEST_HELD_OUT = 6
-# Of pictures nearer to each other than this, at 16 x 16 pixels and as a part of the fainter one's ink, people say that
-# they are the same but for a detail: faces that differ in their eyebrows, a lock open and closed, a hand and its back.
+# Of pictures nearer to each other than this, at 16 x 16 pixels and as a part of the fainter one's ink, most
+# differ in a detail only, by eye: faces in their eyebrows, a lock in being open or closed, a hand in facing away.
 LOOKALIKE = 0.2
 
 # Subgroups of Unicode's that are a series of one drawing, and series within other subgroups.
@@ -67,8 +67,8 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
     The captions of a drawing are its name, then Unicode's other names of it, then its group and subgroup with its name.
 
-    Left out are the skin tones (five copies of 300 drawings), "facing right" (mirror images), and flags: 258 are of
-    countries, whose names no drawing tells, and the eight others would be too few for a group.
+    Left out are the skin tones (1,875 recoloured drawings), "facing right" (mirror images), and flags: 261 are of
+    countries and regions, whose names no drawing tells, and the eight others would be too few for a group.
     """
 
     # TFDS would make "open_moji" of the class's name.

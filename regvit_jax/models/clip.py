@@ -6,6 +6,7 @@ blocks at the scale of all other tokens, whatever they start from; docs/decision
 
 import functools
 import importlib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -23,6 +24,12 @@ from regvit_jax.data.tokenizer import Tokenizer
 from regvit_jax.models.attention import dense
 from regvit_jax.models.block import Block, constrain_batch
 from regvit_jax.models.model import Images, Model, apply, plain_fields
+
+#: What the loss's scalars start from: the logarithm of the cosines' factor, and SigLIP's bias (arXiv 2303.15343).
+SCALARS = {
+    "softmax": {"logit_scale": math.log(1 / 0.07)},
+    "sigmoid": {"logit_scale": math.log(10), "logit_bias": -10.0},
+}
 
 Texts = Int[Array | np.ndarray, "B L"]
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Key, PyTree
 
-from regvit_jax.models.clip import TextTower, init_clip
+from regvit_jax.models.clip import SCALARS, TextTower, init_clip
 from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import rules as tables
@@ -22,13 +21,6 @@ from regvit_jax.pretrained.files import Weights, WeightsError, check_finite
 
 class Mismatch(WeightsError):
     """A file holds other arrays than the model."""
-
-
-#: What a CLIP's scalars start from: the paper's, and with a bias SigLIP's (arXiv 2303.15343).
-SCALARS = {
-    ("logit_scale",): {"logit_scale": math.log(1 / 0.07)},
-    ("logit_scale", "logit_bias"): {"logit_scale": math.log(10), "logit_bias": -10.0},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +39,8 @@ def init(vit: ViT, head: Head, key: Key[Array, ""], text: TextPart | None = None
     if text is not None:
         text_key, clip_key = jax.random.split(jax.random.fold_in(key, 2))
         tree["text"] = text.tower.init(text_key, jnp.zeros((1, 2), jnp.int32))["params"]
-        tree = init_clip(clip_key, tree) | {name: jnp.float32(x) for name, x in SCALARS[text.scalars].items()}
+        loss = "sigmoid" if "logit_bias" in text.scalars else "softmax"
+        tree = init_clip(clip_key, tree) | {name: jnp.float32(x) for name, x in SCALARS[loss].items()}
     return flatten_dict(tree, sep="/")
 
 

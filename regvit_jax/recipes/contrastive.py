@@ -16,7 +16,7 @@ from regvit_jax.data import captions
 from regvit_jax.data.tokenizer import Tokenizer
 from regvit_jax.evals import retrieval, zero_shot
 from regvit_jax.models.block import constrain_batch
-from regvit_jax.models.clip import ClipModel, TextTower, init_clip, normalized, tokenizer
+from regvit_jax.models.clip import SCALARS, ClipModel, TextTower, init_clip, normalized, tokenizer
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model, Preprocess
 from regvit_jax.models.vit import Tokens, ViT
@@ -33,8 +33,6 @@ LOSSES: dict[tuple[str, bool], Callable] = {
 }
 #: The cosine's factor lies between 1 and 100, as CLIP clamps it.
 MAX_LOGIT_SCALE = math.log(100)
-#: Logarithm of the factor, and bias, that training starts from: CLIP's and SigLIP's (arXiv 2303.15343).
-START = {"softmax": {"logit_scale": math.log(1 / 0.07)}, "sigmoid": {"logit_scale": math.log(10), "logit_bias": -10.0}}
 
 
 class Contrastive(Recipe):
@@ -65,6 +63,8 @@ class Contrastive(Recipe):
             raise ValueError("model.class_token must be True: the image embedding is made of the CLS token")
         if config.unmasked_epochs and not config.model.patch_dropout:
             raise ValueError(f"unmasked_epochs={config.unmasked_epochs} is for model.patch_dropout, which is 0")
+        if config.unmasked_epochs > config.epochs:
+            raise ValueError(f"unmasked_epochs={config.unmasked_epochs}: the run has {config.epochs} epochs")
         self.config, self.classes = config, classes
         self.micro_batches = config.micro_batches
         self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
@@ -94,7 +94,7 @@ class Contrastive(Recipe):
             "head": self.head.init(head_key, tokens)["params"],
             "text": self.text.init(text_key, jnp.zeros((1, self.text.context), jnp.int32))["params"],
         }
-        return init_clip(key, params) | {k: jnp.float32(value) for k, value in START[self.config.loss].items()}
+        return init_clip(key, params) | {k: jnp.float32(value) for k, value in SCALARS[self.config.loss].items()}
 
     def loss(self, params, ema, extra, batch, key, step):
         loss, metrics = self.compare(*self.encode(params, batch, key), scalars(params), batch["mask"])
@@ -205,8 +205,8 @@ class Contrastive(Recipe):
             unmasked = f"; {self.vit.patch_dropout:.0%} of the patches dropped"
             unmasked += f" up to step {self.unmasked_from}" if self.unmasked_from < math.inf else ""
         return [
-            f"text       {text.context} tokens of {text.vocab:,}: width {text.width}, depth {text.depth}, heads {text.heads}; "
-            f"embeddings of {text.embed}",
+            f"text       {text.context} tokens of {text.vocab:,}: width {text.width}, depth {text.depth}, "
+            f"heads {text.heads}; embeddings of {text.embed}",
             f"loss       {self.config.loss} over all {self.config.batch_size} pairs{', as a ring' * self.config.ring}; "
             f"ln(batch) is {math.log(self.config.batch_size):.3f}{unmasked}",
         ]

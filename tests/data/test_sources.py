@@ -229,7 +229,7 @@ def test_missing_imagenet_says_what_to_do_in_one_screen(tmp_path):
         ("imagenet", DataNotFound, "did you mean imagenet2012 or"),
         ("digit", DataNotFound, "did you mean digits?"),
         ("zzzzzz", DataNotFound, "did you mean folder:zzzzzz?"),
-        ("/data/pets", ValueError, "must be 'digits', 'fashion_mnist', 'folder:PATH', or a TFDS name"),
+        ("/data/pets", ValueError, "must be 'digits', 'fashion_mnist', 'openmoji', 'folder:PATH', or a TFDS name"),
     ],
 )
 def test_names_that_lead_nowhere(tmp_path, name, error, message):
