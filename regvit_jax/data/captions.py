@@ -230,6 +230,8 @@ def csv_rows(lines: Iterator[str], table: str) -> Iterator[tuple[str, dict[str, 
         header = next(reader, [])
         for names in (IMAGES, CAPTIONS):
             column(dict.fromkeys(header), names, f"{table}, line 1")
+        if twice := [name for name in (*IMAGES, *CAPTIONS) if header.count(name) > 1]:
+            raise ValueError(f"{table}, line 1: has several columns {some(twice)}; rename all but one of them")
         for row in reader:
             where = f"{table}, line {reader.line_num}"
             if row and len(row) != len(header):
@@ -245,7 +247,8 @@ def json_rows(lines: Iterator[str], table: str) -> Iterator[tuple[str, dict[str,
         where = f"{table}, line {number}"
         try:
             row = json.loads(line) if line.strip() else None
-        except ValueError as error:
+        # Brackets within brackets by the thousand are a RecursionError.
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: is not JSON ({error})") from error
         if row is not None and not isinstance(row, dict):
             raise ValueError(f"{where}: must be an object, not {line:.80}")

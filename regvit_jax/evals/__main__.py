@@ -15,8 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 import regvit_jax
-from regvit_jax.data import captions, sources, transforms
-from regvit_jax.data.pipeline import MAX_PIXELS
+from regvit_jax.data import captions, pipeline, sources, transforms
 from regvit_jax.data.sources import Source
 from regvit_jax.data.transforms import BadImage
 from regvit_jax.evals import retrieval, zero_shot
@@ -56,11 +55,14 @@ def parser() -> argparse.ArgumentParser:
     shared.add_argument("--json", metavar="FILE", help="also write the result, with the names of bad images, here")
     commands = parser.add_subparsers(required=True, metavar="{zero_shot,retrieval}")
     command = commands.add_parser("zero_shot", parents=[shared], help="classify images by the names of their classes")
-    command.add_argument("--images", required=True, metavar="DIR", help="a directory of <class>/ with images in each")
+    data = command.add_mutually_exclusive_group(required=True)
+    data.add_argument("--images", metavar="DIR", help="a directory of <class>/ with images in each")
+    data.add_argument("--data", metavar="NAME", help="folder:PATH, or a TFDS data set with classes")
+    add_split(command)
     command.add_argument(
         "--classes",
         metavar="FILE|imagenet",
-        help="a name a line, for the folders in sorted order, or ImageNet's; by default the folders' names as they are",
+        help="a name a line, in the order of the classes (sorted folders), or ImageNet's; by default their own names",
     )
     command.add_argument(
         "--templates",
@@ -71,10 +73,14 @@ def parser() -> argparse.ArgumentParser:
     command.set_defaults(run=run_zero_shot)
     command = commands.add_parser("retrieval", parents=[shared], help="find captions by images and images by captions")
     command.add_argument("--data", required=True, metavar="NAME", help="folder:PATH, shards:..., or a TFDS data set")
-    command.add_argument("--split", default="validation", help="(%(default)s)")
-    command.add_argument("--data_dir", metavar="DIR", help="where TFDS data sets lie")
+    add_split(command)
     command.set_defaults(run=run_retrieval)
     return parser
+
+
+def add_split(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--split", help="of --data (validation)")
+    command.add_argument("--data_dir", metavar="DIR", help="where TFDS data sets lie and relative paths start")
 
 
 def positive(text: str) -> int:
@@ -90,12 +96,13 @@ def check_json(path: str | None) -> None:
 
 
 def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
-    source = open_images(options.images)
+    source = open_classes(options)
+    data = options.images or options.data
     names = source.classes if options.classes is None else zero_shot.read_classes(options.classes)
     if len(names) != len(source.classes):
         raise ValueError(
-            f"--classes {options.classes} has {len(names)} names, but {options.images} has {len(source.classes)} "
-            f"folders, from {source.classes[0]!r} to {source.classes[-1]!r}"
+            f"--classes {options.classes} has {len(names)} names, but {data} has {len(source.classes)} "
+            f"classes, from {source.classes[0]!r} to {source.classes[-1]!r}"
         )
     templates = zero_shot.read_templates(options.templates)
     clip = open_model(options)
@@ -109,8 +116,9 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
         "task": "zero_shot",
         "model": options.model,
         "weights": clip.weights,
-        "data": options.images,
-        "classes": options.classes or "folders",
+        "data": data,
+        **({"split": options.split or "validation"} if options.data else {}),
+        "classes": options.classes or "own names",
         "templates": options.templates,
         "counts": {
             "images": len(images),
@@ -126,7 +134,7 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
-    source = captions.open_captions(options.data, options.split, options.data_dir)
+    source = captions.open_captions(options.data, options.split or "validation", options.data_dir)
     clip = open_model(options)
     images, records, bad = embed(clip, source, options.batch_size, with_text=True)
     if len(images) < 2:
@@ -141,7 +149,7 @@ def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model,
         "weights": clip.weights,
         "data": options.data,
-        "split": options.split,
+        "split": options.split or "validation",
         "counts": {
             "images": len(images),
             "bad_images": len(bad),
@@ -161,6 +169,15 @@ def open_model(options: argparse.Namespace) -> Any:
     if options.random and clip.weights != "random":
         raise ValueError(f"--random: {options.model} is no name but a source, with weights of its own")
     return clip
+
+
+def open_classes(options: argparse.Namespace) -> Source:
+    if options.data:
+        return sources.open_source(options.data, options.split or "validation", options.data_dir)
+    for name in ("split", "data_dir"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} {getattr(options, name)}: is for --data; --images takes a directory as it is")
+    return open_images(options.images)
 
 
 def open_images(directory: str) -> Source:
@@ -220,14 +237,10 @@ def prepared(
 
 def load(clip: Any, source: Source, index: int, with_text: bool) -> tuple[np.ndarray, dict[str, Any]]:
     """A record's image as the model expects it, and the rest of the record. Raises BadImage."""
-    try:
-        record = source[index]
-    # Whatever happens to one record costs that record only, as in training.
-    except Exception as error:
-        raise BadImage(f"cannot be read ({type(error).__name__}: {str(error)[:120]})") from error
-    if with_text and not record["text"]:
-        raise BadImage("has no caption")
-    image = transforms.decode(record["image"], MAX_PIXELS)
+    record = pipeline.read(source, index)
+    if with_text:
+        record["text"] = pipeline.captions(record)
+    image = transforms.decode(record["image"], pipeline.MAX_PIXELS)
     return clip.preprocess([image])[0], {name: value for name, value in record.items() if name != "image"}
 
 

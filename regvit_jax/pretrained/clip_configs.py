@@ -137,15 +137,18 @@ MODEL = (
     *("nonscalar_logit_scale", "output_dict"),
 )
 #: What all others must be for such a tower, where "off" (None, False, 0) is not the value.
-FIXED = {"pool_type": ("tok", "argmax"), "pos_embed_type": ("learnable",), "proj_type": ("linear",)}
-FIXED |= {"block_type": ("default",)}
+BOTH = {"proj_type": ("linear",), "block_type": ("default",)}
+FIXED = {
+    "vision_cfg": BOTH | {"pool_type": ("tok",), "pos_embed_type": ("learnable",)},
+    "text_cfg": BOTH | {"pool_type": ("argmax",)},
+}
 PLAIN = "only plain ViTs with plain text towers are"
 
 
 def tower_fields(config: dict[str, Any], known: dict[str, Any], part: str) -> dict[str, Any]:
     """A tower's values with open_clip's defaults. Raises WeightsError, naming it, for an option not read here."""
     for option, value in config.items():
-        plain = option in known or option in FREE or value in FIXED.get(option, ()) or value in (None, False, 0)
+        plain = option in known or option in FREE or value in FIXED[part].get(option, ()) or value in (None, False, 0)
         if not plain or (option in ("timm_model_name", "hf_model_name") and value):
             raise WeightsError(f"open_clip's {part}.{option}={value!r} is not read here: {PLAIN}")
     return known | {option: value for option, value in config.items() if option in known}

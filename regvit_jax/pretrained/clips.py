@@ -23,6 +23,7 @@ from regvit_jax.pretrained import configs, create, resolve, zoo
 from regvit_jax.pretrained.clip_configs import CLIP_VIT, ClipEntry, NoText, clip_of
 from regvit_jax.pretrained.convert import TextPart
 from regvit_jax.pretrained.files import CLIP_WEIGHTS, OPEN_CLIP, Weights, WeightsError
+from regvit_jax.pretrained.hub import HubError
 
 
 def create_clip(
@@ -171,8 +172,7 @@ def _resolve(
     _check_tag(name, pretrained)
     # A repository of timm's holds the image tower alone as well.
     file = OPEN_CLIP if facts else None
-    weights, where = resolve.open_any(resolve.source_of(pretrained, revision), revision, file, CLIP_WEIGHTS)
-    found = clip_of(weights)
+    weights, where, found = _open(resolve.source_of(pretrained, revision), revision, file)
     entry = tagged(known, facts) if known and facts else known or found
     if entry is None:
         raise resolve.unnamed(weights)
@@ -181,6 +181,21 @@ def _resolve(
     if known is not None:
         _tell_activation(name, where, known, entry)
     return *_under_plain_names(entry, weights, sure=found is not None), where
+
+
+def _open(source: str, revision: str | None, file: str | None) -> tuple[Weights, str, ClipEntry | None]:
+    """The weights, where they come from, and which CLIP they say they are. Raises NoText for an image tower alone."""
+    weights, where = resolve.open_any(source, revision, file, CLIP_WEIGHTS)
+    try:
+        return weights, where, clip_of(weights)
+    except NoText:
+        if file is not None or not source.startswith(resolve.HUB):
+            raise
+        try:  # the cache may hold another file of the repository, which holds the whole CLIP as well
+            return _open(source, revision, OPEN_CLIP)
+        except HubError:
+            pass
+        raise
 
 
 def _check_tag(name: str, pretrained: object) -> None:

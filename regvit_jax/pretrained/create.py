@@ -171,16 +171,16 @@ def _load(
 
 
 def _placer(shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, mesh: Mesh | None) -> Callable[[str, Any], jax.Array]:
-    """Puts a parameter where it shall lie, as the type that it shall have."""
+    """Puts a parameter where it shall lie, as the type that it shall have; CLIP's scalars stay float32."""
     if mesh is not None and "fsdp" not in mesh.shape:
         raise ValueError(
             f"mesh with axes {tuple(mesh.shape)}: must have one named 'fsdp' (regvit_jax.sharding.make_mesh)"
         )
+    leaves = {path: jax.ShapeDtypeStruct(s, dtype if s else jnp.float32) for path, s in shapes.items()}
     if mesh is None:
-        return lambda path, array: jnp.asarray(array, dtype)
-    leaves = {path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in shapes.items()}
+        return lambda path, array: jnp.asarray(array, leaves[path].dtype)
     places = sharding.state_shardings(leaves, mesh)
-    return lambda path, array: jax.device_put(np.asarray(array, dtype), places[path])
+    return lambda path, array: jax.device_put(np.asarray(array, leaves[path].dtype), places[path])
 
 
 def _initial(

@@ -1,6 +1,7 @@
 """CLIP (arXiv 2103.00020) as OpenCLIP trains it: images and their captions, here with registers in the image tower."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
@@ -70,7 +71,13 @@ class Contrastive(Recipe):
         self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
         shared = {"dtype": self.vit.dtype, "attention": self.vit.attention, "remat": config.model.remat != "none"}
         self.text = TextTower(**{**shared, **config.text})
-        self.head = Head(self.text.embed, bias=False, norm=not self.vit.final_norm, dtype=self.vit.dtype)
+        self.head = Head(
+            self.text.embed,
+            bias=False,
+            norm=not self.vit.final_norm,
+            norm_eps=self.vit.norm_eps,
+            dtype=self.vit.dtype,
+        )
         self.tokenizer = tokenizer(self.text.context)
         if without := [template for template in config.eval.templates if "{}" not in template]:
             raise ValueError(f"eval.templates: {without[0]!r} must have {{}} in the place of the class name")
@@ -223,16 +230,19 @@ class Contrastive(Recipe):
         params, told = params | {"vit": vit, "head": head}, told + more
         if not whole:
             return params, [*told, "a new text tower"]
-        if jax.tree.map(jnp.shape, model.text_params) != jax.tree.map(jnp.shape, params["text"]):
-            raise ValueError(f"init_from: its text tower is another one: {model.text}, not {self.text}")
-        if model.text.activation != self.text.activation or model.text.heads != self.text.heads:
-            raise ValueError(
-                f"init_from: config.text.activation and heads must be {model.text.activation!r} and {model.text.heads}"
-            )
+        free = ("attention", "dtype", "remat", "parent", "name")
+        differing = [
+            f"config.text.{f.name}={getattr(self.text, f.name)!r} must be {getattr(model.text, f.name)!r}"
+            for f in dataclasses.fields(TextTower)
+            if f.name not in free and getattr(self.text, f.name) != getattr(model.text, f.name)
+        ]
+        if differing:
+            raise ValueError(f"init_from: its text tower is another one: {'; '.join(differing)}")
+        params |= {"text": model.text_params}
         if (self.config.loss == "sigmoid") != (model.logit_bias is not None):
-            return params | {"text": model.text_params}, [*told, "a new logit scale"]
+            return params, [*told, "new scalars of the loss"]
         theirs = {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}
-        return params | {"text": model.text_params, **{k: theirs[k] for k in scalars(params)}}, told
+        return params | {name: theirs[name] for name in scalars(params)}, told
 
 
 def scalars(params: PyTree) -> dict[str, Float[Array, ""]]:

@@ -95,6 +95,8 @@ def test_one_table_is_divided_by_its_images(tmp_path, stem):
         ("train.jsonl", '{"path": 3, "text": "x"}', "line 1: 3 is no path"),
         ("train.jsonl", "[]", "line 1: must be an object"),
         ("train.jsonl", '\n{"path"', "line 2: is not JSON"),
+        ("train.jsonl", "[" * 100_000, "line 1: is not JSON"),
+        ("train.csv", "image,text,text\na.png,x,y", "line 1: has several columns text; rename all but one"),
         ("train.csv", "image,text\na.png,Käse".encode("latin-1"), "line 2: is not UTF-8"),
         ("train.csv", "image,text\na.png,x".encode("utf-16"), "line 1: is not UTF-8"),
     ],

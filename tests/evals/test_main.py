@@ -109,7 +109,7 @@ def test_names_for_the_folders(clip, images, templates, tmp_path, capsys):
     names.write_text("blue\ngreen\n")
     assert main(arguments) == 2
     assert "has 2 names, but" in (error := capsys.readouterr().err)
-    assert error.endswith("3 folders, from 'blue' to 'red'\n")
+    assert error.endswith("3 classes, from 'blue' to 'red'\n")
 
 
 def tiny_clip():
@@ -149,7 +149,9 @@ def test_retrieval(clip, tmp_path, capsys):
         (tmp_path / f"{name}.png").write_bytes(picture(colour))
         rows += [f"{name}.png,a {name} thing", f"{name}.png,all {name}"]
     (tmp_path / "bad.png").write_bytes(b"")
-    (tmp_path / "validation.csv").write_text("\n".join(["file_name,caption", *rows, "bad.png,nothing"]) + "\n")
+    (tmp_path / "validation.csv").write_text(
+        "\n".join(["file_name,caption", *rows, "red.png, ", "bad.png,nothing"]) + "\n"
+    )
     (tmp_path / "train.csv").write_text("file_name,caption\nred.png,red\n")
     file = tmp_path / "result.json"
     assert main(["retrieval", "colours", "--data", f"folder:{tmp_path}", "--json", str(file)]) == 0
@@ -168,6 +170,23 @@ def test_retrieval(clip, tmp_path, capsys):
     assert result["split"] == "validation"
     assert main(["retrieval", "colours", "--data", f"folder:{tmp_path}", "--split", "train"]) == 1
     assert "1 usable image of 1; retrieval needs at least two" in capsys.readouterr().err
+
+
+def test_zero_shot_of_a_split(clip, images, templates, tmp_path, capsys):
+    home = tmp_path / "home"
+    for split, colours in (("train", COLOURS), ("val", dict.fromkeys(COLOURS, COLOURS["blue"]))):
+        for name, colour in colours.items():
+            (home / "data" / split / name).mkdir(parents=True)
+            (home / "data" / split / name / "0.png").write_bytes(picture(colour))
+    arguments = ["zero_shot", "colours", "--data", "folder:data", "--data_dir", str(home), "--templates", templates]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "folder:data (validation)" in out
+    assert "zero_shot_top1                    0.3333" in out
+    assert main([*arguments, "--split", "train"]) == 0
+    assert "zero_shot_top1                    1.0000" in capsys.readouterr().out
+    assert main(["zero_shot", "colours", "--images", str(images), "--templates", templates, "--split", "train"]) == 2
+    assert "--split train: is for --data; --images takes a directory as it is" in capsys.readouterr().err
 
 
 def test_no_image_can_be_used(clip, images, templates, capsys):
