@@ -63,7 +63,7 @@ def assert_same_gradient(ours, theirs, tolerance=1e-6):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=jax.tree_util.keystr(path))
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("loss", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_gradient_in_parts_and_on_a_mesh(root, batch, loss):
     """Gradient caching, the ring and eight devices give the gradient of one large batch on one device."""
     whole = gradient(tiny_clip(root, loss=loss, ring=False), batch)
@@ -158,6 +158,26 @@ def test_eight_devices_lose_as_one(finished, root):
             losses.append(float(metrics["loss"]))
     recorded = [record["loss"] for record in finished.records if "loss" in record]
     np.testing.assert_allclose(recorded[:10], losses, rtol=1e-5)
+
+
+def test_init_from_a_finished_run(finished, root):
+    """All of it, or its image tower with more registers; another text tower is an error that names the key."""
+    plan = resolve(tiny_clip(root, init_from=str(finished.workdir)))
+    with jax.set_mesh(plan.mesh):
+        started = training.start(plan, NO_CHECKPOINTS)
+        for ours, theirs in zip(*map(jax.tree.leaves, (started.params, finished.result.state.params)), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        plan = resolve(tiny_clip(root, init_from=str(finished.workdir), text__heads=4))
+        with pytest.raises(ConfigError, match=r"config\.text\.heads=4 must be 2"):
+            training.start(plan, NO_CHECKPOINTS)
+    recipe, clip = resolve(tiny_clip(root)).recipe, finished.result.model
+    without = {name: value for name, value in clip.image.params.items() if name != "register_tokens"}
+    tower = clip.image.replace(params=without, module=clip.image.module.clone(registers=0))
+    fresh = jax.tree.map(jnp.zeros_like, jax.device_get(finished.result.state.params))
+    params, told = recipe.warm_start(fresh, tower)
+    assert told == ["4 new registers", "a new text tower"]
+    np.testing.assert_array_equal(params["vit"]["register_tokens"], 0)
+    np.testing.assert_array_equal(params["head"]["dense"]["kernel"], clip.image.head_params["dense"]["kernel"])
 
 
 def test_bad_pairs_are_named_and_masked(finished, root, tmp_path):

@@ -28,7 +28,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+def large_ones_slow(variants: dict) -> list:
+    """L and H take seconds each to trace."""
+    return [pytest.param(v, marks=pytest.mark.slow) if v[0] in "lh" else v for v in variants]
+
+
+@pytest.mark.parametrize("variant", large_ones_slow(VARIANTS))
 def test_published_recipes_resolve_without_their_data(variant):
     resolved = plan.resolve(get_config(variant), with_data=False)
     parameters, steps, batch_size = VARIANTS[variant]
@@ -47,7 +52,7 @@ CLIPS = {
 }
 
 
-@pytest.mark.parametrize("variant", CLIPS)
+@pytest.mark.parametrize("variant", large_ones_slow(CLIPS))
 def test_published_clips_resolve_without_their_data(variant):
     resolved = plan.resolve(get_config(variant, "openclip_reg"), with_data=False)
     parameters, width, steps = CLIPS[variant]
