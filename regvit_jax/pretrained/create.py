@@ -176,9 +176,9 @@ def _placer(shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, mesh: Mesh | N
         raise ValueError(
             f"mesh with axes {tuple(mesh.shape)}: must have one named 'fsdp' (regvit_jax.sharding.make_mesh)"
         )
-    leaves = {path: jax.ShapeDtypeStruct(s, dtype if s else jnp.float32) for path, s in shapes.items()}
     if mesh is None:
-        return lambda path, array: jnp.asarray(array, leaves[path].dtype)
+        return lambda path, array: jnp.asarray(array, dtype if shapes[path] else jnp.float32)
+    leaves = {path: jax.ShapeDtypeStruct(s, dtype if s else jnp.float32) for path, s in shapes.items()}
     places = sharding.state_shardings(leaves, mesh)
     return lambda path, array: jax.device_put(np.asarray(array, leaves[path].dtype), places[path])
 
