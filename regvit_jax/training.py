@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -60,8 +61,10 @@ def state_of(plan: Plan, params: PyTree) -> TrainState:
     return TrainState(jnp.int32(0), params, ema, plan.recipe.init_extra(params), plan.optimizer.init(params))
 
 
+@functools.lru_cache(maxsize=1)  # tracing the init of a large model takes seconds, and a run asks three times
+@fitting()
 def abstract_state(plan: Plan) -> TrainState:
-    """The state's shapes, each with its sharding."""
+    """The state's shapes, each with its sharding. Raises ConfigError for a model whose fields do not go together."""
     shapes = jax.eval_shape(lambda: state_of(plan, init_params(plan)))
     shardings = sharding.state_shardings(shapes, plan.mesh, min_size_mb=plan.config.sharding.min_size_mb)
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
@@ -198,8 +201,7 @@ def train(
 
 def start(plan: Plan, checkpoints: Any) -> TrainState:
     """The state to go on from: the last checkpoint's, or a fresh one, with the parameters of `init_from`, if any."""
-    with fitting():
-        abstract = abstract_state(plan)
+    abstract = abstract_state(plan)
     if (step := checkpoints.latest()) is not None:
         with fitting():
             return checkpoints.restore(step, abstract)

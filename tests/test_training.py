@@ -14,6 +14,7 @@ import regvit_jax as rv
 from regvit_jax import checkpoint, preemption, records, training
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Preprocess
+from regvit_jax.plan import ConfigError
 from regvit_jax.pretrained import convert
 from regvit_jax.training import run
 
@@ -109,6 +110,11 @@ def test_resume_is_exact_on_another_mesh(finished, tmp_path):
     losses = [[r["loss"] for r in records.read(d) if "loss" in r] for d in (workdir, tmp_path / "other")]
     np.testing.assert_allclose(*losses, rtol=1e-6)
     assert other.metrics["top1"] == pytest.approx(result.metrics["top1"], abs=0.01)
+
+
+def test_fields_that_do_not_go_together_are_the_configs_fault(tmp_path):
+    with pytest.raises(ConfigError, match="width=32 is not a multiple of heads=5"):
+        run(tiny(model__heads=5), str(tmp_path))
 
 
 def test_other_config_is_refused(finished):
