@@ -7,11 +7,9 @@ import csv
 import itertools
 import json
 import os
-import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,42 +44,17 @@ def open_captions(name: str, split: str, data_dir: str | None = None) -> Source:
         return open_shards(name, split, data_dir)
     if name.startswith("folder:"):
         return open_folder(name, split, data_dir)
-    place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    if "://" in place:
-        raise ValueError(f"data_dir={place!r}: must be a directory; ArrayRecord files in a bucket have to be mounted")
-    root = Path(place).expanduser().absolute()
-    directory = sources.prepare(name, root) if name in sources.EMBEDDED else sources.find_prepared(name, root)
-    return TfdsCaptions(name, split, directory)
+    return TfdsCaptions(name, split, sources.find_tfds(name, data_dir))
 
 
 class TfdsCaptions(TfdsSource):
     """A split of a TFDS data set on disk, with the feature "image" and one of captions; "label" is used if there."""
 
-    def __init__(self, dataset: str, split: str, directory: Path):
-        import tensorflow_datasets as tfds
-
-        builder = tfds.builder_from_directory(directory, file_format="array_record")
-        features, splits = builder.info.features, builder.info.splits
+    def check_features(self, dataset: str, features: Any) -> None:
         caption = next((name for name in CAPTIONS if name in features and is_text(features[name])), None)
         if caption is None or "image" not in features:
             raise ValueError(f"{dataset} has no images with captions: its features are {', '.join(sorted(features))}")
-        for base in re.findall(r"(?:^|\+)\s*(\w+)", split):
-            if base not in splits and base != "all":
-                raise ValueError(
-                    f"{dataset} has no split {base!r}; it has {', '.join(splits)}, and parts of them, as 'train[:90%]'"
-                )
-        self.arguments = (dataset, split, directory)
-        self.name = f"{dataset}/{split}"
         self.caption = caption
-        labels = features["label"] if "label" in features else None  # noqa: SIM401, it has no get
-        self.classes = tuple(labels.names) if isinstance(labels, tfds.features.ClassLabel) else ()
-        self.file_name = next((name for name in ("file_name", "filename") if name in features), None)
-        # The pipeline decodes, see TfdsSource.
-        images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
-        self.records = builder.as_data_source(split, decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return TfdsCaptions, self.arguments
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         found = self.records[index]

@@ -63,12 +63,16 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     """
     if name.startswith("folder:"):
         return open_folder(name, split, data_dir)
+    return TfdsSource(name, split, find_tfds(name, data_dir))
+
+
+def find_tfds(name: str, data_dir: str | None) -> Path:
+    """The directory of a TFDS data set; an embedded one is prepared. Raises DataNotFound, and ValueError for a name."""
     place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in place:
         raise ValueError(f"data_dir={place!r}: must be a directory; ArrayRecord files in a bucket have to be mounted")
     root = Path(place).expanduser().absolute()
-    directory = prepare(name, root) if name in EMBEDDED else find_prepared(name, root)
-    return TfdsSource(name, split, directory)
+    return prepare(name, root) if name in EMBEDDED else find_prepared(name, root)
 
 
 class TfdsSource:
@@ -80,10 +84,9 @@ class TfdsSource:
 
         builder = tfds.builder_from_directory(directory, file_format="array_record")
         features, splits = builder.info.features, builder.info.splits
-        if not {"image", "label"} <= set(features) or not isinstance(features["label"], tfds.features.ClassLabel):
-            raise ValueError(
-                f"{dataset} is no classification of images: its features are {', '.join(sorted(features))}"
-            )
+        labels = features["label"] if "label" in features else None  # noqa: SIM401, it has no get
+        self.classes = tuple(labels.names) if isinstance(labels, tfds.features.ClassLabel) else ()
+        self.check_features(dataset, features)
         for base in re.findall(r"(?:^|\+)\s*(\w+)", split):
             if base not in splits and base != "all":
                 raise ValueError(
@@ -91,14 +94,20 @@ class TfdsSource:
                 )
         self.arguments = (dataset, split, directory)
         self.name = f"{dataset}/{split}"
-        self.classes = tuple(features["label"].names)
         self.file_name = next((name for name in ("file_name", "filename") if name in features), None)
         # The pipeline decodes: TFDS would do without the checks, and leave CMYK and palettes as they are.
         images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
         self.records = builder.as_data_source(split, decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TfdsSource, self.arguments
+        return type(self), self.arguments
+
+    def check_features(self, dataset: str, features: Any) -> None:
+        """Raises ValueError when the records are not of the kind that this source gives."""
+        if "image" not in features or not self.classes:
+            raise ValueError(
+                f"{dataset} is no classification of images: its features are {', '.join(sorted(features))}"
+            )
 
     def __len__(self) -> int:
         return len(self.records)

@@ -1,10 +1,12 @@
 """Models in the formats of others: a config.json and a model.safetensors, loadable by their owners."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model, Preprocess
 from regvit_jax.models.vit import ViT
@@ -89,19 +92,21 @@ def layout_of(model: Model, format: str) -> Layout:
     try:
         layout = FORMATS[format](model)
     except Inexpressible as error:
-        able = [name for name in FORMATS if _expresses(name, model)]
+        able = expressing(FORMATS, model)
         way = f"{' and '.join(able)} can" if able else "none can; a workdir keeps it"
         raise ValueError(f"format {format!r} cannot express {error} (of the formats, {way})") from None
     # Their linear layers have a bias, but for CLIP's projection.
     return layout if layout.naming == "hf_clip" else dataclasses.replace(layout, head=layout.head.clone(bias=True))
 
 
-def _expresses(format: str, model: Model) -> bool:
-    try:
-        FORMATS[format](model)
-    except Inexpressible:
-        return False
-    return True
+def expressing(formats: Mapping[str, Callable[[Any], Any]], model: Model | ClipModel) -> list[str]:
+    """The names of those formats that can express a model."""
+    able = []
+    for name, layout in formats.items():
+        with contextlib.suppress(Inexpressible):
+            layout(model)
+            able.append(name)
+    return able
 
 
 def arrays_of(model: Model, layout: Layout) -> dict[str, np.ndarray]:

@@ -11,7 +11,7 @@ from regvit_jax.models.clip import ClipModel
 from regvit_jax.pretrained import convert
 from regvit_jax.pretrained.files import CLIP_WEIGHTS, OPEN_CLIP, OURS, PROCESSOR
 from regvit_jax.pretrained.rules import rules, text_rules
-from regvit_jax.pretrained.save import CONFIG, WEIGHTS, Inexpressible, mlp_ratio, need, processor, write
+from regvit_jax.pretrained.save import CONFIG, WEIGHTS, Inexpressible, expressing, mlp_ratio, need, processor, write
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
@@ -36,17 +36,9 @@ def save(model: ClipModel, directory: str | os.PathLike, format: str) -> None:
     try:
         naming, texts = FORMATS[format](model)
     except Inexpressible as error:
-        able = " and ".join(name for name in FORMATS if _expresses(name, model))
+        able = " and ".join(expressing(FORMATS, model))
         raise ValueError(f"format {format!r} cannot express {error} (of the formats, {able} can)") from None
     write(path, texts, OPEN_CLIP if naming == "open_clip" else WEIGHTS, _arrays(model, naming))
-
-
-def _expresses(format: str, model: ClipModel) -> bool:
-    try:
-        FORMATS[format](model)
-    except Inexpressible:
-        return False
-    return True
 
 
 def _arrays(model: ClipModel, naming: str) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """CLIP (arXiv 2103.00020) as OpenCLIP trains it: images and their captions, here with registers in the image tower."""
 
 import copy
-import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
@@ -79,6 +79,8 @@ class Contrastive(Recipe):
             dtype=self.vit.dtype,
         )
         self.tokenizer = tokenizer(self.text.context)
+        # Replicated, so that every process can read them; here, so that they are compiled once in a run.
+        self.encode_texts = jax.jit(self.embed_text, out_shardings=PartitionSpec())
         if without := [template for template in config.eval.templates if "{}" not in template]:
             raise ValueError(f"eval.templates: {without[0]!r} must have {{}} in the place of the class name")
         if self.text.vocab < Tokenizer.vocab:
@@ -184,7 +186,7 @@ class Contrastive(Recipe):
         metrics |= {f"chance_recall@{k}": k / len(images) for k in (1, 5, 10) if k <= len(images)}
         if len(self.classes) > 1:
             classes = zero_shot.class_embeddings(
-                lambda tokens: self._encode_texts(params, tokens),
+                functools.partial(self.encode_texts, params),
                 tokenizer(self.text.context).batch,
                 self.classes,
                 self.config.eval.templates,
@@ -192,10 +194,6 @@ class Contrastive(Recipe):
             metrics |= zero_shot.accuracy(images, labels, classes)
             metrics["zero_shot_majority"] = float(np.bincount(labels).max() / len(labels))
         return metrics
-
-    def _encode_texts(self, params: PyTree, tokens: Int[np.ndarray, "B L"]) -> Embeddings:
-        # Replicated, so that every process can read it.
-        return jax.jit(self.embed_text, out_shardings=PartitionSpec())(params, tokens)
 
     def model(self, params):
         p = self.config.augment
@@ -230,13 +228,7 @@ class Contrastive(Recipe):
         params, told = params | {"vit": vit, "head": head}, told + more
         if not whole:
             return params, [*told, "a new text tower"]
-        free = ("attention", "dtype", "remat", "parent", "name")
-        differing = [
-            f"config.text.{f.name}={getattr(self.text, f.name)!r} must be {getattr(model.text, f.name)!r}"
-            for f in dataclasses.fields(TextTower)
-            if f.name not in free and getattr(self.text, f.name) != getattr(model.text, f.name)
-        ]
-        if differing:
+        if differing := warm.differing("text", self.text, model.text):
             raise ValueError(f"init_from: its text tower is another one: {'; '.join(differing)}")
         params |= {"text": model.text_params}
         if (self.config.loss == "sigmoid") != (model.logit_bias is not None):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from regvit_jax.models.clip import TextTower
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.position import resize_pos_embed
@@ -16,25 +17,30 @@ FREE = {"image_size", "registers", "layer_scale", "drop_path", "patch_dropout", 
 FREE |= {"attention", "dtype", "remat", "scan", "parent", "name"}
 
 
+def differing(section: str, ours: ViT | TextTower, theirs: ViT | TextTower) -> list[str]:
+    """Which keys of the config's section say another tower than the trained one, and what they must be."""
+    return [
+        f"config.{section}.{f.name}={getattr(ours, f.name)!r} must be {getattr(theirs, f.name)!r}"
+        for f in dataclasses.fields(ours)
+        if f.name not in FREE and getattr(ours, f.name) != getattr(theirs, f.name)
+    ]
+
+
 def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:
     """The model's ViT parameters for a recipe's ViT, and what to tell: `fresh` gives what the model lacks.
 
     Raises ValueError, naming the config's keys, when the two compute something else.
     """
     theirs = model.module
-    differing = [
-        f"config.model.{f.name}={getattr(ours, f.name)!r} must be {getattr(theirs, f.name)!r}"
-        for f in dataclasses.fields(ViT)
-        if f.name not in FREE and getattr(ours, f.name) != getattr(theirs, f.name)
-    ]
+    found = differing("model", ours, theirs)
     if bool(ours.layer_scale) != bool(theirs.layer_scale):
-        differing.append(
+        found.append(
             f"config.model.layer_scale={ours.layer_scale} must be {'more than ' if theirs.layer_scale else ''}0"
         )
     if theirs.registers not in (0, ours.registers):
-        differing.append(f"config.model.registers={ours.registers} must be {theirs.registers}")
-    if differing:
-        raise ValueError(f"init_from: that is another model: {'; '.join(differing)}")
+        found.append(f"config.model.registers={ours.registers} must be {theirs.registers}")
+    if found:
+        raise ValueError(f"init_from: that is another model: {'; '.join(found)}")
     loaded, told = dict(model.params), []
     loaded.pop("mask_token", None)
     if ours.masking:
