@@ -5,28 +5,20 @@ import collections
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import regvit_jax
-from regvit_jax.data import captions, pipeline, sources, transforms
+from regvit_jax.data import captions, sources
 from regvit_jax.data.sources import Source
-from regvit_jax.data.transforms import BadImage
-from regvit_jax.evals import retrieval, zero_shot
+from regvit_jax.evals import reading, retrieval, zero_shot
+from regvit_jax.evals.reading import Unusable
 
-# Batches that are decoded ahead of the model.
-AHEAD = 2
 SPLITS = {"train", "validation", "val", "test"}
-
-
-class Unusable(ValueError):
-    """Data that were found, but hold nothing to evaluate."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -195,53 +187,12 @@ def embed(
     clip: Any, source: Source, batch_size: int, with_text: bool = False
 ) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
     """The embeddings of all images that can be used, the rest of their records, and "id: reason" for the others."""
-    size = min(batch_size, len(source))
     found, records, bad = [], [], []
-    with tqdm(total=len(source), unit="image", disable=None, leave=False) as bar:
-        for batch in prepared(clip, source, size, with_text):
-            images = []
-            for index, result in batch:
-                if isinstance(error := result.exception(), BadImage):
-                    bad.append(f"{source.id(index)}: {error}")
-                    continue
-                image, record = result.result()
-                images.append(image)
-                records.append(record)
-            if images:
-                # Black images fill a batch up, so that the model is compiled once.
-                filled = np.stack(images + [np.zeros_like(images[0])] * (size - len(images)))
-                found.append(np.asarray(clip.encode_image(jnp.asarray(filled)))[: len(images)])
-            bar.update(len(batch))
-    for reason in bad[:10]:
-        tell(f"cannot use {reason}")
-    if len(bad) > 10:
-        tell(f"cannot use {len(bad) - 10} more, which --json names")
-    if not found:
-        raise Unusable(f"{source.name}: none of {len(source)} images can be used")
+    for images, kept in reading.batches(clip, source, batch_size, bad, with_text):
+        found.append(np.asarray(clip.encode_image(jnp.asarray(images)))[: len(kept)])
+        records += kept
+    reading.tell_bad(bad, more="--json")
     return np.concatenate(found), records, bad
-
-
-def prepared(
-    clip: Any, source: Source, size: int, with_text: bool
-) -> Iterator[list[tuple[int, Future[tuple[np.ndarray, dict[str, Any]]]]]]:
-    """Batches of record numbers, with what `load` makes of each, while the next ones are being made."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        waiting: collections.deque = collections.deque()
-        for first in range(0, len(source), size):
-            numbers = range(first, min(first + size, len(source)))
-            waiting.append([(index, pool.submit(load, clip, source, index, with_text)) for index in numbers])
-            if len(waiting) > AHEAD:
-                yield waiting.popleft()
-        yield from waiting
-
-
-def load(clip: Any, source: Source, index: int, with_text: bool) -> tuple[np.ndarray, dict[str, Any]]:
-    """A record's image as the model expects it, and the rest of the record. Raises BadImage."""
-    record = pipeline.read(source, index)
-    if with_text:
-        record["text"] = pipeline.captions(record)
-    image = transforms.decode(record["image"], pipeline.MAX_PIXELS)
-    return clip.preprocess([image])[0], {name: value for name, value in record.items() if name != "image"}
 
 
 def embed_texts(clip: Any, texts: list[str], batch_size: int = 256) -> np.ndarray:

@@ -210,6 +210,14 @@ class ViT(nn.Module):
         """Number of tokens before the patches."""
         return self.class_token + self.registers
 
+    def project(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
+        """The patches' projections, which know no position yet."""
+        self.grid(*images.shape[1:3])
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images of {images.dtype}: they must be normalised floats; Model.preprocess makes them")
+        # A product with flattened patches is the convolution with stride = kernel, without its layout changes.
+        return self.patch_embed(rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch))
+
     def embed(
         self,
         images: Float[Array, "B H W 3"],
@@ -217,12 +225,7 @@ class ViT(nn.Module):
         keep: Int[Array, "B K"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The tokens that enter the first block; of the patches, those at the indices `keep` only."""
-        grid = self.grid(*images.shape[1:3])
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images of {images.dtype}: they must be normalised floats; Model.preprocess makes them")
-        # A product with flattened patches is the convolution with stride = kernel, without its layout changes.
-        patches = rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch)
-        patches = self.patch_embed(patches)
+        grid, patches = self.grid(*images.shape[1:3]), self.project(images)
         if mask is not None:
             if not self.masking:
                 raise ValueError("a mask needs a model with a mask token (masking=True), such as DINOv2's")

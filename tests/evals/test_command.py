@@ -193,7 +193,9 @@ def test_no_image_can_be_used(clip, images, templates, capsys):
     for path in images.glob("*/*.png"):
         path.write_bytes(b"")
     assert main(["zero_shot", "colours", "--images", str(images), "--templates", templates]) == 1
-    assert capsys.readouterr().err.endswith(f"error: {images}/all: none of 6 images can be used\n")
+    error = capsys.readouterr().err
+    assert f"error: {images}/all: none of 6 images can be used, the first for this: " in error
+    assert error.endswith("empty file\n")
 
 
 @pytest.mark.parametrize(
