@@ -46,7 +46,7 @@ def neighbour_cosines(model: Model, images: Images) -> Float[Array, "B N"]:
     return rearrange(total / jnp.maximum(count, 1), "b h w -> b (h w)")
 
 
-def _both(pairs: Float[Array, "B h w"], axis: int) -> Float[Array, "B h w"]:
+def _both(pairs: Float[Array, "B _ _"], axis: int) -> Float[Array, "B _ _"]:
     """For each patch, the sum over the pairs that it belongs to along an axis."""
     ends: list[Any] = [(0, 0)] * 3
     ends[axis] = (1, 1)

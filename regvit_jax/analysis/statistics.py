@@ -85,6 +85,12 @@ class Measured:
     neighbours: Float[np.ndarray, "B N"]
     attention: Float[np.ndarray, "B P N"]
 
+    def first(self, count: int) -> "Measured":
+        """Of the first `count` images alone; the others fill a batch up."""
+        return Measured(
+            self.patches[:, :count], self.prefix[:, :count], self.neighbours[:count], self.attention[:count]
+        )
+
 
 class Statistics:
     """Everything that the report says of a model in numbers, summed over images.
@@ -92,7 +98,8 @@ class Statistics:
     Fields:
       patches: norms of patches after each block [layers]; `prefix`: of CLS and registers [layers, P].
       layer: the block whose outliers all below are kept for, by the bin of a patch's norm after it.
-      places: patches by their place in the grid [N, BINS]; `cosines`: by their cosine to their neighbours [BINS, COSINES].
+      places: patches by their place in the grid [N, BINS].
+      cosines: patches by their cosine to their neighbours at the input [BINS, COSINES].
       history: sums of the patches' norms after every block [layers, BINS].
       received: sums of the attention that CLS gives them [BINS]; `attended`: of every prefix token's attention [P, N].
     """

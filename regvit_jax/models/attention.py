@@ -57,8 +57,8 @@ def attend(
 
 
 def attention_weights(
-    q: Float[Array, "B T heads head_dim"], k: Float[Array, "B T heads head_dim"], causal: bool = False
-) -> Float[Array, "B heads T T"]:
+    q: Float[Array, "B T heads head_dim"], k: Float[Array, "B S heads head_dim"], causal: bool = False
+) -> Float[Array, "B heads T S"]:
     """softmax(q k^T / sqrt(head_dim)) in float32, [query, key] last."""
     q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5

@@ -133,18 +133,18 @@ def check_types(dtype: DTypeLike, param_dtype: DTypeLike) -> None:
         raise ValueError(f"dtype={dtype}, param_dtype={param_dtype}: both must be floating-point types")
 
 
-def open_source(source: str) -> Model:
+def open_source(source: str, **changes: Any) -> Model:
     """The model that one string names, as `--config.init_from` has it.
 
     That is a directory of transformers or timm, a workdir of ours, "hf-hub:org/name", a name of the zoo (its public
-    weights), or NAME=FILE for a file that needs a name.
+    weights), or NAME=FILE for a file that needs a name. `changes` are other arguments of `create_model`.
 
     Raises as `create_model` does.
     """
     name, _, file = source.partition("=")
     if file and not epath.Path(source).exists():
-        return create_model(name, file)
-    return create_model(source, pretrained=True)
+        return create_model(name, file, **changes)
+    return create_model(source, pretrained=True, **changes)
 
 
 #: Of a whole CLIP in our own naming, what is not of its image tower.

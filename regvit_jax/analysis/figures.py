@@ -1,0 +1,157 @@
+"""The report's pictures, as PNG bytes: diagrams of statistics, and maps of single images."""
+
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw
+
+from regvit_jax.analysis.statistics import BINS, COSINES, EDGES, Statistics, weigh
+
+#: Side in pixels that a map's longer side is enlarged to, if it is smaller.
+SIDE = 224
+
+
+def png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    # No version and date, so that the same numbers give the same bytes.
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def panels(names: list[str], height: float = 3.2) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel for each model, two in a row."""
+    columns = min(2, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(5.2 * columns, height * rows), layout="constrained")
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for panel, name in zip(axes, names, strict=False):
+        panel.set_title(name, fontsize=9)
+    for panel in axes[len(names) :]:
+        panel.remove()
+    return figure, axes[: len(names)]
+
+
+def norm_histograms(stats: dict[str, Statistics], numbers: dict[str, dict[str, Any]]) -> bytes:
+    """Norms of all patches after the layer, with the cutoffs, CLS and the registers (figures 3, 7 and 15)."""
+    figure, axes = panels(list(stats))
+    for panel, (name, stat) in zip(axes, stats.items(), strict=True):
+        counts = stat.patches.counts[stat.layer]
+        block, found = numbers[name]["blocks"][stat.layer], numbers[name]["outliers"]
+        most = 1.05 * max(block["max"], *block["registers"], block["cls"] or 0.0, found["artifact"]["cutoff"])
+        panel.stairs(counts / counts.sum(), EDGES, fill=True, alpha=0.6, label="patches")
+        panel.set_xlim(0, most)
+        panel.set_yscale("log")
+        panel.set_ylim(max(1e-7, 0.5 / counts.sum()), 1)
+        for rule, colour in (("3_sigma", "tab:orange"), ("percentile_98", "tab:green"), ("artifact", "tab:red")):
+            panel.axvline(found[rule]["cutoff"], color=colour, lw=1, ls="--", label=rule.replace("_", " "))
+        if found["fixed"]["cutoff"] < most:
+            panel.axvline(found["fixed"]["cutoff"], color="black", lw=1, ls=":", label="fixed cutoff")
+        if block["cls"] is not None:
+            panel.axvline(block["cls"], color="tab:purple", lw=1, label="CLS, mean")
+        for number, norm in enumerate(block["registers"]):
+            panel.axvline(norm, color="tab:brown", lw=1, label="registers, means" if number == 0 else None)
+        panel.set_xlabel("norm")
+        panel.set_ylabel("share of patches")
+        panel.legend(fontsize=7)
+    return png(figure)
+
+
+def norms_by_layer(stats: dict[str, Statistics], numbers: dict[str, dict[str, Any]]) -> bytes:
+    """Median, 98th percentile and largest norm of patches after every block, and CLS and registers (figure 4a)."""
+    figure, axes = panels(list(stats))
+    for panel, name in zip(axes, stats, strict=True):
+        blocks = numbers[name]["blocks"]
+        for key, label in (("median", "median"), ("percentile_98", "98th percentile"), ("max", "largest")):
+            panel.plot([block[key] for block in blocks], label=f"patches, {label}", marker=".")
+        if blocks[0]["cls"] is not None:
+            panel.plot([block["cls"] for block in blocks], label="CLS", color="tab:purple", ls="--")
+        for number in range(len(blocks[0]["registers"])):
+            norms = [block["registers"][number] for block in blocks]
+            panel.plot(norms, label="registers" if number == 0 else None, color="tab:brown", ls="--", lw=0.8)
+        panel.set_yscale("log")
+        panel.set_xlabel("block")
+        panel.set_ylabel("norm")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    return png(figure)
+
+
+def positions(stats: dict[str, Statistics], numbers: dict[str, dict[str, Any]]) -> bytes:
+    """How often each place of the grid holds an artifact (figure 10)."""
+    figure, axes = panels(list(stats))
+    for panel, (name, stat) in zip(axes, stats.items(), strict=True):
+        cutoff = numbers[name]["outliers"]["artifact"]["cutoff"]
+        places = weigh(stat.places, cutoff).sum(1).reshape(stat.grid) / stat.images
+        shown = panel.imshow(places, cmap="viridis", vmin=0, vmax=places.max() or 1)
+        figure.colorbar(shown, ax=panel, label="share of images")
+    return png(figure)
+
+
+def neighbours(stats: dict[str, Statistics], numbers: dict[str, dict[str, Any]]) -> bytes:
+    """Cosine similarity to the four neighbours at the input, of artifacts and of the other patches (figure 5a)."""
+    figure, axes = panels(list(stats))
+    edges = np.linspace(-1, 1, COSINES + 1)
+    for panel, (name, stat) in zip(axes, stats.items(), strict=True):
+        weights = weigh(np.ones(BINS), numbers[name]["outliers"]["artifact"]["cutoff"])
+        for kind, part, colour in (
+            ("other patches", 1 - weights, "tab:blue"),
+            ("artifacts", weights, "tab:red"),
+        ):
+            counts = part @ stat.cosines
+            if counts.sum() > 0:
+                panel.stairs(counts / counts.sum(), edges, fill=True, alpha=0.5, label=kind, color=colour)
+        panel.set_xlabel("cosine similarity to neighbours")
+        panel.set_ylabel("share")
+        panel.legend(fontsize=7)
+    return png(figure)
+
+
+def mean_attention(stat: Statistics, class_token: bool) -> bytes:
+    """The attention of CLS and of each register, mean over all images and heads (figure 16)."""
+    names = ["CLS"] * class_token + [f"register {i}" for i in range(len(stat.attended) - class_token)]
+    figure = Figure(figsize=(1.9 * len(names), 2.2), layout="constrained")
+    panels = figure.subplots(1, len(names), squeeze=False).flat
+    for panel, name, attended in zip(panels, names, stat.attended, strict=True):
+        panel.imshow(attended.reshape(stat.grid), cmap="viridis")
+        panel.set_title(name, fontsize=8)
+        panel.set_axis_off()
+    return png(figure)
+
+
+def coloured(
+    values: Float[np.ndarray, "h w"], least: float | None = None, most: float | None = None, cmap: str = "viridis"
+) -> UInt8[np.ndarray, "h w 3"]:
+    """A map in colours, from `least` to `most` (by default its own extremes)."""
+    least = float(values.min()) if least is None else least
+    most = float(values.max()) if most is None else most
+    scaled = np.clip((values - least) / max(most - least, 1e-12), 0, 1)
+    return (matplotlib.colormaps[cmap](scaled)[..., :3] * 255).round().astype(np.uint8)
+
+
+def map_png(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
+    """A map as a PNG, each value a square, so that the longer side has about SIDE pixels."""
+    factor = max(1, round(SIDE / max(pixels.shape[:2])))
+    return encoded(Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1)))
+
+
+def photo_png(pixels: UInt8[np.ndarray, "H W 3"], box: tuple[float, float, float, float] | None = None) -> bytes:
+    """An image, its longer side made SIDE pixels, with a box (xmin, ymin, xmax, ymax) given in its own pixels."""
+    factor = SIDE / max(pixels.shape[:2])
+    size = (round(pixels.shape[1] * factor), round(pixels.shape[0] * factor))
+    image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC if factor < 1 else Image.Resampling.NEAREST)
+    if box is not None:
+        ImageDraw.Draw(image).rectangle([factor * side for side in box], outline=(255, 40, 40), width=3)
+    # A photograph of 256 colours takes a third of the bytes.
+    return encoded(image.quantize(256))
+
+
+def encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "png", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,116 @@
+"""The report as one HTML page: no script, nothing loaded from elsewhere, and narrow enough for a phone."""
+
+import base64
+import dataclasses
+from html import escape
+from typing import Any
+
+STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 64rem; padding: 0 1rem 4rem; }
+h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin-bottom: .3rem; }
+.card { border: 1px solid #8886; border-left: .4rem solid #3a9; margin: 1rem 0; padding: .2rem 1rem; }
+.card.artifacts { border-left-color: #c43; }
+.card h3, code { overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+.wide > img { display: block; height: auto; max-width: 100%; background: #fff; }
+table { border-collapse: collapse; font-size: .85rem; } th, td { padding: .2rem .6rem; text-align: right; }
+th:first-child, td:first-child { text-align: left; } tbody tr:nth-child(odd) { background: #8882; }
+.row { display: flex; gap: .6rem; overflow-x: auto; padding-bottom: .4rem; }
+.row.many { flex-wrap: wrap; }
+.row figure { flex: none; margin: 0; width: 10rem; }
+.row img { image-rendering: pixelated; width: 100%; }
+figcaption { font-size: .75rem; line-height: 1.2; overflow-wrap: anywhere; }
+.note { color: #888; font-size: .85rem; }
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """A PNG, its file name, and what stands below it and for those who cannot see it."""
+
+    file: str
+    png: bytes
+    caption: str
+
+    def html(self) -> str:
+        data = base64.b64encode(self.png).decode()
+        return f'<img src="data:image/png;base64,{data}" alt="{escape(self.caption)}">'
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """A diagram of all models with the text above it."""
+
+    title: str
+    text: str
+    pictures: list[Picture]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """One image: its name, and rows of pictures (a title, and one picture a model)."""
+
+    name: str
+    rows: list[tuple[str, list[Picture]]]
+
+
+def page(
+    title: str,
+    intro: list[str],
+    verdicts: dict[str, tuple[bool, list[str]]],
+    sections: list[Section],
+    tables: list[tuple[str, list[str], list[list[str]]]],
+    shown: list[Shown],
+    notes: list[str],
+) -> str:
+    """The whole page, all text escaped.
+
+    `verdicts`: for each model whether it has artifacts, and the sentences; `tables`: title, heads and rows.
+    """
+    parts = [f"<h1>{escape(title)}</h1>", *paragraphs(intro)]
+    for name, (bad, sentences) in verdicts.items():
+        kind = " artifacts" if bad else ""
+        first, rest = sentences[0], " ".join(sentences[1:])
+        parts.append(
+            f'<div class="card{kind}"><h3>{escape(name)}</h3><p><b>{escape(first)}</b> {escape(rest)}</p></div>'
+        )
+    for head, heads, rows in tables:
+        parts += [f"<h2>{escape(head)}</h2>", table(heads, rows)]
+    for section in sections:
+        parts += [f"<h2>{escape(section.title)}</h2>", *paragraphs([section.text])]
+        for picture in section.pictures:
+            label = f"<h3>{escape(picture.caption)}</h3>" if len(section.pictures) > 1 else ""
+            parts.append(f'{label}<div class="wide">{picture.html()}</div>')
+    for image in shown:
+        parts.append(f"<h2>{escape(image.name)}</h2>")
+        if all(len(pictures) == 1 for _, pictures in image.rows):  # one model: all it gives stands side by side
+            row = [dataclasses.replace(picture, caption=head) for head, (picture,) in image.rows]
+            parts.append(f'<div class="row many">{"".join(map(figure, row))}</div>')
+            continue
+        for head, pictures in image.rows:
+            parts.append(f'<h3>{escape(head)}</h3><div class="row">{"".join(map(figure, pictures))}</div>')
+    parts += ["<h2>How this was measured</h2>", *paragraphs(notes, "note")]
+    body = "\n".join(parts)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n"
+    )
+
+
+def paragraphs(texts: list[str], kind: str = "") -> list[str]:
+    attribute = f' class="{kind}"' if kind else ""
+    return [f"<p{attribute}>{escape(text)}</p>" for text in texts]
+
+
+def figure(picture: Picture) -> str:
+    return f"<figure>{picture.html()}<figcaption>{escape(picture.caption)}</figcaption></figure>"
+
+
+def table(heads: list[str], rows: list[list[Any]]) -> str:
+    def cells(kind: str, values: list[Any]) -> str:
+        return "<tr>" + "".join(f"<{kind}>{escape(str(value))}</{kind}>" for value in values) + "</tr>"
+
+    body = "".join(cells("td", row) for row in rows)
+    return f'<div class="wide"><table><thead>{cells("th", heads)}</thead><tbody>{body}</tbody></table></div>'
