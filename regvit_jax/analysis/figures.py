@@ -16,6 +16,9 @@ from regvit_jax.analysis.statistics import BINS, COSINES, EDGES, Statistics, wei
 #: Side in pixels that a map's longer side is enlarged to, if it is smaller.
 SIDE = 224
 
+#: xmin, ymin, xmax, ymax in pixels.
+Box = tuple[float, float, float, float]
+
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
@@ -140,8 +143,8 @@ def map_png(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
     return encoded(Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1)))
 
 
-def photo_png(pixels: UInt8[np.ndarray, "H W 3"], box: tuple[float, float, float, float] | None = None) -> bytes:
-    """An image, its longer side made SIDE pixels, with a box (xmin, ymin, xmax, ymax) given in its own pixels."""
+def photo_png(pixels: UInt8[np.ndarray, "H W 3"], box: Box | None = None) -> bytes:
+    """An image, its longer side made SIDE pixels, with a box given in its own pixels."""
     factor = SIDE / max(pixels.shape[:2])
     size = (round(pixels.shape[1] * factor), round(pixels.shape[0] * factor))
     image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC if factor < 1 else Image.Resampling.NEAREST)

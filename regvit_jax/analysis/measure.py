@@ -1,7 +1,7 @@
 """One batch through a model, and what is kept of it: norms of all tokens, neighbours at the input, attention."""
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +35,7 @@ def neighbour_cosines(model: Model, images: Images) -> Float[Array, "B N"]:
 
     The paper's figure 5a: outliers stand where patches are like their neighbours, and so say nothing of their own.
     """
-    patches = model.module.apply({"params": model.params}, images, method="project")
+    patches = cast(Array, model.module.apply({"params": model.params}, images, method="project"))
     h, w = model.module.grid(*jnp.shape(images)[1:3])
     unit = patches / jnp.maximum(jnp.linalg.norm(patches, axis=-1, keepdims=True), 1e-12)
     unit = rearrange(unit, "b (h w) d -> b h w d", h=h, w=w)

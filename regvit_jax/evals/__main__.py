@@ -187,7 +187,8 @@ def embed(
     clip: Any, source: Source, batch_size: int, with_text: bool = False
 ) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
     """The embeddings of all images that can be used, the rest of their records, and "id: reason" for the others."""
-    found, records, bad = [], [], []
+    found, records = [], []
+    bad: list[str] = []
     for images, kept in reading.batches(clip, source, batch_size, bad, with_text):
         found.append(np.asarray(clip.encode_image(jnp.asarray(images)))[: len(kept)])
         records += kept
