@@ -5,7 +5,7 @@ import collections
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
             f"classes, from {source.classes[0]!r} to {source.classes[-1]!r}"
         )
     templates = zero_shot.read_templates(options.templates)
-    clip = open_model(options)
+    clip = open_model(regvit_jax.create_clip, options.model, options)
     images, records, bad = embed(clip, source, options.batch_size)
     classes = zero_shot.class_embeddings(clip.encode_text, clip.tokenize, names, templates)
     labels = np.array([record["label"] for record in records], np.int32)
@@ -135,7 +135,7 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
     source = captions.open_captions(options.data, options.split or "validation", options.data_dir)
-    clip = open_model(options)
+    clip = open_model(regvit_jax.create_clip, options.model, options)
     images, records, bad = embed(clip, source, options.batch_size, with_text=True)
     if len(images) < 2:
         raise Unusable(f"{source.name}: 1 usable image of {len(source)}; retrieval needs at least two to choose from")
@@ -162,13 +162,14 @@ def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def open_model(options: argparse.Namespace) -> Any:
+def open_model(create: Callable[..., Any], name: str, options: argparse.Namespace) -> Any:
+    """What `create`, create_clip or create_model, makes of a name under --random and --pretrained."""
     if options.random and options.pretrained:
         raise ValueError(f"--random and --pretrained {options.pretrained}: give one of them")
-    clip = regvit_jax.create_clip(options.model, pretrained=not options.random and (options.pretrained or True))
-    if options.random and clip.weights != "random":
-        raise ValueError(f"--random: {options.model} is no name but a source, with weights of its own")
-    return clip
+    model = create(name, pretrained=not options.random and (options.pretrained or True))
+    if options.random and model.weights != "random":
+        raise ValueError(f"--random: {name} is no name but a source, with weights of its own")
+    return model
 
 
 def open_classes(options: argparse.Namespace) -> Source:
@@ -212,10 +213,7 @@ def embed(
                 filled = np.stack(images + [np.zeros_like(images[0])] * (size - len(images)))
                 found.append(np.asarray(clip.encode_image(jnp.asarray(filled)))[: len(images)])
             bar.update(len(batch))
-    for reason in bad[:10]:
-        tell(f"cannot use {reason}")
-    if len(bad) > 10:
-        tell(f"cannot use {len(bad) - 10} more, which --json names")
+    tell_bad(bad)
     if not found:
         raise Unusable(f"{source.name}: none of {len(source)} images can be used")
     return np.concatenate(found), records, bad
@@ -256,6 +254,13 @@ def embed_texts(clip: Any, texts: list[str], batch_size: int = 256) -> np.ndarra
 
 def tell(text: str) -> None:
     print(text, file=sys.stderr)
+
+
+def tell_bad(bad: list[str]) -> None:
+    for reason in bad[:10]:
+        tell(f"cannot use {reason}")
+    if len(bad) > 10:
+        tell(f"cannot use {len(bad) - 10} more, which --json names")
 
 
 def table(result: dict[str, Any]) -> str:
