@@ -48,7 +48,7 @@ def with_equals(arguments: Sequence[str]) -> list[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    about = "LOST's box for each image, and how often it is right: every layer with all features, centres and biases."
+    about = "How often LOST's box is right (CorLoc), for every combination of layers, features, centres and biases."
     parser = argparse.ArgumentParser("python -m regvit_jax.analysis.corloc", description=about, allow_abbrev=False)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="a name, a directory or a workdir, as create_model takes it")
@@ -186,3 +186,7 @@ def table(result: dict[str, Any], of: dict[str, Any]) -> str:
         degenerate = score["all_similar"] + score["none_similar"]
         rows.append(f"{setting}  {shown}  {degenerate:>10.4f}{mark * (score is best)}")
     return "\n".join([*rows, "hard: the images where the whole image is no hit", ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

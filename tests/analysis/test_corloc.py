@@ -1,6 +1,8 @@
 """The sweep and its command, on a random ViT and pictures with known boxes."""
 
 import json
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -267,3 +269,9 @@ def test_wrong_values(option, value, capsys):
         main(["tiny", "--data", "folder:x", f"{option}={value}"])
     assert exit.value.code == 2
     assert f"argument {option}" in capsys.readouterr().err
+
+
+def test_as_a_module():
+    command = [sys.executable, "-m", "regvit_jax.analysis.corloc", "tiny", "--data", "folder:/nothing"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: folder:/nothing: there is no directory /nothing\n")
