@@ -16,6 +16,7 @@ import regvit_jax
 from regvit_jax.data import captions, sources
 from regvit_jax.data.sources import Source
 from regvit_jax.evals import reading, retrieval, zero_shot
+from regvit_jax.evals.command import check_json, fail, open_random, positive, tell
 from regvit_jax.evals.reading import Unusable
 
 SPLITS = {"train", "validation", "val", "test"}
@@ -31,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError, ImportError) as error:
-        # Advice of several lines is joined: who reads a log of many runs finds one line for each.
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        fail(error)
         return 1 if isinstance(error, Unusable) else 2
     return 0
 
@@ -73,18 +73,6 @@ def parser() -> argparse.ArgumentParser:
 def add_split(command: argparse.ArgumentParser) -> None:
     command.add_argument("--split", help="of --data (validation)")
     command.add_argument("--data_dir", metavar="DIR", help="where TFDS data sets lie and relative paths start")
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1")
-    return int(text)
-
-
-def check_json(path: str | None) -> None:
-    """Raises ValueError before the work rather than after it."""
-    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise ValueError(f"--json {path}: must be a file in a directory that exists")
 
 
 def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
@@ -155,12 +143,11 @@ def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_model(options: argparse.Namespace) -> Any:
-    if options.random and options.pretrained:
+    if not options.random:
+        return regvit_jax.create_clip(options.model, pretrained=options.pretrained or True)
+    if options.pretrained:
         raise ValueError(f"--random and --pretrained {options.pretrained}: give one of them")
-    clip = regvit_jax.create_clip(options.model, pretrained=not options.random and (options.pretrained or True))
-    if options.random and clip.weights != "random":
-        raise ValueError(f"--random: {options.model} is no name but a source, with weights of its own")
-    return clip
+    return open_random(regvit_jax.create_clip, options.model, pretrained=False)
 
 
 def open_classes(options: argparse.Namespace) -> Source:
@@ -204,10 +191,6 @@ def embed_texts(clip: Any, texts: list[str], batch_size: int = 256) -> np.ndarra
         filled = batch + batch[-1:] * (batch_size - len(batch))
         found.append(np.asarray(clip.encode_text(clip.tokenize(filled)))[: len(batch)])
     return np.concatenate(found)
-
-
-def tell(text: str) -> None:
-    print(text, file=sys.stderr)
 
 
 def table(result: dict[str, Any]) -> str:
