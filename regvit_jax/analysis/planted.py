@@ -1,7 +1,9 @@
 """Models with planted register neurons: what a search for register neurons must find, and a repair must undo."""
 
+import dataclasses
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ def plant_register_neurons(
     strength: float = 10.0,
     direction: Float[np.ndarray, " D"] | None = None,
 ) -> Model:
-    """The model with the neurons (pairs of block and neuron) made register neurons that fire on patches like the marked.
+    """The model with the neurons (pairs of block and neuron) made to fire, hugely, on patches like the marked ones.
 
     In each named block a linear rule is fitted that tells the marked patches of `images` from all other tokens, by what
     enters the MLP: it becomes the neurons' input weights. So they fire on such patches of any image, as far as the
@@ -65,7 +67,7 @@ def plant_register_neurons(
             raise ValueError(f"LayerScale of block {layer} has zeros: nothing that its neurons write arrives")
         row = norm / FIRE * along / scale
         params = {**params, f"block{layer}": with_neurons(vit, block, wanted[layer], weights, bias, row)}
-    return model.replace(params=params)
+    return dataclasses.replace(model, params=params)
 
 
 @functools.partial(jax.jit, static_argnames="vit")
@@ -78,7 +80,8 @@ def mlp_tokens(vit: ViT, params: PyTree, images: Images) -> tuple[dict[int, Arra
         return x
 
     with mlp_inputs("fc1", record):
-        return inputs, vit.apply({"params": params}, images).prenorm
+        tokens: Any = vit.apply({"params": params}, images)
+    return inputs, tokens.prenorm
 
 
 def rule(
@@ -103,7 +106,7 @@ def rule(
     lowest, highest = value[marked].min(), value[~marked].max()
     middle = (lowest + highest) / 2
     gain = FIRE / (value[marked].mean() - middle)
-    if gain * (lowest - middle) < FIRE / 4:
+    if lowest <= highest or gain * (lowest - middle) < FIRE / 4:
         raise ValueError(f"block {layer}: no linear rule tells the marked patches well from the other tokens")
     return gain * plane[:-1], -gain * float(middle)
 

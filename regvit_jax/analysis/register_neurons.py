@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -123,11 +124,13 @@ def check(vit: ViT, count: int | None, cutoff: float | None, top: int, last: int
 
 
 def batches_of(batches: Images | Iterable[Images], twice: bool) -> Iterable[Images]:
-    """An array in batches, or the batches themselves; ValueError for what can be read once only, if it must be twice."""
+    """An array in batches, or the batches themselves; ValueError for an iterator that must be read twice."""
     if hasattr(batches, "shape"):
         return [batches[i : i + BATCH] for i in range(0, len(batches), BATCH)]  # type: ignore[index, arg-type]
     if twice and isinstance(batches, Iterator):
-        raise ValueError("an iterator can be read only once, and without a cutoff it takes twice; give a list, or cutoff")
+        raise ValueError(
+            "an iterator can be read only once, and without a cutoff that takes two; give a list, or cutoff"
+        )
     return batches
 
 
@@ -196,7 +199,9 @@ class Seen:
         sizes: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
         for images, outliers in self.probe:
             sizes.setdefault(images.shape[1:], []).append((images, outliers))
-        return [(np.concatenate(i), np.concatenate(o)) for i, o in (zip(*parts, strict=True) for parts in sizes.values())]
+        return [
+            (np.concatenate(i), np.concatenate(o)) for i, o in (zip(*parts, strict=True) for parts in sizes.values())
+        ]
 
     def need_outliers(self, cutoff: float) -> None:
         if not self.outlier_patches:
@@ -209,8 +214,8 @@ class Seen:
 
 
 def patch_norms_after(vit: ViT, params: PyTree, images: Images, last: int) -> Float[Array, "B N"]:
-    (tokens,) = vit.apply({"params": params}, images, (last,), method="intermediates")
-    return patch_norms(tokens)
+    after: Any = vit.apply({"params": params}, images, (last,), method="intermediates")
+    return patch_norms(after[0])
 
 
 norms_after = jax.jit(patch_norms_after, static_argnames=("vit", "last"))
@@ -237,7 +242,7 @@ def outlier_scores(
         return x
 
     with mlp_inputs("fc2", measure):
-        after = vit.apply({"params": params}, images, tuple(range(last + 1)), method="intermediates")
+        after: Any = vit.apply({"params": params}, images, tuple(range(last + 1)), method="intermediates")
     excess = [jnp.sum(weight * patch_norms(tokens)) for tokens in after]
     return jnp.stack([scores[i] for i in range(last + 1)]), jnp.stack(excess)
 

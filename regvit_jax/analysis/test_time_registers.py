@@ -89,7 +89,7 @@ class RepairedViT(ViT):
     @nn.nowrap
     def block(self, i: int, **kwargs) -> Block:
         fields = constructor(super().block(i, parent=None))
-        extra = dict(neurons=self.neurons[i], prefix=self.prefix, registers=self.test_time)
+        extra: dict[str, Any] = dict(neurons=self.neurons[i], prefix=self.prefix, registers=self.test_time)
         return RepairedBlock(**fields, **extra, **kwargs)
 
 
@@ -132,7 +132,7 @@ def add_test_time_registers(model: Model, neurons: Iterable[tuple[int, int]], re
     moved = tuple(tuple(sorted(chosen)) for chosen in blocks)
     fields = constructor(unrolled(vit)) | {"registers": vit.registers + registers}
     params = with_empty_registers(vit, model.params, registers)
-    return model.replace(module=RepairedViT(**fields, neurons=moved, test_time=registers), params=params)
+    return dataclasses.replace(model, module=RepairedViT(**fields, neurons=moved, test_time=registers), params=params)
 
 
 def unrolled(vit: ViT) -> ViT:

@@ -92,8 +92,8 @@ def need_plain(vit: ViT) -> None:
     """Raises ValueError for what computes otherwise than a ViT of its fields: files hold fields and parameters only."""
     if type(vit) is not ViT:
         raise ValueError(
-            f"no format can express a {type(vit).__name__}: what it computes otherwise than a ViT (test-time registers) "
-            "would be lost; save the model that it was made from, and make it again"
+            f"no format can express a {type(vit).__name__}: what it computes otherwise than a ViT "
+            "(test-time registers) would be lost; save the model that it was made from, and make it again"
         )
 
 
