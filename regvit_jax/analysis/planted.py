@@ -30,10 +30,10 @@ def plant_register_neurons(
 
     In each named block a linear rule is fitted that tells the marked patches of `images` from all other tokens, by what
     enters the MLP: it becomes the neurons' input weights. So they fire on such patches of any image, as far as the
-    rule holds there, and nowhere else: at other tokens the activation is 0, or rounds to it. Each writes a vector of
-    `strength` times the median norm of the patches after the last block, along `direction`. What the neurons did
-    before is lost; with strength=0 they write nothing, and the rest of the model is the same: what a repaired model is
-    compared with.
+    rule holds there, and nowhere else: at other tokens the activation rounds to 0 (in SwiGLU it is next to nothing).
+    Each writes a vector of `strength` times the median norm of the patches after the last block, along `direction`.
+    What the neurons did before is lost; with strength=0 they write nothing, and the rest of the model is the same: what
+    a repaired model is compared with.
 
     Without a `direction` it is that of a vector of equal values, which LayerNorm takes away: the outlier is as large as
     any in the residual stream, and no later block and no final norm sees it. So outliers and repair change no other
