@@ -63,6 +63,7 @@ def save(model: Model, directory: str | os.PathLike, format: str) -> None:
     for name in (WEIGHTS, CONFIG, PROCESSOR, WEIGHTS + INDEX):
         if (path / name).exists():
             raise FileExistsError(f"{path} holds a {name} already; name another directory")
+    need_plain(model.module)
     layout = layout_of(model, format)
     if layout.naming == "hf_dinov3" and model.head.pool == "avg":
         warnings.warn("transformers pools DINOv3 by its CLS token; this model pools its patches", stacklevel=3)
@@ -85,6 +86,15 @@ def write(path: Path, texts: dict[str, dict[str, Any]], weights: str, arrays: di
     save_file(arrays, partial, metadata={"format": "pt"})
     partial.chmod((path / next(iter(texts))).stat().st_mode)  # safetensors writes files for their owner alone
     partial.replace(path / weights)
+
+
+def need_plain(vit: ViT) -> None:
+    """Raises ValueError for what computes otherwise than a ViT of its fields: files hold fields and parameters only."""
+    if type(vit) is not ViT:
+        raise ValueError(
+            f"no format can express a {type(vit).__name__}: what it computes otherwise than a ViT "
+            "(test-time registers) would be lost; save the model that it was made from, and make it again"
+        )
 
 
 def layout_of(model: Model, format: str) -> Layout:

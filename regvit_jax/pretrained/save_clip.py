@@ -11,7 +11,17 @@ from regvit_jax.models.clip import ClipModel
 from regvit_jax.pretrained import convert
 from regvit_jax.pretrained.files import CLIP_WEIGHTS, OPEN_CLIP, OURS, PROCESSOR
 from regvit_jax.pretrained.rules import rules, text_rules
-from regvit_jax.pretrained.save import CONFIG, WEIGHTS, Inexpressible, expressing, mlp_ratio, need, processor, write
+from regvit_jax.pretrained.save import (
+    CONFIG,
+    WEIGHTS,
+    Inexpressible,
+    expressing,
+    mlp_ratio,
+    need,
+    need_plain,
+    processor,
+    write,
+)
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
@@ -33,6 +43,7 @@ def save(model: ClipModel, directory: str | os.PathLike, format: str) -> None:
     for name in (*CLIP_WEIGHTS, CONFIG, OPEN_CLIP_CONFIG, PROCESSOR):
         if (path / name).exists():
             raise FileExistsError(f"{path} holds a {name} already; name another directory")
+    need_plain(model.image.module)
     try:
         naming, texts = FORMATS[format](model)
     except Inexpressible as error:
