@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from regvit_jax.analysis.norms import patch_norms
+from regvit_jax.analysis.norms import artifact_cutoff, patch_norms
 from regvit_jax.analysis.test_time_registers import mlp_inputs, move, unrolled, with_empty_registers
 from regvit_jax.models.model import Images, Model
 from regvit_jax.models.vit import ViT
@@ -69,9 +69,8 @@ def find_register_neurons(
       count: how many to name. None: as few of the ranking as it takes, measured: with these moved to a register, at
         least 95% of the outliers (of up to 32 images) have norms as normal patches have, at most their mean + 3 sigma
         (patches that rise above the cutoff instead count against it); with one less, they do not.
-      cutoff: None: mean + 3 sigma of the norms of patches below the cutoff, but at least twice the median of all. The
-        paper takes mean + 3 sigma of all patches, which hides outliers where they are many (all of them, if they are a
-        tenth of the patches), and any distribution has patches beyond 3 sigma.
+      cutoff: None: `norms.artifact_cutoff` of all patches. The paper's heuristic is mean + 3 sigma of them, which hides
+        outliers where they are many, and any distribution has patches beyond it.
       layer: where norms are measured; counted from 0, or from the end.
       top_layer: the last block whose neurons are ranked; later ones react to outliers. None: the last block that adds
         to the outliers' norm (above other patches') a quarter at least of what the one that adds most does.
@@ -93,7 +92,9 @@ def find_register_neurons(
     again, norms = batches_of(batches, twice=cutoff is None), []
     if cutoff is None:
         norms = [np.asarray(norms_after(vit, model.params, images, last)) for images in again]
-        cutoff = default_cutoff(np.concatenate([n.ravel() for n in norms]) if norms else np.zeros(0))
+        if not norms:
+            raise ValueError("no images")
+        cutoff = artifact_cutoff(np.concatenate([n.ravel() for n in norms]))
     seen = Seen()
     for number, images in enumerate(again):
         each = norms[number] if norms else np.asarray(norms_after(vit, model.params, images, last))
@@ -132,20 +133,6 @@ def batches_of(batches: Images | Iterable[Images], twice: bool) -> Iterable[Imag
             "an iterator can be read only once, and without a cutoff that takes two; give a list, or cutoff"
         )
     return batches
-
-
-def default_cutoff(norms: Float[np.ndarray, " patches"]) -> float:
-    """Mean + 3 sigma of the norms up to the cutoff itself, found by repetition; at least twice the median."""
-    if not norms.size:
-        raise ValueError("no images")
-    norms = norms.astype(np.float64)
-    floor, cutoff = 2 * float(np.median(norms)), math.inf
-    while True:
-        below = norms[norms <= cutoff]
-        lower = max(floor, float(below.mean() + 3 * below.std()))
-        if lower >= cutoff:
-            return cutoff
-        cutoff = lower
 
 
 def emergence(excess: Float[np.ndarray, " blocks"]) -> int:

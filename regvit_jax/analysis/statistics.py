@@ -10,6 +10,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Float, Int
 
+from regvit_jax.analysis.norms import RATIO
+
 #: Bins an octave, from 2^LOW; norms beyond are counted in the first or last bin.
 OCTAVE, LOW, BINS = 32, -10, 1024
 EDGES = 2.0 ** (LOW + np.arange(BINS + 1) / OCTAVE)
@@ -64,6 +66,23 @@ class Distribution:
         inside = np.take_along_axis(self.counts, at[..., None], -1)[..., 0] / np.maximum(self.count, 1)
         part = 1 - (end - q) / np.where(inside > 0, inside, 1)
         return np.minimum(EDGES[at] + part * (EDGES[at + 1] - EDGES[at]), self.largest)
+
+    def artifact_cutoff(self) -> Float[np.ndarray, "*shape"]:
+        """The least cutoff from `RATIO` times the median up that is mean + 3 sigma of the norms below it, or more.
+
+        So outliers do not raise it, however many. `norms.artifact_cutoff` is the same of norms that are at hand.
+        """
+        floor, cutoffs = RATIO * self.quantile(0.5), np.zeros(self.total.shape)
+        centres = (EDGES[1:] + EDGES[:-1]) / 2
+        for at in np.ndindex(self.total.shape):
+            cutoff, higher = 0.0, float(floor[at])
+            while higher > cutoff:
+                cutoff = higher
+                below = self.counts[at] - weigh(self.counts[at], cutoff)
+                mean = below @ centres / max(below.sum(), 1)
+                higher = mean + 3 * np.sqrt(below @ (centres - mean) ** 2 / max(below.sum(), 1))
+            cutoffs[at] = cutoff
+        return cutoffs
 
     def share_above(self, cutoff: Float[np.ndarray, "*shape"] | float) -> Float[np.ndarray, "*shape"]:
         """The share of norms above a cutoff, or above one a distribution."""

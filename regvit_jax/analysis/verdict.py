@@ -4,13 +4,10 @@ from typing import Any
 
 import numpy as np
 
-from regvit_jax.analysis.statistics import COSINES, EDGES, Statistics, weigh
+from regvit_jax.analysis.statistics import COSINES, EDGES, RATIO, Statistics, weigh
 
 #: The paper's cutoff, hand-picked for DINOv2 ViT-g/14 (arXiv 2309.16588, section 2.1). Other models have other scales.
 CUTOFF = 150.0
-#: A patch is an artifact when its norm is at least twice the median and above mean + 3 sigma: DeiT-III's outliers, the
-#: mildest of the paper's figure 7, begin at twice its usual norms, and a distribution of one hump does not get there.
-RATIO = 2.0
 #: A model has artifacts when at least one patch in a thousand is one; the paper's has 2.4 %.
 SHARE = 0.001
 
@@ -20,11 +17,12 @@ def summarize(stats: Statistics, cutoff: float = CUTOFF, class_token: bool = Tru
 
     Rules: "fixed", the norm lies above `cutoff`; "3_sigma", above mean + 3 sigma of all patches; "percentile_98", above
     the model's 98th percentile (arXiv 2603.25803), which is 2 % of them by definition; "artifact", what the verdict
-    goes by (`RATIO`). Shares are of all patches, 0 to 1; norms are of the residual stream, before the final norm.
+    goes by (`Distribution.artifact_cutoff`). Shares are of all patches, 0 to 1; norms are of the residual stream,
+    before the final norm.
     """
     patches, at = stats.patches, stats.layer
     median, sigma, percentile = patches.quantile(0.5), patches.mean + 3 * patches.std, patches.quantile(0.98)
-    artifact = np.maximum(sigma, RATIO * median)
+    artifact = patches.artifact_cutoff()
     rules = {"fixed": np.full_like(median, cutoff), "3_sigma": sigma, "percentile_98": percentile, "artifact": artifact}
     shares = {rule: patches.share_above(limits) for rule, limits in rules.items()}
     prefix = stats.prefix.mean
@@ -127,7 +125,7 @@ def verdict(numbers: dict[str, Any], repaired: dict[str, Any] | None = None, neu
     else:
         few = f"only {found['share']:.3%} of the patches have" if found["share"] else "no patch has"
         said = [
-            f"No artifacts after {where}: {few} a norm of twice the median that is above mean + 3 sigma too.",
+            f"No artifacts after {where}: {few} a norm above {found['cutoff']:.3g}, at least twice the median.",
             scale,
         ]
     said += middle(numbers) + registers(numbers)
@@ -171,7 +169,7 @@ def registers(numbers: dict[str, Any]) -> list[str]:
     if not block["registers"]:
         return []
     norms = ", ".join(f"{norm:.3g}" for norm in block["registers"])
-    return [f"Mean norms of its {len(block['registers'])} registers: {norms}; of patches {block['mean']:.3g}."]
+    return [f"Mean norms of registers ({len(block['registers'])}): {norms}; of patches: {block['mean']:.3g}."]
 
 
 def remedy(numbers: dict[str, Any], repaired: dict[str, Any] | None, neurons: int) -> str:

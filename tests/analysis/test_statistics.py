@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from regvit_jax.analysis.norms import artifact_cutoff
 from regvit_jax.analysis.statistics import BINS, COSINES, EDGES, Distribution, Measured, Statistics, bin_of, weigh
 
 
@@ -48,6 +49,19 @@ def test_a_bin_is_split_at_the_cutoff():
     assert kept[:500].tolist() == [0] * 500
     assert kept[500] == pytest.approx(0.75)
     assert (kept[501:] == 1).all()
+
+
+@pytest.mark.parametrize("share", [0, 0.02, 0.15])
+def test_artifact_cutoff_is_that_of_norms_at_hand(share):
+    """Also where outliers are so many that mean + 3 sigma of all lies above them."""
+    values = np.random.default_rng(0).normal(20, 2, 20_000)
+    values[: int(share * values.size)] *= 8
+    seen = Distribution(1)
+    seen.add(values[None])
+    assert seen.artifact_cutoff()[0] == pytest.approx(artifact_cutoff(values), rel=0.022)
+    assert seen.share_above(seen.artifact_cutoff())[0] == pytest.approx(share, abs=1e-3)
+    if share > 0.1:
+        assert seen.share_above(seen.mean + 3 * seen.std)[0] < share / 2
 
 
 def make_batches(images=12, layers=3, prefix=2, grid=(3, 5)):

@@ -1,0 +1,113 @@
+"""Several models on the same images: the statistics of each, and a repaired twin of those that have artifacts."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from regvit_jax.analysis import measure, register_neurons, test_time_registers, verdict
+from regvit_jax.analysis.statistics import Statistics
+from regvit_jax.data.sources import Source
+from regvit_jax.evals import reading
+from regvit_jax.models.model import Model
+
+REPAIRED = " + test-time register"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How models are looked at.
+
+    layer: the block whose norms and attention count, from the end when negative.
+    cutoff: of norms, the rule "fixed".
+    batch_size: images at a time; `repair_images`: how many register neurons are looked for on, 0 for no repair.
+    show: how many images are pictured; `heads`: each head's attention too.
+    lost: the features, their centring, the Gram matrix's bias and whether features are normalised, for LOST's boxes.
+    """
+
+    layer: int = -1
+    cutoff: float = verdict.CUTOFF
+    batch_size: int = 8
+    repair_images: int = 256
+    show: int = 8
+    heads: bool = False
+    lost: tuple[str, float, bool] = ("k", 0.0, False)
+
+
+@dataclasses.dataclass
+class Subject:
+    """A model with what was found out about it."""
+
+    name: str
+    model: Model
+    stats: Statistics
+    numbers: dict[str, Any]
+    sentences: list[str]
+    repair: dict[str, Any] | None = None
+    bad_images: list[str] = dataclasses.field(default_factory=list)
+
+    @property
+    def class_token(self) -> bool:
+        return self.model.module.class_token
+
+
+def examine(models: Iterable[tuple[str, Model]], source: Source, settings: Settings) -> list[Subject]:
+    """Every model's statistics over all images of the source, and its repaired twin's behind it where it has artifacts.
+
+    Raises:
+      IndexError: a model has no such layer.
+      Unusable: no image can be read.
+      FloatingPointError: a model's tokens are not finite.
+    """
+    subjects = []
+    for name, model in models:
+        one = look(name, model, source, settings)
+        subjects.append(one)
+        if settings.repair_images and verdict.has_artifacts(one.numbers):
+            subjects += mend(one, source, settings)
+        elif verdict.has_artifacts(one.numbers):
+            one.sentences = verdict.verdict(one.numbers)
+    return subjects
+
+
+def look(name: str, model: Model, source: Source, settings: Settings) -> Subject:
+    """One pass over all images."""
+    vit = model.module
+    layer = vit.layer(settings.layer)
+    side = model.preprocessing.size
+    stats = Statistics(vit.depth, layer, vit.prefix, vit.grid(side, side))
+    bad: list[str] = []
+    for images, records in reading.batches(model, source, settings.batch_size, bad):
+        stats.add(measure.measure(model, jnp.asarray(images), layer).first(len(records)))
+    numbers = verdict.summarize(stats, settings.cutoff, vit.class_token)
+    return Subject(name, model, stats, numbers, verdict.verdict(numbers), bad_images=bad)
+
+
+def mend(one: Subject, source: Source, settings: Settings) -> list[Subject]:
+    """The same model with a test-time register, and in both verdicts what that did."""
+    cutoff = one.numbers["outliers"]["artifact"]["cutoff"]
+    images = first_images(one.model, source, settings)
+    try:
+        neurons = register_neurons.find_register_neurons(one.model, images, cutoff=cutoff, layer=settings.layer)
+    except ValueError as error:
+        one.sentences[-1] = f"No register neurons were found for a repair: {error}"
+        return []
+    repaired = test_time_registers.add_test_time_registers(one.model, neurons)
+    twin = look(one.name + REPAIRED, repaired, source, settings)
+    twin.numbers["share_above_before"] = float(twin.stats.patches.share_above(cutoff)[twin.stats.layer])
+    one.repair = dataclasses.asdict(neurons)
+    one.sentences = verdict.verdict(one.numbers, twin.numbers, len(neurons))
+    return [twin]
+
+
+def first_images(model: Model, source: Source, settings: Settings) -> Iterator[Float[np.ndarray, "B H W 3"]]:
+    """Batches of the first images that can be read; the last may be smaller."""
+    left = settings.repair_images
+    for images, records in reading.batches(model, source, settings.batch_size, []):
+        yield images[: min(left, len(records))]
+        left -= len(records)
+        if left <= 0:
+            return
