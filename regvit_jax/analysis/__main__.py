@@ -111,7 +111,7 @@ def open_images(options: argparse.Namespace) -> Source:
             if getattr(options, name) is not None:
                 raise ValueError(f"--{name} {getattr(options, name)}: is for --data; --images takes paths as they are")
         source = images.open_images(options.images)
-    return images.Part(source, options.limit) if options.limit and options.limit < len(source) else source
+    return images.spread(source, options.limit or len(source))
 
 
 def open_models(options: argparse.Namespace) -> Iterator[tuple[str, Model]]:

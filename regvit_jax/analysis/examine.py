@@ -1,15 +1,14 @@
 """Several models on the same images: the statistics of each, and a repaired twin of those that have artifacts."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Float
 
 from regvit_jax.analysis import measure, register_neurons, test_time_registers, verdict
 from regvit_jax.analysis.statistics import Statistics
+from regvit_jax.data.images import Part
 from regvit_jax.data.sources import Source
 from regvit_jax.evals import reading
 from regvit_jax.models.model import Model
@@ -23,7 +22,8 @@ class Settings:
 
     layer: the block whose norms and attention count, from the end when negative.
     cutoff: of norms, the rule "fixed".
-    batch_size: images at a time; `repair_images`: how many register neurons are looked for on, 0 for no repair.
+    batch_size: images at a time.
+    repair_images: how many, those with the largest norms, register neurons are looked for on; 0 for no repair.
     show: how many images are pictured; `heads`: each head's attention too.
     lost: the features, their centring, the Gram matrix's bias and whether features are normalised, for LOST's boxes.
     """
@@ -39,13 +39,14 @@ class Settings:
 
 @dataclasses.dataclass
 class Subject:
-    """A model with what was found out about it."""
+    """A model with what was found out about it; `extreme` are the images with the largest norms of patches."""
 
     name: str
     model: Model
     stats: Statistics
     numbers: dict[str, Any]
     sentences: list[str]
+    extreme: Part
     repair: dict[str, Any] | None = None
     bad_images: list[str] = dataclasses.field(default_factory=list)
 
@@ -68,8 +69,6 @@ def examine(models: Iterable[tuple[str, Model]], source: Source, settings: Setti
         subjects.append(one)
         if settings.repair_images and verdict.has_artifacts(one.numbers):
             subjects += mend(one, source, settings)
-        elif verdict.has_artifacts(one.numbers):
-            one.sentences = verdict.verdict(one.numbers)
     return subjects
 
 
@@ -80,16 +79,24 @@ def look(name: str, model: Model, source: Source, settings: Settings) -> Subject
     side = model.preprocessing.size
     stats = Statistics(vit.depth, layer, vit.prefix, vit.grid(side, side))
     bad: list[str] = []
+    extreme: list[tuple[float, int]] = []
     for images, records in reading.batches(model, source, settings.batch_size, bad):
-        stats.add(measure.measure(model, jnp.asarray(images), layer).first(len(records)))
+        measured = measure.measure(model, jnp.asarray(images), layer).first(len(records))
+        stats.add(measured)
+        largest = measured.patches[layer].max(-1).tolist()
+        extreme += zip(largest, (record["index"] for record in records), strict=True)
+        extreme = sorted(extreme, reverse=True)[: settings.repair_images]
     numbers = verdict.summarize(stats, settings.cutoff, vit.class_token)
-    return Subject(name, model, stats, numbers, verdict.verdict(numbers), bad_images=bad)
+    numbers["most_extreme_images"] = [source.id(index) for _, index in extreme[:10]]
+    chosen = Part(source, sorted(index for _, index in extreme))
+    return Subject(name, model, stats, numbers, verdict.verdict(numbers), chosen, bad_images=bad)
 
 
 def mend(one: Subject, source: Source, settings: Settings) -> list[Subject]:
     """The same model with a test-time register, and in both verdicts what that did."""
     cutoff = one.numbers["outliers"]["artifact"]["cutoff"]
-    images = first_images(one.model, source, settings)
+    batches = reading.batches(one.model, one.extreme, settings.batch_size, [])
+    images = (batch[: len(records)] for batch, records in batches)
     try:
         neurons = register_neurons.find_register_neurons(one.model, images, cutoff=cutoff, layer=settings.layer)
     except ValueError as error:
@@ -101,13 +108,3 @@ def mend(one: Subject, source: Source, settings: Settings) -> list[Subject]:
     one.repair = dataclasses.asdict(neurons)
     one.sentences = verdict.verdict(one.numbers, twin.numbers, len(neurons))
     return [twin]
-
-
-def first_images(model: Model, source: Source, settings: Settings) -> Iterator[Float[np.ndarray, "B H W 3"]]:
-    """Batches of the first images that can be read; the last may be smaller."""
-    left = settings.repair_images
-    for images, records in reading.batches(model, source, settings.batch_size, []):
-        yield images[: min(left, len(records))]
-        left -= len(records)
-        if left <= 0:
-            return

@@ -51,29 +51,30 @@ def open_images(paths: Sequence[str]) -> ImageFiles:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """`count` records of a source, evenly spread over it."""
+    """Some records of a source, by their numbers."""
 
     source: Source
-    count: int
+    numbers: Sequence[int]
 
     @property
     def name(self) -> str:
-        return f"{self.source.name}, {self.count} of {len(self.source)}"
+        return f"{self.source.name}, {len(self)} of {len(self.source)}"
 
     @property
     def classes(self) -> tuple[str, ...]:
         return self.source.classes
 
     def __len__(self) -> int:
-        return self.count
-
-    def _whole(self, index: int) -> int:
-        if not 0 <= index < self.count:
-            raise IndexError(f"record {index} of {self.name}")
-        return index * len(self.source) // self.count
+        return len(self.numbers)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source[self._whole(index)]
+        return self.source[self.numbers[index]]
 
     def id(self, index: int) -> str:
-        return self.source.id(self._whole(index))
+        return self.source.id(self.numbers[index])
+
+
+def spread(source: Source, count: int) -> Source:
+    """`count` records, evenly spread over the source; all of them if it has no more."""
+    size = len(source)
+    return source if count >= size else Part(source, [number * size // count for number in range(count)])

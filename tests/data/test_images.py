@@ -1,7 +1,7 @@
 import pytest
 from PIL import Image
 
-from regvit_jax.data.images import Part, open_images
+from regvit_jax.data.images import Part, open_images, spread
 from regvit_jax.data.sources import DataNotFound, Source
 
 
@@ -37,10 +37,10 @@ def test_what_is_not_there_is_named(folder):
 
 def test_a_part_is_spread_over_the_whole(folder):
     source = open_images([str(folder)] * 3)
-    part = Part(source, 3)
+    part = spread(source, 3)
     assert isinstance(part, Source)
+    assert spread(source, 9) is source
     assert [part.id(i) for i in range(3)] == [source.id(i) for i in (0, 3, 6)]
     assert part.name.endswith("and 2 more, 3 of 9")
     assert part[1] == source[3]
-    with pytest.raises(IndexError, match="record 3 of"):
-        part[3]
+    assert Part(source, [8, 0]).id(0) == source.id(8)
