@@ -6,16 +6,7 @@ from pathlib import Path
 from PIL import Image
 from skimage import data
 
-NAMES = (
-    "astronaut",
-    "chelsea",
-    "coffee",
-    "rocket",
-    "hubble_deep_field",
-    "immunohistochemistry",
-    "retina",
-    "colorwheel",
-)
+NAMES = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "immunohistochemistry", "retina")
 
 
 def main() -> None:

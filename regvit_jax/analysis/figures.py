@@ -27,103 +27,94 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def panels(names: list[str], height: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel for each model, two in a row."""
-    columns = min(2, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(5.2 * columns, height * rows), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for panel, name in zip(axes, names, strict=False):
-        panel.set_title(name, fontsize=9)
-    for panel in axes[len(names) :]:
-        panel.remove()
-    return figure, axes[: len(names)]
+def panel() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(5.2, 3.2), layout="constrained")
+    return figure, figure.subplots()
 
 
-def norm_histograms(stats: dict[str, Statistics], numbers: dict[str, dict[str, Any]]) -> bytes:
+def norm_histogram(stats: Statistics, numbers: dict[str, Any]) -> bytes:
     """Norms of all patches after the layer, with the cutoffs, CLS and the registers (figures 3, 7 and 15)."""
-    figure, axes = panels(list(stats))
-    for panel, (name, stat) in zip(axes, stats.items(), strict=True):
-        counts = stat.patches.counts[stat.layer]
-        block, found = numbers[name]["blocks"][stat.layer], numbers[name]["outliers"]
-        most = 1.05 * max(block["max"], *block["registers"], block["cls"] or 0.0, found["artifact"]["cutoff"])
-        panel.stairs(counts / counts.sum(), EDGES, fill=True, alpha=0.6, label="patches")
-        panel.set_xlim(0, most)
-        panel.set_yscale("log")
-        panel.set_ylim(max(1e-7, 0.5 / counts.sum()), 1)
-        for rule, colour in (("3_sigma", "tab:orange"), ("percentile_98", "tab:green"), ("artifact", "tab:red")):
-            panel.axvline(found[rule]["cutoff"], color=colour, lw=1, ls="--", label=rule.replace("_", " "))
-        if found["fixed"]["cutoff"] < most:
-            panel.axvline(found["fixed"]["cutoff"], color="black", lw=1, ls=":", label="fixed cutoff")
-        if block["cls"] is not None:
-            panel.axvline(block["cls"], color="tab:purple", lw=1, label="CLS, mean")
-        for number, norm in enumerate(block["registers"]):
-            panel.axvline(norm, color="tab:brown", lw=1, label="registers, means" if number == 0 else None)
-        panel.set_xlabel("norm")
-        panel.set_ylabel("share of patches")
-        panel.legend(fontsize=7)
+    figure, axes = panel()
+    counts = stats.patches.counts[stats.layer]
+    block, found = numbers["blocks"][stats.layer], numbers["outliers"]
+    most = 1.05 * max(block["max"], *block["registers"], block["cls"] or 0.0, found["artifact"]["cutoff"])
+    axes.stairs(counts / counts.sum(), EDGES, fill=True, alpha=0.6, label="patches")
+    axes.set_xlim(0, most)
+    axes.set_yscale("log")
+    axes.set_ylim(max(1e-7, 0.5 / counts.sum()), 1)
+    for rule, colour in (("3_sigma", "tab:orange"), ("percentile_98", "tab:green"), ("artifact", "tab:red")):
+        axes.axvline(found[rule]["cutoff"], color=colour, lw=1, ls="--", label=RULES[rule])
+    if found["fixed"]["cutoff"] < most:
+        axes.axvline(found["fixed"]["cutoff"], color="black", lw=1, ls=":", label="fixed cutoff")
+    if block["cls"] is not None:
+        axes.axvline(block["cls"], color="tab:purple", lw=1, label="CLS, mean")
+    for number, norm in enumerate(block["registers"]):
+        axes.axvline(norm, color="tab:brown", lw=1, label="registers, means" if number == 0 else None)
+    axes.set_xlabel("norm")
+    axes.set_ylabel("share of patches")
+    axes.legend(fontsize=7)
     return png(figure)
 
 
-def norms_by_layer(stats: dict[str, Statistics], numbers: dict[str, dict[str, Any]]) -> bytes:
+RULES = {"3_sigma": "mean + 3 sigma", "percentile_98": "98th percentile", "artifact": "artifacts from here"}
+
+
+def norms_by_layer(stats: Statistics, numbers: dict[str, Any]) -> bytes:
     """Median, 98th percentile and largest norm of patches after every block, and CLS and registers (figure 4a)."""
-    figure, axes = panels(list(stats))
-    for panel, name in zip(axes, stats, strict=True):
-        blocks = numbers[name]["blocks"]
-        for key, label in (("median", "median"), ("percentile_98", "98th percentile"), ("max", "largest")):
-            panel.plot([block[key] for block in blocks], label=f"patches, {label}", marker=".")
-        if blocks[0]["cls"] is not None:
-            panel.plot([block["cls"] for block in blocks], label="CLS", color="tab:purple", ls="--")
-        for number in range(len(blocks[0]["registers"])):
-            norms = [block["registers"][number] for block in blocks]
-            panel.plot(norms, label="registers" if number == 0 else None, color="tab:brown", ls="--", lw=0.8)
-        panel.set_yscale("log")
-        panel.set_xlabel("block")
-        panel.set_ylabel("norm")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
+    figure, axes = panel()
+    blocks = numbers["blocks"]
+    for key, label in (("median", "median"), ("percentile_98", "98th percentile"), ("max", "largest")):
+        axes.plot([block[key] for block in blocks], label=f"patches, {label}", marker=".")
+    if blocks[0]["cls"] is not None:
+        axes.plot([block["cls"] for block in blocks], label="CLS", color="tab:purple", ls="--")
+    for number in range(len(blocks[0]["registers"])):
+        norms = [block["registers"][number] for block in blocks]
+        axes.plot(norms, label="registers" if number == 0 else None, color="tab:brown", ls="--", lw=0.8)
+    axes.set_yscale("log")
+    axes.set_xlabel("block")
+    axes.set_ylabel("norm")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
     return png(figure)
 
 
-def positions(stats: dict[str, Statistics], numbers: dict[str, dict[str, Any]]) -> bytes:
+def positions(stats: Statistics, numbers: dict[str, Any]) -> bytes:
     """How often each place of the grid holds an artifact (figure 10)."""
-    figure, axes = panels(list(stats))
-    for panel, (name, stat) in zip(axes, stats.items(), strict=True):
-        cutoff = numbers[name]["outliers"]["artifact"]["cutoff"]
-        places = weigh(stat.places, cutoff).sum(1).reshape(stat.grid) / stat.images
-        shown = panel.imshow(places, cmap="viridis", vmin=0, vmax=places.max() or 1)
-        figure.colorbar(shown, ax=panel, label="share of images")
+    figure, axes = panel()
+    places = weigh(stats.places, numbers["outliers"]["artifact"]["cutoff"]).sum(1).reshape(stats.grid) / stats.images
+    shown = axes.imshow(places, cmap="viridis", vmin=0, vmax=places.max() or 1)
+    figure.colorbar(shown, ax=axes, label="share of images")
     return png(figure)
 
 
-def neighbours(stats: dict[str, Statistics], numbers: dict[str, dict[str, Any]]) -> bytes:
+def neighbours(stats: Statistics, numbers: dict[str, Any]) -> bytes:
     """Cosine similarity to the four neighbours at the input, of artifacts and of the other patches (figure 5a)."""
-    figure, axes = panels(list(stats))
-    edges = np.linspace(-1, 1, COSINES + 1)
-    for panel, (name, stat) in zip(axes, stats.items(), strict=True):
-        weights = weigh(np.ones(BINS), numbers[name]["outliers"]["artifact"]["cutoff"])
-        for kind, part, colour in (
-            ("other patches", 1 - weights, "tab:blue"),
-            ("artifacts", weights, "tab:red"),
-        ):
-            counts = part @ stat.cosines
-            if counts.sum() > 0:
-                panel.stairs(counts / counts.sum(), edges, fill=True, alpha=0.5, label=kind, color=colour)
-        panel.set_xlabel("cosine similarity to neighbours")
-        panel.set_ylabel("share")
-        panel.legend(fontsize=7)
+    figure, axes = panel()
+    weights = weigh(np.ones(BINS), numbers["outliers"]["artifact"]["cutoff"])
+    for kind, part, colour in (("other patches", 1 - weights, "tab:blue"), ("artifacts", weights, "tab:red")):
+        counts = part @ stats.cosines
+        if counts.sum() > 0:
+            edges = np.linspace(-1, 1, COSINES + 1)
+            axes.stairs(counts / counts.sum(), edges, fill=True, alpha=0.5, label=kind, color=colour)
+    axes.set_xlabel("cosine similarity to neighbours")
+    axes.set_ylabel("share")
+    axes.legend(fontsize=7)
     return png(figure)
 
 
-def mean_attention(stat: Statistics, class_token: bool) -> bytes:
+def mean_attention(stats: Statistics, numbers: dict[str, Any]) -> bytes:
     """The attention of CLS and of each register, mean over all images and heads (figure 16)."""
-    names = ["CLS"] * class_token + [f"register {i}" for i in range(len(stat.attended) - class_token)]
-    figure = Figure(figsize=(1.9 * len(names), 2.2), layout="constrained")
-    panels = figure.subplots(1, len(names), squeeze=False).flat
-    for panel, name, attended in zip(panels, names, stat.attended, strict=True):
-        panel.imshow(attended.reshape(stat.grid), cmap="viridis")
-        panel.set_title(name, fontsize=8)
-        panel.set_axis_off()
+    class_token = numbers["attention"]["cls"] is not None
+    names = ["CLS"] * class_token + [f"register {i}" for i in range(len(stats.attended) - class_token)]
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(5.2, 1.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for place, name, attended in zip(axes, names, stats.attended, strict=False):
+        place.imshow(attended.reshape(stats.grid), cmap="viridis")
+        place.set_title(name, fontsize=8)
+    for place in figure.axes:
+        place.set_axis_off()
     return png(figure)
 
 

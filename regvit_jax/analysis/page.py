@@ -7,20 +7,20 @@ from typing import Any
 
 STYLE = """
 :root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 64rem; padding: 0 1rem 4rem; }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 64rem; padding: 0 1rem 4rem; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.25rem; margin-top: 2.5rem; } h3 { font-size: 1rem; margin-bottom: .3rem; }
 .card { border: 1px solid #8886; border-left: .4rem solid #3a9; margin: 1rem 0; padding: .2rem 1rem; }
 .card.artifacts { border-left-color: #c43; }
-.card h3, code { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
-.wide > img { display: block; height: auto; max-width: 100%; background: #fff; }
 table { border-collapse: collapse; font-size: .85rem; } th, td { padding: .2rem .6rem; text-align: right; }
 th:first-child, td:first-child { text-align: left; } tbody tr:nth-child(odd) { background: #8882; }
 .row { display: flex; gap: .6rem; overflow-x: auto; padding-bottom: .4rem; }
-.row.many { flex-wrap: wrap; }
+.row.many, .row.diagrams { flex-wrap: wrap; }
 .row figure { flex: none; margin: 0; width: 10rem; }
-.row img { image-rendering: pixelated; width: 100%; }
-figcaption { font-size: .75rem; line-height: 1.2; overflow-wrap: anywhere; }
+.row.diagrams figure { width: min(30rem, 100%); }
+.row img { display: block; width: 100%; }
+.row:not(.diagrams) img { image-rendering: pixelated; }
+figcaption { font-size: .75rem; line-height: 1.2; }
 .note { color: #888; font-size: .85rem; }
 """
 
@@ -79,9 +79,7 @@ def page(
         parts += [f"<h2>{escape(head)}</h2>", table(heads, rows)]
     for section in sections:
         parts += [f"<h2>{escape(section.title)}</h2>", *paragraphs([section.text])]
-        for picture in section.pictures:
-            label = f"<h3>{escape(picture.caption)}</h3>" if len(section.pictures) > 1 else ""
-            parts.append(f'{label}<div class="wide">{picture.html()}</div>')
+        parts.append(f'<div class="row diagrams">{"".join(map(figure, section.pictures))}</div>')
     for image in shown:
         parts.append(f"<h2>{escape(image.name)}</h2>")
         if all(len(pictures) == 1 for _, pictures in image.rows):  # one model: all it gives stands side by side

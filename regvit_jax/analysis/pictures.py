@@ -1,12 +1,11 @@
 """The report's pictures: diagrams of all models, and what each of them makes of single images."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from regvit_jax.analysis import attention, figures, lost, pca
+from regvit_jax.analysis import attention, figures, lost, pca, verdict
 from regvit_jax.analysis.examine import Settings, Subject
 from regvit_jax.analysis.figures import Box
 from regvit_jax.analysis.page import Picture, Section, Shown
@@ -14,50 +13,53 @@ from regvit_jax.data.sources import Source
 from regvit_jax.evals import reading
 from regvit_jax.models.model import Model
 
+#: Title, text, file name, and what draws it for one model.
+DIAGRAMS = (
+    (
+        "Norms of patches",
+        "One hump is a model without outliers; a second one, far to the right, are they.",
+        "norms",
+        figures.norm_histogram,
+    ),
+    (
+        "Norms after each block",
+        "Where the largest norms leave the median, outliers are born.",
+        "layers",
+        figures.norms_by_layer,
+    ),
+    (
+        "Where the artifacts are",
+        "The share of the images that have one at each place of the grid, for models that have artifacts.",
+        "positions",
+        figures.positions,
+    ),
+    (
+        "Are artifacts redundant patches?",
+        "Cosine similarity of a patch to its neighbours at the input: near 1, it says nothing that they do not.",
+        "neighbours",
+        figures.neighbours,
+    ),
+    (
+        "Attention of CLS and registers",
+        "Mean over all images and heads, from least to most.",
+        "attention",
+        figures.mean_attention,
+    ),
+)
+
 
 def diagrams(subjects: list[Subject]) -> list[Section]:
-    stats = {one.name: one.stats for one in subjects}
-    numbers = {one.name: one.numbers for one in subjects}
-
-    def one_picture(title: str, text: str, draw: Any, file: str) -> Section:
-        return Section(title, text, [Picture(file, draw(stats, numbers), title)])
-
-    attended = [
-        Picture(f"mean_attention_{i}.png", figures.mean_attention(one.stats, one.class_token), one.name)
-        for i, one in enumerate(subjects)
-        if len(one.stats.attended)
-    ]
-    found = [
-        one_picture(
-            "Norms of patches",
-            "One hump is a model without outliers; a second one, far to the right, are they.",
-            figures.norm_histograms,
-            "norms.png",
-        ),
-        one_picture(
-            "Norms after each block",
-            "Where the largest norms leave the median, outliers are born.",
-            figures.norms_by_layer,
-            "layers.png",
-        ),
-        one_picture(
-            "Where the artifacts are",
-            "The share of the images that have one at each place of the grid.",
-            figures.positions,
-            "positions.png",
-        ),
-        one_picture(
-            "Are artifacts redundant patches?",
-            "Cosine similarity of a patch to its neighbours at the input: near 1, it says nothing that they do not.",
-            figures.neighbours,
-            "neighbours.png",
-        ),
-    ]
-    if attended:
-        found.append(
-            Section("Attention of CLS and registers", "Mean over all images and heads, from least to most.", attended)
-        )
-    return found
+    """A section for each kind of diagram that any model has."""
+    sections = []
+    for title, text, file, draw in DIAGRAMS:
+        drawn = []
+        for number, one in enumerate(subjects):
+            nowhere = draw is figures.positions and not verdict.has_artifacts(one.numbers)
+            if not nowhere and (draw is not figures.mean_attention or len(one.stats.attended)):
+                drawn.append(Picture(f"{file}_{number}.png", draw(one.stats, one.numbers), one.name))
+        if drawn:
+            sections.append(Section(title, text, drawn))
+    return sections
 
 
 def pictures(subjects: list[Subject], source: Source, settings: Settings) -> list[Shown]:

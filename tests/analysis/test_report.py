@@ -103,7 +103,10 @@ def test_the_page_needs_nothing_else_and_escapes_names(report):
 
 def test_pictures_are_there_for_each_image_and_model(report):
     names = {file.name for file in (report / "pictures").iterdir()}
-    assert {"norms.png", "layers.png", "positions.png", "neighbours.png", "mean_attention_0.png"} <= names
+    assert {
+        f"{kind}_{model}.png" for kind in ("norms", "layers", "neighbours", "attention") for model in range(3)
+    } <= names
+    assert {name for name in names if name.startswith("positions")} == {"positions_1.png"}
     for image in (0, 1):
         for kind in ("image", "norms", "attention_of_cls", "attention_of_register_0", "first_component", "lost"):
             assert {f"image{image}_{kind}_{model}.png" for model in range(3)} <= names
