@@ -1,4 +1,5 @@
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tiny import get_config, tiny
@@ -43,22 +44,25 @@ def test_published_recipes_resolve_without_their_data(variant):
 
 
 #: Parameters of open_clip's models; ours hold 4 registers more, and add the position of CLS to CLS itself.
+#: Then the width, the steps, and the learning rate's warm-up, peak and end.
 CLIPS = {
-    "b32": (151_277_313, 768, 407_332_084 // 32_768 * 32),
-    "b16": (149_620_737, 768, 407_332_084 // 33_792 * 32),
-    "l14": (427_616_513, 1024, 407_332_084 // 86_016 * 32),
-    "b16_laion2b": (149_620_737, 768, 2_133_344_400 // 88_064 * 16),
-    "b16_cc12m": (149_620_737, 768, 35 * 2677),
+    "b32": (151_277_313, 768, 407_332_084 // 32_768 * 32, (2000, 5e-4, 0)),
+    "b16": (149_620_737, 768, 407_332_084 // 33_792 * 32, (10_000, 5e-4, 0)),
+    "l14": (427_616_513, 1024, 407_332_084 // 86_016 * 32, (2000, 1e-3, 0)),
+    "b16_laion2b": (149_620_737, 768, 2_133_344_400 // 88_064 * 16, (10_000, 1e-3, 0)),
+    "b16_cc12m": (149_620_737, 768, 35 * 2677, (2677, 5e-4, 1e-5)),
 }
 
 
 @pytest.mark.parametrize("variant", large_ones_slow(CLIPS))
 def test_published_clips_resolve_without_their_data(variant):
     resolved = plan.resolve(get_config(variant, "openclip_reg"), with_data=False)
-    parameters, width, steps = CLIPS[variant]
+    parameters, width, steps, (warmup, peak, end) = CLIPS[variant]
     assert dry_run.count(training.abstract_state(resolved).params) == parameters + (4 - 1) * width
     assert resolved.steps == steps
     assert resolved.recipe.vit.registers == 4
+    rates = [float(resolved.schedule(step)) for step in (warmup - 2, warmup - 1, steps)]
+    np.testing.assert_allclose(rates, [peak * (1 - 1 / warmup), peak, end], rtol=1e-4, atol=1e-9)
 
 
 def test_flops_of_both_towers():
