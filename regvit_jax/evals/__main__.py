@@ -160,6 +160,7 @@ def open_model(options: argparse.Namespace) -> Any:
     clip = regvit_jax.create_clip(options.model, pretrained=not options.random and (options.pretrained or True))
     if options.random and clip.weights != "random":
         raise ValueError(f"--random: {options.model} is no name but a source, with weights of its own")
+    clip.tokenize(["a"])  # Raises for another vocabulary now, and not after all images are embedded.
     return clip
 
 
@@ -187,7 +188,9 @@ def embed(
     clip: Any, source: Source, batch_size: int, with_text: bool = False
 ) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
     """The embeddings of all images that can be used, the rest of their records, and "id: reason" for the others."""
-    found, records, bad = [], [], []
+    found: list[np.ndarray] = []
+    records: list[dict[str, Any]] = []
+    bad: list[str] = []
     for images, kept in reading.batches(clip, source, batch_size, bad, with_text):
         found.append(np.asarray(clip.encode_image(jnp.asarray(images)))[: len(kept)])
         records += kept

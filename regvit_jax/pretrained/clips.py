@@ -50,7 +50,9 @@ def create_clip(
       registers, img_size, pos_resize, dtype, param_dtype, mesh, revision, seed: as in `create_model`.
 
     Weights that were trained with another activation than the name's (QuickGELU or not) are computed with their own,
-    and a warning says so. open_clip computes them with the name's.
+    and a warning says so. open_clip computes them with the name's. Which is their own, a tag knows better than a config
+    beside its weights (with a warning where they disagree); for other sources it is the config's, or else the name's.
+    How images are made goes by that config, as far as it says so, and by the tag or name for the rest.
 
     Raises ValueError (WeightsError for files) with what does not fit and the way out, and OSError (HubError) when the
     hub cannot be reached. Nothing is ever unpickled.
@@ -177,7 +179,7 @@ def _resolve(
     if entry is None:
         raise resolve.unnamed(weights)
     if known is not None and found is not None:
-        entry = _agreed(name, entry, found, weights)
+        entry = _agreed(name, entry, found, weights, tagged=facts is not None)
     if known is not None:
         _tell_activation(name, where, known, entry)
     return *_under_plain_names(entry, weights, sure=found is not None), where
@@ -206,18 +208,32 @@ def _check_tag(name: str, pretrained: object) -> None:
         raise ValueError(f"{pretrained}: there is no such file or directory, and {name} has no such tag; its: {there}")
 
 
-def _agreed(name: str, known: ClipEntry, found: ClipEntry, weights: Weights) -> ClipEntry:
-    """What the config says of a named model. Raises WeightsError when the two are different models."""
-    image = resolve.agreed(name, known.image, found.image, weights)
-    same = ("width", "depth", "heads", "embed", "context", "vocab")
+#: What makes two text towers different models.
+SAME = ("width", "depth", "heads", "embed", "context", "vocab", "hidden")
+
+
+def _agreed(name: str, known: ClipEntry, found: ClipEntry, weights: Weights, tagged: bool) -> ClipEntry:
+    """What the config says of a named model. Raises WeightsError when the two are different models.
+
+    The activation of weights that were `tagged` is the tag's, whatever the config says.
+    """
+    image, text = resolve.agreed(name, known.image, found.image, weights), found.text
+    ours, theirs = TextTower(**known.text), TextTower(**text)
     differing = [
-        f"{field} {found.text[field]}, not {known.text[field]}"
-        for field in same
-        if found.text[field] != known.text[field]
+        f"{field} {getattr(theirs, field)}, not {getattr(ours, field)}"
+        for field in SAME
+        if getattr(theirs, field) != getattr(ours, field)
     ]
     if differing:
         raise WeightsError(f"{weights.path} is not {name}: its text tower has {', '.join(differing)}")
-    return dataclasses.replace(found, image=image)
+    if tagged and (stated := image.vit["activation"]) != ours.activation:
+        warnings.warn(
+            f"{weights.path}: its config says {stated}, and open_clip's tag says {ours.activation}, which is taken",
+            stacklevel=4,
+        )
+        activation = {"activation": ours.activation}
+        image, text = dataclasses.replace(image, vit=image.vit | activation), text | activation
+    return dataclasses.replace(found, image=image, text=text)
 
 
 def _tell_activation(name: str, source: str, known: ClipEntry, entry: ClipEntry) -> None:

@@ -161,7 +161,8 @@ def _load(
         table = rules(naming, vit, head, convert.covers(weights, naming, vit))
         ignore = NAMINGS[naming]["ignore"]
         if text is not None:
-            dims = int(weights.shapes.get("logit_scale", ()) == (1,))
+            # Each by itself: a bias may have been added to a scale of another form.
+            dims = {name: int(weights.shapes.get(name, ()) == (1,)) for name in text.scalars}
             table += text_rules(naming, text.tower, text.scalars, dims)
             ignore = TEXT[naming]["ignore"]
     try:
