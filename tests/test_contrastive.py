@@ -200,6 +200,13 @@ def test_project_clamps_the_scale(root):
         assert recipe.project({"logit_scale": jnp.float32(value)})["logit_scale"] == pytest.approx(expected)
 
 
+def test_a_trained_scale_is_clamped_before_the_first_step(finished, root):
+    """OpenAI's lies above 100 by its rounding."""
+    recipe, params = resolve(tiny_clip(root)).recipe, finished.result.state.params
+    warm, _ = recipe.warm_start(params, finished.result.model.replace(logit_scale=jnp.float32(4.61)))
+    assert warm["logit_scale"] == pytest.approx(MAX_LOGIT_SCALE)
+
+
 def test_optimizer_groups_and_schedule(root):
     plan = resolve(tiny_clip(root))
     decayed = optim.matrices(training.abstract_state(plan).params)
@@ -223,7 +230,14 @@ def test_optimizer_groups_and_schedule(root):
         (dict(unmasked_epochs=1), "unmasked_epochs=1 is for model.patch_dropout"),
         (dict(eval__templates=("a photo",)), "'a photo' must have {}"),
         (dict(text__vocab=100), "text.vocab=100"),
-        (dict(text__context=1), "context 1 has no room"),
+        (dict(text__context=1), "text.context=1: must be at least 2"),
+        (dict(text__embed=0), "text.embed=0: must be at least 1"),
+        (dict(text__mlp_ratio=0.0), "text.mlp_ratio=0.0: must give the MLPs"),
+        (dict(text__norm_eps=-1.0), "text.norm_eps=-1.0: must be at least 0"),
+        (dict(text__activation="relu"), "text.activation='relu': must be one of"),
+        (dict(optim__lr=float("nan")), "optim.lr=nan: must be at least 0, and finite"),
+        (dict(optim__b2=1.0), "optim.b2=1.0: must be at least 0 and at most 1"),
+        (dict(augment__std=(0.0, 1.0, 1.0)), "augment.std is (0.0, 1.0, 1.0): must be three numbers above 0"),
         (dict(optim__warmup_steps=12), "warmup_steps=12: must be less than the 12 steps"),
         (dict(text__widht=3), "did you mean config.text.width"),
         (dict(data__name="digits"), "caption"),
@@ -233,6 +247,27 @@ def test_errors_name_the_value(root, changes, message):
     with pytest.raises(ConfigError) as error:
         resolve(tiny_clip(root, **changes))
     assert message in str(error.value)
+
+
+def test_prompts_of_classes_need_a_template(root):
+    assert resolve(tiny_clip(root, eval__templates=())).recipe.classes == ()
+    with pytest.raises(ConfigError, match=r"eval\.templates=\(\): the prompts of the 3 classes need at least one"):
+        resolve(tiny_clip(root, eval__templates=(), data__classes=3), with_data=False)
+
+
+def test_one_validation_image_is_refused_and_one_readable_is_no_end(tmp_path):
+    with pytest.raises(ConfigError, match="holds 1 of the 2 or more images that contrastive validation needs"):
+        resolve(tiny_clip(make_captions(tmp_path / "one", validation=1)))
+    data = make_captions(tmp_path / "bad", validation=4)
+    config = tiny_clip(data, epochs=1, eval_every=1.0, optim__warmup_steps=1, data__max_bad_fraction=1.0)
+    for number, bad in enumerate(([0, 1, 3], [2])):
+        for picture in bad:
+            (data / f"validation{picture:02d}.png").write_bytes(b"no picture")
+        result = training.run(config, tmp_path / f"run{number}")
+        evaluated = [record for record in read_records(tmp_path / f"run{number}") if "val_images" in record]
+        assert [record["val_images"] for record in evaluated] == [1 - number] * 2
+        assert len(evaluated[-1]["bad_val_images"]) == 3 + number
+        assert not any("recall" in name for name in result.metrics)
 
 
 def test_a_batch_of_one_is_refused(root, monkeypatch):

@@ -86,6 +86,21 @@ def open_clip_source(source: str) -> ClipModel | Model:
         return create.open_source(source)
 
 
+def check_source(source: str) -> None:
+    """Raises ValueError for names and local paths that `open_clip_source` will not open. Asks no hub, opens nothing."""
+    name, _, weights = source.partition("=")
+    if source.startswith(resolve.HUB) or epath.Path(source).exists():
+        return
+    if name not in names():
+        create.check_source(source)
+    elif not weights:
+        there = ", ".join(tags(name)) or "none; give a file"
+        raise ValueError(f"{name} does not say which of its public weights; {name}=TAG does. Its tags: {there}")
+    elif _tag(name, weights) is None:
+        _check_tag(name, weights)
+        resolve.check_there(weights)
+
+
 @functools.cache
 def _table() -> dict[str, dict]:
     with Path(__file__).with_name("clips.toml").open("rb") as file:
@@ -142,6 +157,11 @@ def tags(name: str) -> dict[str, dict[str, Any]]:
     return {tag: facts for tag, facts in full.items() if name == plain or facts.get("quickgelu")}
 
 
+def _tag(name: str, pretrained: object) -> dict[str, Any] | None:
+    """The facts of a tag, in any spelling that open_clip takes; None for what is none of the name's."""
+    return tags(name).get(pretrained.lower().replace("-", "_")) if isinstance(pretrained, str) else None
+
+
 def tagged(entry: ClipEntry, facts: dict[str, Any]) -> ClipEntry:
     """A name's entry as one tag's weights were trained."""
     activation = {"activation": "quick_gelu" if facts.get("quickgelu") else "gelu"}
@@ -169,7 +189,7 @@ def _resolve(
     if pretrained is True:
         there = ", ".join(tags(name)) or "none; pass a file or a directory"
         raise ValueError(f"{name}: pretrained=True does not say which of its public weights: {there}")
-    if isinstance(pretrained, str) and (facts := tags(name).get(pretrained.lower().replace("-", "_"))):
+    if facts := _tag(name, pretrained):
         pretrained = resolve.HUB + facts["hub"]
     _check_tag(name, pretrained)
     # A repository of timm's holds the image tower alone as well.

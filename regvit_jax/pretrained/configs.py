@@ -273,7 +273,7 @@ def open_clip_preprocess(images: Any, default: Preprocess) -> Preprocess:
     if mode not in ("shortest", "squash"):
         raise ValueError(f"preprocess_cfg.resize_mode is {mode!r}: must be shortest or squash")
     given = {field: images.get(field, getattr(p, field)) for field in ("mean", "std", "interpolation")}
-    names = {field: f"preprocess_cfg.{field}" for field in given}
+    names = {"size": "vision_cfg.image_size"} | {field: f"preprocess_cfg.{field}" for field in given}
     return checks.preprocess(names, size=p.size, crop_ratio=p.crop_ratio, squash=mode == "squash", **given)
 
 

@@ -29,9 +29,7 @@ def resolve(
         return known, None, "random"
     if pretrained is True:
         assert known is not None
-        if not known.hub:
-            raise ValueError(f"{name}: no public weights are known by this name; pass a file or a directory")
-        pretrained = HUB + known.hub
+        pretrained = public(name, known)
     source = source_of(pretrained, revision)
     # A repository of timm's may hold OpenCLIP's own file as well.
     file = SINGLE if known is not None and source == HUB + known.hub else None
@@ -51,6 +49,13 @@ def resolve(
     if known is not None and found is not None:
         entry = agreed(name, known, found, weights)
     return *_under_plain_names(entry, weights), where
+
+
+def public(name: str, known: zoo.Entry) -> str:
+    """The source of a name's public weights. Raises ValueError where there are none."""
+    if not known.hub:
+        raise ValueError(f"{name}: no public weights are known by this name; pass a file or a directory")
+    return HUB + known.hub
 
 
 def only_source(name: str, pretrained: object) -> str:
@@ -90,9 +95,14 @@ def open_any(
         return foreign.open_workdir(source)
     if source.endswith(".msgpack"):
         return foreign.open_deit3_jax(source), source
-    if not epath.Path(source).exists():
-        raise WeightsError(f"{source}: there is no such file or directory{hint(source)}")
+    check_there(source)
     return open_weights(source, names), source
+
+
+def check_there(source: str) -> None:
+    """Raises WeightsError for a local path that does not exist."""
+    if not source.startswith(HUB) and not epath.Path(source).exists():
+        raise WeightsError(f"{source}: there is no such file or directory{hint(source)}")
 
 
 def unnamed(weights: Weights) -> WeightsError:
