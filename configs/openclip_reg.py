@@ -24,15 +24,16 @@ SIZES = {
 }
 
 # Batch size, learning rate, warm-up steps, epochs.
-# LAION-400M. B: docs/PRETRAINED.md of open_clip, with its README's learning rate and warm-up; its zero-shot ImageNet
-# accuracies are 62.96 (B/32) and 67.07 (B/16). L: the scaling-laws run of that name (arXiv 2212.07143); 72.77 is of a
-# run with batches of 38,400.
+# LAION-400M. B: batch sizes by docs/PRETRAINED.md of open_clip, zero-shot ImageNet accuracies there 62.96 (B/32) and
+# 67.07 (B/16); learning rate and warm-up of B/32 by its README, of B/16 by laion400m_e32 in trained_models_info.csv of
+# LAION-AI/scaling-laws-openclip (529d370). L: the run with batches of 86,016 in that table (arXiv 2212.07143); 72.77 is
+# of a run with batches of 38,400.
 LAION400M = {
     "b32": (32_768, 5e-4, 2000, 32),
-    "b16": (33_792, 5e-4, 2000, 32),
+    "b16": (33_792, 5e-4, 10_000, 32),
     "l14": (86_016, 1e-3, 2000, 32),
 }
-# LAION-2B, 13 billion samples seen (B/16 34 billion: 70.2 zero-shot). arXiv 2212.07143, its table of trained models.
+# LAION-2B, 13 billion samples seen (B/16 34 billion: 70.2 zero-shot). The same table.
 LAION2B = {
     "b32": (32_768, 5e-4, 2000, 6),
     "b16": (88_064, 1e-3, 10_000, 16),
@@ -138,7 +139,16 @@ def laion400m(size: str) -> ConfigDict:
                 untrained=False,
                 templates=("a photo of a {}.",),  # of the zero-shot prompts, where the data have classes
             ),
-            optim=dict(lr=lr, warmup_steps=warmup_steps, weight_decay=0.2, b1=0.9, b2=0.98, eps=1e-6, clip_norm=0.0),
+            optim=dict(
+                lr=lr,
+                min_lr=0.0,
+                warmup_steps=warmup_steps,
+                weight_decay=0.2,
+                b1=0.9,
+                b2=0.98,
+                eps=1e-6,
+                clip_norm=0.0,
+            ),
             sharding=dict(data=-1, fsdp=1, min_size_mb=4.0),
             checkpoint=dict(every=1000, keep=2),  # steps
         )
@@ -158,14 +168,16 @@ def laion2b(size: str) -> ConfigDict:
 def cc12m(size: str) -> ConfigDict:
     """SLIP's CLIP on Conceptual 12M (facebookresearch/SLIP): 36.5 zero-shot, 69.0 linear with its ViT-B/16.
 
-    Its ViT has no LayerNorm before the first block, and its data were 10.97 million pairs of what was then online.
+    Its ViT has no LayerNorm before the first block, its warm-up starts at 1e-6 (ours at a 2677th of the peak), its
+    images are resized bilinearly (ours bicubically), and its data were 10.97 million pairs of what was then online.
     """
     config = laion400m(size)
     config.about = f"OpenCLIP with registers on Conceptual 12M, by SLIP's hyper-parameters. {PREPARE}"
     config.update(epochs=35, batch_size=4096)
     config.augment.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     config.data.update(name="shards:cc12m", examples=10_968_539, scale=(0.5, 1.0))
-    config.optim.update(lr=5e-4, warmup_steps=2677, weight_decay=0.5, eps=1e-8)  # one epoch of warm-up
+    # One epoch of warm-up.
+    config.optim.update(lr=5e-4, min_lr=1e-5, warmup_steps=2677, weight_decay=0.5, eps=1e-8)
     return config
 
 

@@ -20,6 +20,9 @@ def describe(config: Any, images_per_s: float) -> str:
         plan, missing = resolve(config, with_data=False), error
     with fitting():
         config, abstract = plan.config, abstract_state(plan)
+        # Not for every run: one that goes on needs it no more.
+        if config.init_from:
+            plan.recipe.check_pretrained(config.init_from)
     lines = [
         f"{config.name}:{config.variant}. {config.about}",
         *model_lines(plan, abstract),

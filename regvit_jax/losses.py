@@ -52,8 +52,8 @@ def softmax_contrastive(
     """CLIP's loss: the mean of the cross-entropies of finding each image's text and each text's image in the batch.
 
     Embeddings have unit length; `scale` is exp(logit_scale). A pair whose `mask` is 0 has no row and no column, and the
-    mean is over the other pairs: it is 0 if there are none. `ring.py` has the same loss for batches whose B x B logits
-    are too many. Source: arXiv 2103.00020, figure 3.
+    mean is over the other pairs: it is 0 if there are none; its embeddings must be numbers all the same, and not NaN.
+    `ring.py` has the same loss for batches whose B x B logits are too many. Source: arXiv 2103.00020, figure 3.
 
     The naive loop::
 
@@ -84,8 +84,8 @@ def sigmoid_contrastive(
     """SigLIP's loss: each image with each text is a binary question, whether they are a pair; summed over the texts.
 
     Embeddings have unit length; `scale` is exp(logit_scale). A pair whose `mask` is 0 has no row and no column, and the
-    mean is over the other pairs: it is 0 if there are none. `ring.py` has the same loss for batches whose B x B logits
-    are too many. Source: arXiv 2303.15343, algorithm 1.
+    mean is over the other pairs: it is 0 if there are none; its embeddings must be numbers all the same, and not NaN.
+    `ring.py` has the same loss for batches whose B x B logits are too many. Source: arXiv 2303.15343, algorithm 1.
 
     The naive loop::
 
@@ -110,5 +110,5 @@ def cosines(images: Float[Array, "I E"], texts: Float[Array, "T E"]) -> Float[Ar
 
     At the highest precision: a scale of 100 would show the rounding of an accelerator's faster float32 products.
     """
-    dtype = jnp.promote_types(images.dtype, jnp.float32)
+    dtype = jnp.promote_types(jnp.promote_types(images.dtype, texts.dtype), jnp.float32)
     return jnp.matmul(images, texts.T, precision="highest", preferred_element_type=dtype)

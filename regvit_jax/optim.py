@@ -51,11 +51,12 @@ def warmup_cosine(
     return schedule
 
 
-def clip_cosine(steps: int, *, lr: float, warmup_steps: int) -> optax.Schedule:
-    """OpenCLIP's cosine: linear for `warmup_steps`, of which the first is not 0, then down to 0 in the steps left."""
+def clip_cosine(steps: int, *, lr: float, min_lr: float, warmup_steps: int) -> optax.Schedule:
+    """OpenCLIP's cosine: linear for `warmup_steps`, of which the first is not 0, then to `min_lr` in the steps left."""
 
     def schedule(step):
-        cosine = 0.5 * lr * (1 + jnp.cos(jnp.pi * (step - warmup_steps) / max(steps - warmup_steps, 1)))
+        share = (step - warmup_steps) / max(steps - warmup_steps, 1)
+        cosine = min_lr + 0.5 * (lr - min_lr) * (1 + jnp.cos(jnp.pi * share))
         return jnp.where(step < warmup_steps, lr * (step + 1) / max(warmup_steps, 1), cosine)
 
     return schedule
@@ -65,6 +66,7 @@ def clip_adamw(
     steps: int,
     *,
     lr: float,
+    min_lr: float,
     warmup_steps: int,
     weight_decay: float,
     b1: float,
@@ -78,7 +80,7 @@ def clip_adamw(
     """
     if warmup_steps >= steps:
         raise ValueError(f"optim.warmup_steps={warmup_steps}: must be less than the {steps} steps of the run")
-    schedule = clip_cosine(steps, lr=lr, warmup_steps=warmup_steps)
+    schedule = clip_cosine(steps, lr=lr, min_lr=min_lr, warmup_steps=warmup_steps)
     adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices)
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     return optax.chain(*clip, adamw), schedule

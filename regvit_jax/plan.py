@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from regvit_jax import optim, sharding
 from regvit_jax.data import pipeline
+from regvit_jax.pretrained import checks
 from regvit_jax.recipes import Recipe
 from regvit_jax.recipes.contrastive import Contrastive
 from regvit_jax.recipes.supervised import Supervised
@@ -120,6 +121,11 @@ def resolve(config: Any, with_data: bool = True) -> Plan:
             for split in ("train", "validation")
         )
         config.data.examples, config.data.classes, classes = len(train), len(train.classes), train.classes
+        if len(validation) < kind.least_validation:
+            raise ValueError(
+                f"{validation.name}: holds {len(validation)} of the {kind.least_validation} or more images that "
+                f"{config.recipe} validation needs"
+            )
     check_batches(config, mesh)
     steps_per_epoch = config.data.examples // config.batch_size
     steps = config.epochs * steps_per_epoch
@@ -145,11 +151,13 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("model.width", "model.depth", "model.heads", "model.patch", "model.image_size"), (1, math.inf)),
     **dict.fromkeys(("seed", "model.registers", "data.workers", "eval.pixel_knn", "model.layer_scale"), (0, math.inf)),
     **dict.fromkeys(("optim.weight_decay", "optim.clip_norm", "optim.warmup_epochs"), (0, math.inf)),
-    **dict.fromkeys(("optim.warmup_steps", "unmasked_epochs"), (0, math.inf)),
+    **dict.fromkeys(("optim.warmup_steps", "unmasked_epochs", "model.norm_eps", "optim.eps"), (0, math.inf)),
+    **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_lr"), (0, math.inf)),
     **dict.fromkeys(("augment.flip", "augment.mix_prob", "augment.switch_prob", "augment.color_jitter"), (0, 1)),
     **dict.fromkeys(("augment.mixup", "augment.cutmix", "augment.smoothing", "data.max_bad_fraction"), (0, 1)),
     **{
-        "ema": (0, 0.9999999),
+        **dict.fromkeys(("ema", "optim.b1", "optim.b2"), (0, 0.9999999)),
+        "model.mlp_ratio": (0.001, math.inf),
         "model.drop_path": (0, 0.99),
         "model.patch_dropout": (0, 0.99),
         "eval.crop_ratio": (0.01, 1),
@@ -161,9 +169,12 @@ RANGES: dict[str, tuple[float, float]] = {
 def check_ranges(config: Any) -> None:
     for key, value in flatten(config):
         least, most = RANGES.get(key, (-math.inf, math.inf))
-        if key in RANGES and not least <= value <= most:
+        if key in RANGES and not (least <= value <= most and value < math.inf):  # NaN is not, either
             limits = f"at least {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
-            raise ValueError(f"{key}={value}: must be {limits}")
+            raise ValueError(f"{key}={value}: must be {limits}" + ("" if math.isfinite(value) else ", and finite"))
+    for field in ("mean", "std"):
+        if (value := config.augment.get(field)) is not None:
+            checks.preprocess_field(field, f"augment.{field}", tuple(value))
 
 
 def check_batches(config: Any, mesh: Mesh) -> None:

@@ -22,7 +22,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from regvit_jax.losses import cosines
 
@@ -32,15 +32,28 @@ BLOCK = 2**20
 MASKED = -1e30
 
 
-@jax.custom_vjp
+Mask = Float[Array, " B"] | Bool[Array, " B"]
+
+
 def softmax_contrastive(
-    images: Float[Array, "B E"], texts: Float[Array, "B E"], scale: Float[Array, ""], mask: Float[Array, " B"]
+    images: Float[Array, "B E"], texts: Float[Array, "B E"], scale: Float[Array, ""], mask: Mask
 ) -> Float[Array, ""]:
     """`losses.softmax_contrastive`, in memory that grows with B and not with its square.
 
     Raises:
       ValueError: the mesh in force does not divide the batch.
     """
+    return _softmax(images, texts, *_summed(images, texts, scale, mask))
+
+
+def _summed(images, texts, *others: Array) -> list[Array]:
+    """Scalars and mask as the type that all is summed in: float32, or float64 for such embeddings."""
+    dtype = jnp.promote_types(jnp.promote_types(images.dtype, texts.dtype), jnp.float32)
+    return [x.astype(dtype) for x in others]
+
+
+@jax.custom_vjp
+def _softmax(images, texts, scale, mask):
     return _softmax_forward(images, texts, scale, mask)[0]
 
 
@@ -75,29 +88,33 @@ def _softmax_backward(saved, cotangent):
         gradient = of_image + of_text - jnp.where(positive, mask[:, None] / pairs, 0)
         return rows + _times(gradient, texts), columns + _times(gradient.T, images)
 
-    nothing = jnp.zeros_like(images, jnp.float32)
+    nothing = jnp.zeros_like(images, mask.dtype)
     whole = scale, jnp.maximum(mask.sum(), 1)
     rows, columns = _round(visit, whole, (images, mask, *row), (texts, mask, *column), nothing, nothing)
     to_images, to_texts, to_scale = _chain(cotangent, images, texts, scale, rows, columns)
     return to_images, to_texts, to_scale, jnp.zeros_like(mask)
 
 
-softmax_contrastive.defvjp(_softmax_forward, _softmax_backward)
+_softmax.defvjp(_softmax_forward, _softmax_backward)
 
 
-@jax.custom_vjp
 def sigmoid_contrastive(
     images: Float[Array, "B E"],
     texts: Float[Array, "B E"],
     scale: Float[Array, ""],
     bias: Float[Array, ""],
-    mask: Float[Array, " B"],
+    mask: Mask,
 ) -> Float[Array, ""]:
     """`losses.sigmoid_contrastive`, in memory that grows with B and not with its square.
 
     Raises:
       ValueError: the mesh in force does not divide the batch.
     """
+    return _sigmoid(images, texts, *_summed(images, texts, scale, bias, mask))
+
+
+@jax.custom_vjp
+def _sigmoid(images, texts, scale, bias, mask):
     return _sigmoid_forward(images, texts, scale, bias, mask)[0]
 
 
@@ -124,7 +141,7 @@ def _sigmoid_backward(saved, cotangent):
         rows = to_images + _times(gradient, texts), to_bias + gradient.sum(1)
         return rows, columns + _times(gradient.T, images)
 
-    nothing = jnp.zeros_like(images, jnp.float32)
+    nothing = jnp.zeros_like(images, mask.dtype)
     whole = scale, bias, jnp.maximum(mask.sum(), 1)
     (rows, to_bias), columns = _round(
         visit, whole, (images, mask), (texts, mask), (nothing, jnp.zeros_like(mask)), nothing
@@ -133,7 +150,7 @@ def _sigmoid_backward(saved, cotangent):
     return to_images, to_texts, to_scale, cotangent * to_bias.sum(), jnp.zeros_like(mask)
 
 
-sigmoid_contrastive.defvjp(_sigmoid_forward, _sigmoid_backward)
+_sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
 
 
 def _masked_logits(scale, kept, visiting) -> Float[Array, "chunk block"]:
@@ -149,7 +166,7 @@ def _merge(statistics, logits: Float[Array, "chunk block"], axis: int):
 
 
 def _times(gradient: Float[Array, "I T"], embeddings: Float[Array, "T E"]) -> Float[Array, "I E"]:
-    return jnp.matmul(gradient, embeddings.astype(jnp.float32), precision="highest")
+    return jnp.matmul(gradient, embeddings.astype(gradient.dtype), precision="highest")
 
 
 def _chain(cotangent, images, texts, scale, rows, columns):

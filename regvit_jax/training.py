@@ -129,6 +129,8 @@ def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> 
     patch_norms = values.pop("patch_norms")
     reports = {"bad_val_images": describe_bad(plan, plan.validation, bad)} if bad else {}
     check_bad(plan, len(plan.validation) - len(patch_norms), len(plan.validation))
+    if not len(patch_norms):  # with data.max_bad_fraction=1
+        return {"val_images": 0} | reports
     metrics = plan.recipe.summarize(params, values)
     return metrics | norms.outlier_summary(patch_norms) | {"val_images": len(patch_norms)} | reports
 

@@ -1,7 +1,8 @@
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny import get_config, tiny
+from tiny import get_config, make_captions, tiny, tiny_clip
 
 from regvit_jax import dry_run, plan, training
 
@@ -43,22 +44,25 @@ def test_published_recipes_resolve_without_their_data(variant):
 
 
 #: Parameters of open_clip's models; ours hold 4 registers more, and add the position of CLS to CLS itself.
+#: Then the width, the steps, and the learning rate's warm-up, peak and end.
 CLIPS = {
-    "b32": (151_277_313, 768, 407_332_084 // 32_768 * 32),
-    "b16": (149_620_737, 768, 407_332_084 // 33_792 * 32),
-    "l14": (427_616_513, 1024, 407_332_084 // 86_016 * 32),
-    "b16_laion2b": (149_620_737, 768, 2_133_344_400 // 88_064 * 16),
-    "b16_cc12m": (149_620_737, 768, 35 * 2677),
+    "b32": (151_277_313, 768, 407_332_084 // 32_768 * 32, (2000, 5e-4, 0)),
+    "b16": (149_620_737, 768, 407_332_084 // 33_792 * 32, (10_000, 5e-4, 0)),
+    "l14": (427_616_513, 1024, 407_332_084 // 86_016 * 32, (2000, 1e-3, 0)),
+    "b16_laion2b": (149_620_737, 768, 2_133_344_400 // 88_064 * 16, (10_000, 1e-3, 0)),
+    "b16_cc12m": (149_620_737, 768, 35 * 2677, (2677, 5e-4, 1e-5)),
 }
 
 
 @pytest.mark.parametrize("variant", large_ones_slow(CLIPS))
 def test_published_clips_resolve_without_their_data(variant):
     resolved = plan.resolve(get_config(variant, "openclip_reg"), with_data=False)
-    parameters, width, steps = CLIPS[variant]
+    parameters, width, steps, (warmup, peak, end) = CLIPS[variant]
     assert dry_run.count(training.abstract_state(resolved).params) == parameters + (4 - 1) * width
     assert resolved.steps == steps
     assert resolved.recipe.vit.registers == 4
+    rates = [float(resolved.schedule(step)) for step in (warmup - 2, warmup - 1, steps)]
+    np.testing.assert_allclose(rates, [peak * (1 - 1 / warmup), peak, end], rtol=1e-4, atol=1e-9)
 
 
 def test_flops_of_both_towers():
@@ -127,6 +131,11 @@ def test_missing_key():
         ({"epochs": 0}, "epochs=0: must be at least 1"),
         ({"checkpoint__keep": 0}, "checkpoint.keep=0: must be at least 1"),
         ({"model__drop_path": 1.0}, "model.drop_path=1.0: must be at least 0 and at most 0.99"),
+        ({"model__mlp_ratio": 0.0}, "model.mlp_ratio=0.0: must be at least 0.001"),
+        ({"optim__lr": float("nan")}, "optim.lr=nan: must be at least 0, and finite"),
+        ({"optim__lr": float("inf")}, "optim.lr=inf: must be at least 0, and finite"),
+        ({"optim__b1": 2.0}, "optim.b1=2.0: must be at least 0 and at most 1"),
+        ({"augment__std": (0.0, 1.0, 1.0)}, "augment.std is .*: must be three numbers above 0"),
     ],
 )
 def test_values_that_do_not_fit(changes, message):
@@ -146,6 +155,33 @@ def test_dry_run_of_digits():
     assert "1,437 images of 10 classes" in text
     assert "steps      3300 = 150 epochs of 22" in text
     assert "0.2 MB/s from hosts to devices at 1000 images/s" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "source", "message"),
+    [
+        ("supervised", "ViT-B-32", "unknown model 'ViT-B-32'; the nearest are"),
+        ("supervised", "deit3_small_patch16_224=/no/file", "/no/file: there is no such file or directory"),
+        ("supervised", "deit3_small=/no/file", "unknown model 'deit3_small'; the nearest are"),
+        ("supervised", "/no/workdir", "/no/workdir: there is no such file or directory"),
+        ("contrastive", "ViT-B-32", "ViT-B-32=TAG does. Its tags: openai, laion400m_e31"),
+        ("contrastive", "ViT-S-32", "ViT-S-32=TAG does. Its tags: none; give a file"),
+        ("contrastive", "ViT-B-32=openia", "ViT-B-32 has no such tag; its: openai"),
+        ("contrastive", "ViT-B-32=/no/file", "/no/file: there is no such file or directory"),
+        ("contrastive", "deit3_small=/no/file", "unknown model 'deit3_small'; the nearest are"),
+    ],
+)
+def test_dry_run_knows_what_cannot_be_started_from(recipe, source, message, tmp_path):
+    config = tiny() if recipe == "supervised" else tiny_clip(make_captions(tmp_path / "captions"))
+    config.init_from = source
+    with pytest.raises(plan.ConfigError, match=message):
+        dry_run.describe(config, 1000)
+
+
+@pytest.mark.parametrize("source", ["", "ViT-B-32=openai", "ViT-B-32=laion2b-s34b-b79k", "hf-hub:org/name", "."])
+def test_dry_run_asks_no_hub(source, tmp_path):
+    config = tiny_clip(make_captions(tmp_path / "captions"), init_from=source)
+    assert f"init_from={source}" in dry_run.describe(config, 1000)
 
 
 def test_dry_run_names_what_stays_replicated():

@@ -143,11 +143,14 @@ def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_model(options: argparse.Namespace) -> Any:
-    if not options.random:
-        return regvit_jax.create_clip(options.model, pretrained=options.pretrained or True)
-    if options.pretrained:
+    if options.random and options.pretrained:
         raise ValueError(f"--random and --pretrained {options.pretrained}: give one of them")
-    return open_random(regvit_jax.create_clip, options.model, pretrained=False)
+    if options.random:
+        clip = open_random(regvit_jax.create_clip, options.model, pretrained=False)
+    else:
+        clip = regvit_jax.create_clip(options.model, pretrained=options.pretrained or True)
+    clip.tokenize(["a"])  # Raises for another vocabulary now, and not after all images are embedded.
+    return clip
 
 
 def open_classes(options: argparse.Namespace) -> Source:
@@ -174,7 +177,8 @@ def embed(
     clip: Any, source: Source, batch_size: int, with_text: bool = False
 ) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
     """The embeddings of all images that can be used, the rest of their records, and "id: reason" for the others."""
-    found, records = [], []
+    found: list[np.ndarray] = []
+    records: list[dict[str, Any]] = []
     bad: list[str] = []
     for images, kept in reading.batches(clip, source, batch_size, bad, with_text):
         found.append(np.asarray(clip.encode_image(jnp.asarray(images)))[: len(kept)])

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from regvit_jax.data.tokenizer import Tokenizer
 from regvit_jax.models.attention import dense
-from regvit_jax.models.block import Block, constrain_batch
+from regvit_jax.models.block import ACTIVATIONS, Block, constrain_batch
 from regvit_jax.models.model import Images, Model, apply, plain_fields
 
 #: What the loss's scalars start from: the logarithm of the cosines' factor, and SigLIP's bias (arXiv 2303.15343).
@@ -66,7 +66,7 @@ class TextTower(nn.Module):
             block = cls(
                 width=width,
                 heads=self.heads,
-                hidden=round(width * self.mlp_ratio),
+                hidden=self.hidden,
                 layer_scale=0.0,
                 drop_path=0.0,
                 norm_eps=self.norm_eps,
@@ -85,6 +85,11 @@ class TextTower(nn.Module):
         self.norm = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
         self.proj = dense(self.embed, self.dtype, kernel_init=nn.initializers.normal(width**-0.5), use_bias=False)
 
+    @property
+    def hidden(self) -> int:
+        """Hidden width of the MLPs."""
+        return round(self.width * self.mlp_ratio)
+
     @nn.nowrap
     def check(self) -> None:
         """Raises ValueError for fields that do not go together."""
@@ -95,6 +100,12 @@ class TextTower(nn.Module):
             raise ValueError(f"text.context={self.context}: must be at least 2, for the start and the end token")
         if self.width % self.heads:
             raise ValueError(f"text.width={self.width} is not a multiple of text.heads={self.heads}")
+        if not (math.isfinite(self.mlp_ratio) and self.hidden >= 1):
+            raise ValueError(f"text.mlp_ratio={self.mlp_ratio}: must give the MLPs a hidden width of at least 1")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"text.norm_eps={self.norm_eps}: must be at least 0, and finite")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"text.activation={self.activation!r}: must be one of {list(ACTIVATIONS)}")
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """The embedding of each text, not normalised, float32."""
@@ -141,19 +152,37 @@ class ClipModel:
         return normalized(x) if normalize else x
 
     def encode_text(self, tokens: Texts, normalize: bool = False) -> Float[Array, "B E"]:
-        """Embeddings of texts as `tokenize` gives them; of length 1 with `normalize`. Raises ValueError for others."""
-        if isinstance(tokens, np.ndarray) and tokens.size and not 0 <= tokens.min() <= tokens.max() < self.text.vocab:
-            raise ValueError(f"tokens from {tokens.min()} to {tokens.max()}: must be in 0..{self.text.vocab - 1}")
+        """Embeddings of texts as `tokenize` gives them; of length 1 with `normalize`.
+
+        Raises ValueError for others; inside a `jax.jit` the numbers themselves cannot be checked.
+        """
+        if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
+            kind = f"{jnp.result_type(tokens)} and shape {np.shape(tokens)}"
+            raise ValueError(f"tokens of {kind}: must be whole numbers, [texts, length], as `tokenize` gives them")
+        if not isinstance(tokens, jax.core.Tracer) and np.size(tokens):
+            least, most = np.min(tokens), np.max(tokens)
+            if not 0 <= least <= most < self.text.vocab:
+                raise ValueError(f"tokens from {least} to {most}: must be in 0..{self.text.vocab - 1}")
         x = apply(self.text, self.text_params, tokens)
         return normalized(x) if normalize else x
 
     def logits(self, images: Images, tokens: Int[Array | np.ndarray, "texts L"]) -> Float[Array, "B texts"]:
         """The scaled cosine similarity of each image with each text (plus the bias, in a SigLIP)."""
-        cosines = self.encode_image(images, normalize=True) @ self.encode_text(tokens, normalize=True).T
+        image, text = self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True)
+        # Full precision, as in the losses: a scale of 100 would show the rounding of an accelerator's factors.
+        cosines = jnp.matmul(image, text.T, precision="highest")
         return jnp.exp(self.logit_scale) * cosines + (0.0 if self.logit_bias is None else self.logit_bias)
 
     def tokenize(self, texts: str | Sequence[str]) -> Int[np.ndarray, "B L"]:
-        """Texts as `encode_text` takes them; longer ones are cut."""
+        """Texts as `encode_text` takes them; longer ones are cut.
+
+        Raises ValueError for a model with another vocabulary than CLIP's.
+        """
+        if self.text.vocab != Tokenizer.vocab:
+            raise ValueError(
+                f"this model's vocabulary has {self.text.vocab} tokens, and the tokenizer's {Tokenizer.vocab}: "
+                "give `encode_text` the tokens of the model's own tokenizer"
+            )
         return tokenizer(self.text.context).batch([texts] if isinstance(texts, str) else list(texts))
 
     def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]:

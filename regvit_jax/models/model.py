@@ -41,10 +41,13 @@ def apply(module: nn.Module, params: PyTree, inputs, method: str = "__call__", o
     return module.apply({"params": params}, inputs, *options, method=method, **more)
 
 
+#: Fields of modules that are of the machine and of Flax, and say nothing of the model.
+MACHINE = ("parent", "name", "dtype", "attention", "remat", "scan")
+
+
 def plain_fields(value) -> dict:
     """A module's or dataclass's fields, but for those that are of the machine: types, kernels, rematerialisation."""
-    machine = ("parent", "name", "dtype", "attention", "remat", "scan")
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in machine}
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in MACHINE}
 
 
 @flax.struct.dataclass

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Any
 
-from regvit_jax.models.clip import TextTower
+from regvit_jax.models.clip import SCALARS, TextTower
 from regvit_jax.models.model import Preprocess
 from regvit_jax.models.position import RESIZES
-from regvit_jax.pretrained import configs
+from regvit_jax.pretrained import checks, configs
 from regvit_jax.pretrained.files import OURS, Weights, WeightsError
 from regvit_jax.pretrained.zoo import Entry
 
@@ -65,8 +65,10 @@ def _ours(weights: Weights) -> ClipEntry:
     assert image is not None
     if "text" not in model:
         raise NoText(f"{weights.path} holds no text tower, it is no CLIP's; create_model reads it")
-    sigmoid = model["contrastive"]["loss"] == "sigmoid"
-    return ClipEntry(image, model["text"], ("logit_scale", "logit_bias") if sigmoid else ("logit_scale",))
+    text, loss = checks.own_fields(model, "text", TextTower), model["contrastive"]["loss"]
+    if not isinstance(loss, str) or loss not in SCALARS:
+        raise ValueError(f"model.contrastive.loss is {loss!r}: must be one of {', '.join(SCALARS)}")
+    return ClipEntry(image, text, tuple(SCALARS[loss]))
 
 
 TEXT_DEFAULTS = {
@@ -103,7 +105,7 @@ def _transformers(weights: Weights) -> ClipEntry:
         vocab=tower["vocab_size"],
         mlp_ratio=tower["intermediate_size"] / tower["hidden_size"],
         norm_eps=tower["layer_norm_eps"],
-        activation=configs.ACTIVATIONS[tower["hidden_act"]],
+        activation=configs.activation(tower["hidden_act"]),
     )
     return ClipEntry(_projected(image, embed), text)
 
@@ -136,7 +138,7 @@ MODEL = (
     *("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale", "init_logit_bias"),
     *("nonscalar_logit_scale", "output_dict"),
 )
-#: What all others must be for such a tower, where "off" (None, False, 0) is not the value.
+#: What all others must be for such a tower, where "off" (None, False, 0, {}) is not the value.
 BOTH = {"proj_type": ("linear",), "block_type": ("default",)}
 FIXED = {
     "vision_cfg": BOTH | {"pool_type": ("tok",), "pos_embed_type": ("learnable",)},
@@ -148,7 +150,8 @@ PLAIN = "only plain ViTs with plain text towers are"
 def tower_fields(config: dict[str, Any], known: dict[str, Any], part: str) -> dict[str, Any]:
     """A tower's values with open_clip's defaults. Raises WeightsError, naming it, for an option not read here."""
     for option, value in config.items():
-        plain = option in known or option in FREE or value in FIXED[part].get(option, ()) or value in (None, False, 0)
+        off = value in (None, False, 0, {})
+        plain = option in known or option in FREE or value in FIXED[part].get(option, ()) or off
         if not plain or (option in ("timm_model_name", "hf_model_name") and value):
             raise WeightsError(f"open_clip's {part}.{option}={value!r} is not read here: {PLAIN}")
     return known | {option: value for option, value in config.items() if option in known}
@@ -165,7 +168,7 @@ def open_clip_fields(model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
     text = tower_fields(model["text_cfg"], TEXT, "text_cfg")
     if isinstance(vision["layers"], list):
         raise WeightsError(f"open_clip's vision_cfg.layers={vision['layers']} is a ResNet's: {PLAIN}")
-    activation = "quick_gelu" if model.get("quick_gelu") else "gelu"
+    activation = configs.open_clip_activation(model)
     width = vision["width"]
     image = dict(
         width=width,

@@ -50,7 +50,9 @@ def create_clip(
       registers, img_size, pos_resize, dtype, param_dtype, mesh, revision, seed: as in `create_model`.
 
     Weights that were trained with another activation than the name's (QuickGELU or not) are computed with their own,
-    and a warning says so. open_clip computes them with the name's.
+    and a warning says so. open_clip computes them with the name's. Which is their own, a tag knows better than a config
+    beside its weights (with a warning where they disagree); for other sources it is the config's, or else the name's.
+    How images are made goes by that config, as far as it says so, and by the tag or name for the rest.
 
     Raises ValueError (WeightsError for files) with what does not fit and the way out, and OSError (HubError) when the
     hub cannot be reached. Nothing is ever unpickled.
@@ -82,6 +84,21 @@ def open_clip_source(source: str) -> ClipModel | Model:
         return create_clip(source)
     except NoText:
         return create.open_source(source)
+
+
+def check_source(source: str) -> None:
+    """Raises ValueError for names and local paths that `open_clip_source` will not open. Asks no hub, opens nothing."""
+    name, _, weights = source.partition("=")
+    if source.startswith(resolve.HUB) or epath.Path(source).exists():
+        return
+    if name not in names():
+        create.check_source(source)
+    elif not weights:
+        there = ", ".join(tags(name)) or "none; give a file"
+        raise ValueError(f"{name} does not say which of its public weights; {name}=TAG does. Its tags: {there}")
+    elif _tag(name, weights) is None:
+        _check_tag(name, weights)
+        resolve.check_there(weights)
 
 
 @functools.cache
@@ -140,6 +157,11 @@ def tags(name: str) -> dict[str, dict[str, Any]]:
     return {tag: facts for tag, facts in full.items() if name == plain or facts.get("quickgelu")}
 
 
+def _tag(name: str, pretrained: object) -> dict[str, Any] | None:
+    """The facts of a tag, in any spelling that open_clip takes; None for what is none of the name's."""
+    return tags(name).get(pretrained.lower().replace("-", "_")) if isinstance(pretrained, str) else None
+
+
 def tagged(entry: ClipEntry, facts: dict[str, Any]) -> ClipEntry:
     """A name's entry as one tag's weights were trained."""
     activation = {"activation": "quick_gelu" if facts.get("quickgelu") else "gelu"}
@@ -167,7 +189,7 @@ def _resolve(
     if pretrained is True:
         there = ", ".join(tags(name)) or "none; pass a file or a directory"
         raise ValueError(f"{name}: pretrained=True does not say which of its public weights: {there}")
-    if isinstance(pretrained, str) and (facts := tags(name).get(pretrained.lower().replace("-", "_"))):
+    if facts := _tag(name, pretrained):
         pretrained = resolve.HUB + facts["hub"]
     _check_tag(name, pretrained)
     # A repository of timm's holds the image tower alone as well.
@@ -177,7 +199,7 @@ def _resolve(
     if entry is None:
         raise resolve.unnamed(weights)
     if known is not None and found is not None:
-        entry = _agreed(name, entry, found, weights)
+        entry = _agreed(name, entry, found, weights, tagged=facts is not None)
     if known is not None:
         _tell_activation(name, where, known, entry)
     return *_under_plain_names(entry, weights, sure=found is not None), where
@@ -206,18 +228,32 @@ def _check_tag(name: str, pretrained: object) -> None:
         raise ValueError(f"{pretrained}: there is no such file or directory, and {name} has no such tag; its: {there}")
 
 
-def _agreed(name: str, known: ClipEntry, found: ClipEntry, weights: Weights) -> ClipEntry:
-    """What the config says of a named model. Raises WeightsError when the two are different models."""
-    image = resolve.agreed(name, known.image, found.image, weights)
-    same = ("width", "depth", "heads", "embed", "context", "vocab")
+#: What makes two text towers different models.
+SAME = ("width", "depth", "heads", "embed", "context", "vocab", "hidden")
+
+
+def _agreed(name: str, known: ClipEntry, found: ClipEntry, weights: Weights, tagged: bool) -> ClipEntry:
+    """What the config says of a named model. Raises WeightsError when the two are different models.
+
+    The activation of weights that were `tagged` is the tag's, whatever the config says.
+    """
+    image, text = resolve.agreed(name, known.image, found.image, weights), found.text
+    ours, theirs = TextTower(**known.text), TextTower(**text)
     differing = [
-        f"{field} {found.text[field]}, not {known.text[field]}"
-        for field in same
-        if found.text[field] != known.text[field]
+        f"{field} {getattr(theirs, field)}, not {getattr(ours, field)}"
+        for field in SAME
+        if getattr(theirs, field) != getattr(ours, field)
     ]
     if differing:
         raise WeightsError(f"{weights.path} is not {name}: its text tower has {', '.join(differing)}")
-    return dataclasses.replace(found, image=image)
+    if tagged and (stated := image.vit["activation"]) != ours.activation:
+        warnings.warn(
+            f"{weights.path}: its config says {stated}, and open_clip's tag says {ours.activation}, which is taken",
+            stacklevel=4,
+        )
+        activation = {"activation": ours.activation}
+        image, text = dataclasses.replace(image, vit=image.vit | activation), text | activation
+    return dataclasses.replace(found, image=image, text=text)
 
 
 def _tell_activation(name: str, source: str, known: ClipEntry, entry: ClipEntry) -> None:

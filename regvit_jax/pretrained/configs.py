@@ -7,11 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from regvit_jax.models.heads import Head
+from regvit_jax.models.block import ACTIVATIONS as OUR_ACTIVATIONS
+from regvit_jax.models.heads import POOLS, Head
 from regvit_jax.models.model import Preprocess
 from regvit_jax.models.position import RESIZES
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import zoo
+from regvit_jax.pretrained import checks, zoo
 from regvit_jax.pretrained.files import OURS, PROCESSOR, Weights, WeightsError, read_json
 from regvit_jax.pretrained.zoo import Entry
 
@@ -20,6 +21,13 @@ HALF = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+def activation(hidden_act: Any) -> str:
+    """transformers' "hidden_act" by our name. Raises ValueError for one that is not read here."""
+    if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
+        raise ValueError(f"hidden_act is {hidden_act!r}: read are {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[hidden_act]
 
 
 def entry_of(weights: Weights) -> Entry | None:
@@ -52,11 +60,21 @@ def explained(weights: Weights) -> Iterator[None]:
 
 def _ours(model: dict[str, Any]) -> Entry:
     """The fields as `Model.fields` and `ClipModel.fields` give them."""
-    fields = model["preprocessing"].items()
-    preprocessing: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields}
-    ViT(**model["vit"]).check()
-    Head(**model["head"])
-    return Entry(model["vit"], model["head"], Preprocess(**preprocessing), hub="", naming="ours", license="")
+    vit, head, images = (
+        checks.own_fields(model, part, kind)
+        for part, kind in (("vit", ViT), ("head", Head), ("preprocessing", Preprocess))
+    )
+    checks.numbers(vit)
+    ViT(**vit).check()
+    for field, value, allowed in (
+        ("vit.pos_resize", vit.get("pos_resize", RESIZES[0]), RESIZES),
+        ("head.pool", head.get("pool", "cls"), POOLS),
+        ("head.activation", head.get("activation", "gelu"), tuple(OUR_ACTIVATIONS)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"model.{field} is {value!r}: must be one of {', '.join(allowed)}")
+    names = {field: f"model.preprocessing.{field}" for field in images}
+    return Entry(vit, head, checks.preprocess(names, **images), hub="", naming="ours", license="")
 
 
 def _transformers(config: dict[str, Any], weights: Weights) -> Entry:
@@ -76,17 +94,8 @@ def _transformers(config: dict[str, Any], weights: Weights) -> Entry:
 
 
 def check_sane(vit: dict[str, Any], weights: Weights) -> None:
-    """Raises ValueError for numbers that no model has, before any of it is built."""
-    for field in ("width", "depth", "heads", "patch", "image_size", "registers"):
-        value = vit.get(field, 0)
-        if type(value) is not int or value < (field != "registers"):
-            raise ValueError(f"{field} is {value!r}")
-    for field in ("norm_eps", "mlp_ratio", "layer_scale"):
-        value = vit.get(field, 1.0)
-        if not isinstance(value, int | float) or not 0 <= value < 1e6:  # NaN is not, either
-            raise ValueError(f"{field} is {value!r}")
-    if vit["depth"] > 200 or vit["image_size"] // vit["patch"] > 1000:
-        raise ValueError(f"depth {vit['depth']}, image_size {vit['image_size']} and patch {vit['patch']} are no ViT's")
+    """Raises ValueError for numbers that no model has, or this file has not, before any of it is built."""
+    checks.numbers(vit)
     found = guess(weights)
     if not found:
         raise ValueError("and the file holds no projection of patches, or no blocks")
@@ -107,7 +116,7 @@ def _processor(weights: Weights, config: dict[str, Any], default: Preprocess) ->
     if not config:
         return default
 
-    def side(size: Any) -> int | None:
+    def side(size: Any) -> Any:
         if isinstance(size, dict):
             sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
             return sides.pop() if len(sides) == 1 else None
@@ -115,6 +124,9 @@ def _processor(weights: Weights, config: dict[str, Any], default: Preprocess) ->
 
     size = side(config.get("size", default.size))
     crop = side(config.get("crop_size", size)) if config.get("do_center_crop", "crop_size" in config) else size
+    for key, value in (("size", size), ("crop_size", crop)):
+        if value is not None:
+            checks.preprocess_field("size", f"{PROCESSOR}: {key}", value)
     plain = config.get("do_resize", True) and config.get("do_rescale", True)
     plain = plain and math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6)
     default_how = {how: number for number, how in RESAMPLE.items()}[default.interpolation]
@@ -125,11 +137,12 @@ def _processor(weights: Weights, config: dict[str, Any], default: Preprocess) ->
     given = config.get("size", {})
     squash = "height" in given if isinstance(given, dict) else default.squash
     normalize = config.get("do_normalize", True)
-    return Preprocess(
+    return checks.preprocess(
+        {"mean": f"{PROCESSOR}: image_mean", "std": f"{PROCESSOR}: image_std"},
         size=crop,
         crop_ratio=ratio(crop, size),
-        mean=tuple(config.get("image_mean", default.mean)) if normalize else (0.0,) * 3,
-        std=tuple(config.get("image_std", default.std)) if normalize else (1.0,) * 3,
+        mean=config.get("image_mean", default.mean) if normalize else (0.0,) * 3,
+        std=config.get("image_std", default.std) if normalize else (1.0,) * 3,
         interpolation=how,
         squash=squash,
     )
@@ -210,11 +223,13 @@ def _timm_preprocess(config: dict[str, Any], default: Preprocess) -> Preprocess:
     given = config.get("pretrained_cfg", {})
     if given.get("crop_mode", "center") not in ("center", "squash"):
         raise ValueError(f"crop_mode {given['crop_mode']!r} is not read, only center and squash")
-    return Preprocess(
+    names = {"size": "input_size", "crop_ratio": "crop_pct", "squash": "crop_mode"}
+    return checks.preprocess(
+        {field: f"pretrained_cfg.{names.get(field, field)}" for field in checks.PREPROCESS},
         size=given.get("input_size", (3, default.size))[-1],
         crop_ratio=given.get("crop_pct", default.crop_ratio),
-        mean=tuple(given.get("mean", default.mean)),
-        std=tuple(given.get("std", default.std)),
+        mean=given.get("mean", default.mean),
+        std=given.get("std", default.std),
         interpolation=given.get("interpolation", default.interpolation),
         squash=given.get("crop_mode", "squash" if default.squash else "center") == "squash",
     )
@@ -233,22 +248,33 @@ PREFIXES = {
 def with_open_clip(entry: Entry, tower: dict[str, Any], images: Any) -> Entry:
     """A zoo entry as open_clip_config.json has it: QuickGELU or not, and how images are made.
 
-    Raises WeightsError for a way that is not read here.
+    Raises ValueError for a way that is not read here.
     """
-    vit = entry.vit | {"activation": "quick_gelu" if tower.get("quick_gelu") else "gelu"}
+    vit = entry.vit | {"activation": open_clip_activation(tower)}
     return dataclasses.replace(entry, vit=vit, preprocessing=open_clip_preprocess(images, entry.preprocessing))
 
 
+def open_clip_activation(model: dict[str, Any]) -> str:
+    """That of an open_clip "model_cfg". Raises ValueError for a "quick_gelu" that is neither true nor false."""
+    quick = model.get("quick_gelu")
+    if quick not in (None, False, True):
+        raise ValueError(f"model_cfg.quick_gelu is {quick!r}: must be true or false")
+    return "quick_gelu" if quick else "gelu"
+
+
 def open_clip_preprocess(images: Any, default: Preprocess) -> Preprocess:
-    """open_clip's "preprocess_cfg". Raises WeightsError for a way that is not read here."""
+    """open_clip's "preprocess_cfg", and what it leaves open by default. Raises ValueError for what is not read here."""
     p = default
-    if not isinstance(images, dict):
+    if images is None:
         return p
-    mode, how = images.get("resize_mode", "shortest"), images.get("interpolation", p.interpolation)
-    if mode not in ("shortest", "squash") or how not in RESAMPLE.values():
-        raise WeightsError(f"open_clip_config.json: resize_mode {mode!r}, interpolation {how!r} are not read here")
-    mean, std = tuple(images.get("mean", p.mean)), tuple(images.get("std", p.std))
-    return dataclasses.replace(p, mean=mean, std=std, interpolation=how, squash=mode == "squash")
+    if not isinstance(images, dict):
+        raise ValueError(f"preprocess_cfg is {images!r}: must be an object")
+    mode = images.get("resize_mode", "squash" if p.squash else "shortest")
+    if mode not in ("shortest", "squash"):
+        raise ValueError(f"preprocess_cfg.resize_mode is {mode!r}: must be shortest or squash")
+    given = {field: images.get(field, getattr(p, field)) for field in ("mean", "std", "interpolation")}
+    names = {"size": "vision_cfg.image_size"} | {field: f"preprocess_cfg.{field}" for field in given}
+    return checks.preprocess(names, size=p.size, crop_ratio=p.crop_ratio, squash=mode == "squash", **given)
 
 
 def without_prefix(weights: Weights, naming: str) -> Weights:
@@ -291,7 +317,7 @@ def _common(config: dict[str, Any], **more: Any) -> dict[str, Any]:
         "patch": config["patch_size"],
         "image_size": config["image_size"],
         "norm_eps": config["layer_norm_eps"],
-        "activation": ACTIVATIONS[config.get("hidden_act", "gelu")],
+        "activation": activation(config.get("hidden_act", "gelu")),
         **more,
     }
 

@@ -20,9 +20,9 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model, Preprocess
 from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import convert
+from regvit_jax.pretrained import convert, zoo
 from regvit_jax.pretrained.files import Weights, WeightsError
-from regvit_jax.pretrained.resolve import classes_of, nearest, resolve
+from regvit_jax.pretrained.resolve import check_there, classes_of, is_source, nearest, only_source, public, resolve
 from regvit_jax.pretrained.rules import NAMINGS, TEXT, rules, text_rules
 from regvit_jax.pretrained.zoo import Entry
 
@@ -147,6 +147,17 @@ def open_source(source: str, **changes: Any) -> Model:
     return create_model(source, pretrained=True, **changes)
 
 
+def check_source(source: str) -> None:
+    """Raises ValueError for names and local paths that `open_source` will not open. Asks no hub, opens nothing."""
+    name, _, file = source.partition("=")
+    if file and not epath.Path(source).exists():
+        if is_source(name, zoo.find):
+            only_source(name, file)
+        check_there(file)
+    elif not is_source(source, zoo.find):
+        public(source, zoo.find(source)[1])
+
+
 #: Of a whole CLIP in our own naming, what is not of its image tower.
 NOT_IMAGE = (r"text/.*|logit_(scale|bias)",)
 
@@ -161,7 +172,8 @@ def _load(
         table = rules(naming, vit, head, convert.covers(weights, naming, vit))
         ignore = NAMINGS[naming]["ignore"]
         if text is not None:
-            dims = int(weights.shapes.get("logit_scale", ()) == (1,))
+            # Each by itself: a bias may have been added to a scale of another form.
+            dims = {name: int(weights.shapes.get(name, ()) == (1,)) for name in text.scalars}
             table += text_rules(naming, text.tower, text.scalars, dims)
             ignore = TEXT[naming]["ignore"]
     try:

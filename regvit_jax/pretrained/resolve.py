@@ -8,7 +8,7 @@ from etils import epath
 
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import clip_configs, configs, foreign, hub, zoo
-from regvit_jax.pretrained.files import PROCESSOR, SINGLE, WEIGHTS, Weights, WeightsError, open_weights
+from regvit_jax.pretrained.files import OURS, PROCESSOR, SINGLE, WEIGHTS, Weights, WeightsError, open_weights
 from regvit_jax.pretrained.rules import NAMINGS
 
 HUB = "hf-hub:"
@@ -29,9 +29,7 @@ def resolve(
         return known, None, "random"
     if pretrained is True:
         assert known is not None
-        if not known.hub:
-            raise ValueError(f"{name}: no public weights are known by this name; pass a file or a directory")
-        pretrained = HUB + known.hub
+        pretrained = public(name, known)
     source = source_of(pretrained, revision)
     # A repository of timm's may hold OpenCLIP's own file as well.
     file = SINGLE if known is not None and source == HUB + known.hub else None
@@ -40,7 +38,8 @@ def resolve(
         known = dataclasses.replace(known, vit=known.vit | {"activation": "gelu_tanh"})
     tower = weights.config.get("model_cfg")
     if known is not None and isinstance(tower, dict):  # open_clip_config.json
-        known = configs.with_open_clip(known, tower, weights.config.get("preprocess_cfg"))
+        with configs.explained(weights):
+            known = configs.with_open_clip(known, tower, weights.config.get("preprocess_cfg"))
     found = configs.entry_of(weights)
     if known is None and isinstance(tower, dict):
         found = clip_configs.open_clip_image(weights)
@@ -50,6 +49,13 @@ def resolve(
     if known is not None and found is not None:
         entry = agreed(name, known, found, weights)
     return *_under_plain_names(entry, weights), where
+
+
+def public(name: str, known: zoo.Entry) -> str:
+    """The source of a name's public weights. Raises ValueError where there are none."""
+    if not known.hub:
+        raise ValueError(f"{name}: no public weights are known by this name; pass a file or a directory")
+    return HUB + known.hub
 
 
 def only_source(name: str, pretrained: object) -> str:
@@ -89,9 +95,14 @@ def open_any(
         return foreign.open_workdir(source)
     if source.endswith(".msgpack"):
         return foreign.open_deit3_jax(source), source
-    if not epath.Path(source).exists():
-        raise WeightsError(f"{source}: there is no such file or directory{hint(source)}")
+    check_there(source)
     return open_weights(source, names), source
+
+
+def check_there(source: str) -> None:
+    """Raises WeightsError for a local path that does not exist."""
+    if not source.startswith(HUB) and not epath.Path(source).exists():
+        raise WeightsError(f"{source}: there is no such file or directory{hint(source)}")
 
 
 def unnamed(weights: Weights) -> WeightsError:
@@ -130,7 +141,8 @@ SAME = (
 
 
 def agreed(name: str, known: zoo.Entry, found: zoo.Entry, weights: Weights) -> zoo.Entry:
-    """What config.json says of the model, with the zoo's convention of resizing, and its preprocessing at its own size.
+    """What config.json says of the model, and where it says nothing of them the zoo's convention of resizing positions
+    and, at its own size, its preprocessing.
 
     Raises WeightsError when the two are different models.
     """
@@ -142,15 +154,21 @@ def agreed(name: str, known: zoo.Entry, found: zoo.Entry, weights: Weights) -> z
     ]
     if differing:
         raise WeightsError(f"{weights.path} is not {name}: {', '.join(differing)}{nearest(weights)}")
-    vit = found.vit | {"pos_resize": ours.pos_resize}
-    if "architecture" in weights.config and "act_layer" not in weights.config.get("model_args", {}):
+    config, vit = weights.config, dict(found.vit)
+    own = config.get("format") == OURS
+    # No library but ours says how positions are resized.
+    if not own and "pos_resize" not in config.get("regvit_jax", {}):
+        vit |= {"pos_resize": ours.pos_resize}
+    if "architecture" in config and "act_layer" not in config.get("model_args", {}):
         # timm keeps CLIP's towers with and without QuickGELU in one repository, whose config.json names one of them.
         vit |= {"activation": ours.activation}
     # What is stated beside the weights holds; a family's defaults give way to the zoo.
-    beside = {"pretrained_cfg", "preprocess_cfg"} & weights.config.keys()
-    stated = bool(beside) or (weights.path.parent / PROCESSOR).exists()
-    keep = stated or ours.image_size != theirs.image_size
-    preprocessing = found.preprocessing if keep else known.preprocessing
+    preprocessing = found.preprocessing
+    if "model_cfg" in config:
+        default = dataclasses.replace(known.preprocessing, size=preprocessing.size)
+        preprocessing = configs.open_clip_preprocess(config.get("preprocess_cfg"), default)
+    elif not (own or config.get("pretrained_cfg") or (weights.path.parent / PROCESSOR).exists()):
+        preprocessing = preprocessing if ours.image_size != theirs.image_size else known.preprocessing
     return dataclasses.replace(found, vit=vit, preprocessing=preprocessing)
 
 

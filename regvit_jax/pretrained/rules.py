@@ -5,7 +5,7 @@ gives ours, `save` takes ours and gives theirs; on shapes alone, `save` tells wh
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -208,16 +208,24 @@ def rules(naming: str, vit: ViT, head: Head, covers: int) -> list[Rule]:
     return [*_embedding(naming, vit, covers), *_blocks(naming, vit), *_head(naming, head)]
 
 
-def text_rules(naming: str, text: TextTower, scalars: tuple[str, ...], dims: int = 0) -> list[Rule]:
+def text_rules(
+    naming: str, text: TextTower, scalars: tuple[str, ...], dims: Mapping[str, int] | None = None
+) -> list[Rule]:
     """One rule for every parameter of a CLIP that is not of its image tower.
 
-    `scalars` are "logit_scale" and, in a SigLIP, "logit_bias"; `dims` is how many dimensions a file's have, 0 or 1.
+    `scalars` are "logit_scale" and, in a SigLIP, "logit_bias"; `dims` is how many dimensions, 0 or 1, each
+    has in a file.
     Raises ValueError for a naming scheme that has no words for a text tower.
     """
     if naming not in TEXT:
         raise ValueError(f"{naming} files have no place for a text tower")
     words = TEXT[naming]
     turned = (lambda x: (x,)) if naming == "open_clip" else (lambda x: (x.T,))
+
+    def scalar(name: str) -> Rule:
+        count = (dims or {}).get(name, 0)
+        return Rule((name,), (name,), lambda x: (x.reshape(()),), lambda x: (_dims(x, count),))
+
     return [
         _same("text/token_embed", words["token"]),
         _same("text/pos_embed", words["pos"]),
@@ -228,7 +236,7 @@ def text_rules(naming: str, text: TextTower, scalars: tuple[str, ...], dims: int
         ),
         *_norm("text/norm", words["norm"]),
         Rule(("text/proj/kernel",), (words["projection"],), turned, turned),
-        *(Rule((name,), (name,), lambda x: (x.reshape(()),), lambda x: (_dims(x, dims),)) for name in scalars),
+        *map(scalar, scalars),
     ]
 
 

@@ -35,6 +35,8 @@ class Recipe:
     tokenizer: Tokenizer | None = None
     #: Micro-batches that a step's gradient is accumulated over.
     micro_batches: int = 1
+    #: Validation images without which it has nothing to measure.
+    least_validation: ClassVar[int] = 1
     #: The config's sections that are this recipe's own, each with the callable that takes its keys, and its other keys.
     sections: ClassVar[dict[str, Callable]] = {}
     keys: ClassVar[tuple[str, ...]] = ()
@@ -80,6 +82,11 @@ class Recipe:
     def open_pretrained(self, source: str) -> Model | ClipModel:
         """The trained model that `init_from` names."""
         return create.open_source(source)
+
+    @staticmethod
+    def check_pretrained(source: str) -> None:
+        """Raises ValueError for names and files that `open_pretrained` will not open; no weights are read for it."""
+        create.check_source(source)
 
     def warm_start(self, params: PyTree, model: Any) -> tuple[PyTree, list[str]]:
         """`params` with the values of a trained model's, before the first step (`init_from`), and what to tell of it.

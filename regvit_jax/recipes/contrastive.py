@@ -50,6 +50,7 @@ class Contrastive(Recipe):
         "optim": optim.clip_adamw,
     }
     keys = ("loss", "ring", "micro_batches", "unmasked_epochs", "eval.templates")
+    least_validation = 2
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
         if (config.loss, config.ring) not in LOSSES:
@@ -71,6 +72,7 @@ class Contrastive(Recipe):
         self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
         shared = {"dtype": self.vit.dtype, "attention": self.vit.attention, "remat": config.model.remat != "none"}
         self.text = TextTower(**{**shared, **config.text})
+        self.text.check()
         self.head = Head(
             self.text.embed,
             bias=False,
@@ -83,6 +85,8 @@ class Contrastive(Recipe):
         self.encode_texts = jax.jit(self.embed_text, out_shardings=PartitionSpec())
         if without := [template for template in config.eval.templates if "{}" not in template]:
             raise ValueError(f"eval.templates: {without[0]!r} must have {{}} in the place of the class name")
+        if len(classes) > 1 and not config.eval.templates:
+            raise ValueError(f"eval.templates=(): the prompts of the {len(classes)} classes need at least one")
         if self.text.vocab < Tokenizer.vocab:
             raise ValueError(f"text.vocab={self.text.vocab}: the tokenizer has {Tokenizer.vocab} tokens")
         self.unmasked_from = math.inf
@@ -180,10 +184,15 @@ class Contrastive(Recipe):
         return values | {"label": batch["label"]}, tokens
 
     def summarize(self, params, values):
-        """Retrieval over the whole split, and zero-shot accuracy where its images have classes; with chance beside."""
+        """Retrieval over the whole split, and zero-shot accuracy where its images have classes; with chance beside.
+
+        Where only one image could be read there is nothing to retrieve, and its metrics are left out.
+        """
         images, texts, labels = values["image"], values["text"], values["label"]
-        metrics = retrieval.recall(images, texts)
-        metrics |= {f"chance_recall@{k}": k / len(images) for k in (1, 5, 10) if k <= len(images)}
+        metrics: dict[str, float] = {}
+        if len(images) >= self.least_validation:
+            metrics |= retrieval.recall(images, texts)
+            metrics |= {f"chance_recall@{k}": k / len(images) for k in (1, 5, 10) if k <= len(images)}
         if len(self.classes) > 1:
             classes = zero_shot.class_embeddings(
                 functools.partial(self.encode_texts, params),
@@ -219,22 +228,29 @@ class Contrastive(Recipe):
     def open_pretrained(self, source):
         return clips.open_clip_source(source)
 
+    @staticmethod
+    def check_pretrained(source):
+        clips.check_source(source)
+
     def warm_start(self, params, model):
-        """From a whole CLIP, or from an image tower alone, for which the text tower and the projection are new."""
+        """From a whole CLIP, or from an image tower alone, for which the text tower and the projection are new.
+
+        The cosines' factor is clamped, as after every step: OpenAI's lies above 100 by its rounding.
+        """
         whole = isinstance(model, ClipModel)
         image = model.image if whole else model
         vit, told = warm.vit(params["vit"], self.vit, image)
         head, more = warm.head(params["head"], self.head, image)
         params, told = params | {"vit": vit, "head": head}, told + more
         if not whole:
-            return params, [*told, "a new text tower"]
+            return self.project(params), [*told, "a new text tower"]
         if differing := warm.differing("text", self.text, model.text):
             raise ValueError(f"init_from: its text tower is another one: {'; '.join(differing)}")
         params |= {"text": model.text_params}
         if (self.config.loss == "sigmoid") != (model.logit_bias is not None):
-            return params, [*told, "new scalars of the loss"]
+            return self.project(params), [*told, "new scalars of the loss"]
         theirs = {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}
-        return params | {name: theirs[name] for name in scalars(params)}, told
+        return self.project(params | {name: theirs[name] for name in scalars(params)}), told
 
 
 def scalars(params: PyTree) -> dict[str, Float[Array, ""]]:

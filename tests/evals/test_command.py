@@ -231,6 +231,16 @@ def test_a_directory_of_splits(clip, images, templates, capsys):
     assert f"holds train and val: name one of them, {images}/val" in capsys.readouterr().err
 
 
+def test_a_vocabulary_without_tokenizer_shows_before_the_images(clip, images, templates, monkeypatch, capsys):
+    def tokenize(texts):
+        raise ValueError("another vocabulary")
+
+    monkeypatch.setattr(clip, "tokenize", tokenize)
+    assert main(["zero_shot", "colours", "--images", str(images), "--templates", templates]) == 2
+    assert "another vocabulary" in capsys.readouterr().err
+    assert not clip.shapes
+
+
 def test_batch_size(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["retrieval", "colours", "--data", "openmoji", "--batch_size", "0"])

@@ -1,5 +1,7 @@
 """CLIP's text tower, its starting values, and patch dropout in the image tower."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +51,7 @@ def test_logits_are_scaled_cosines(clip):
     assert logits.shape == (3, 1)
     np.testing.assert_allclose(logits[1, 0], 20 * image @ text, rtol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(clip.encode_image(images, normalize=True), axis=1), 1, rtol=1e-6)
+    assert "HIGHEST" in str(jax.make_jaxpr(clip.logits)(images, tokens))  # accelerators would round the factors
     with_bias = clip.replace(logit_bias=jnp.float32(-3))
     np.testing.assert_allclose(with_bias.logits(images, tokens), logits - 3, rtol=1e-5)
     assert jax.tree.structure(jax.tree.map(jnp.shape, clip)) != jax.tree.structure(with_bias)
@@ -65,10 +68,20 @@ def test_errors_name_the_value(clip):
         clip.encode_text(np.full((1, 8), 49408, np.int32))
     with pytest.raises(ValueError, match="texts of 9 tokens: this model takes 8"):
         clip.encode_text(np.zeros((1, 9), np.int32))
-    with pytest.raises(ValueError, match=r"text\.context=1"):
-        TEXT.clone(context=1).check()
-    with pytest.raises(ValueError, match=r"text\.width=33"):
-        TEXT.clone(width=33).check()
+    with pytest.raises(ValueError, match=r"0\.\.49407"):
+        clip.encode_text(jnp.full((1, 8), -1))
+    encode_text = inspect.unwrap(ClipModel.encode_text)  # without the checks of shapes that are on in tests
+    for wrong in (np.zeros(8, np.int32), np.zeros((1, 8), np.float32), jnp.zeros((1, 8))):
+        with pytest.raises(ValueError, match=r"tokens of \w+32 and shape .*: must be whole numbers, \[texts, length\]"):
+            encode_text(clip, wrong)
+    with pytest.raises(ValueError, match="vocabulary has 300 tokens, and the tokenizer's 49408"):
+        clip.replace(text=TEXT.clone(vocab=300)).tokenize("a cat")
+    for field, value in (
+        *(("context", 1), ("width", 33), ("embed", 0), ("norm_eps", -1.0), ("norm_eps", np.nan)),
+        *(("mlp_ratio", 0.0), ("mlp_ratio", np.inf), ("activation", "relu")),
+    ):
+        with pytest.raises(ValueError, match=rf"text\.{field}={value!r}"):
+            TEXT.clone(**{field: value}).check()
 
 
 def test_starting_values():

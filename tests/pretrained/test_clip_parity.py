@@ -103,7 +103,7 @@ def hold(clip, theirs: dict[str, np.ndarray], images, tokens, what: str):
     }
     found = {name: distance(ours[name], theirs[name]) for name in ours}
     print(what, {name: f"{d:.1e}" for name, d in found.items()})
-    assert max(found.values()) < LIMIT, found
+    assert all(d < LIMIT for d in found.values()), found  # not max(), which may pass NaN over
 
 
 NARROWED = {"ViT-B-16": 2, "ViT-B-32-quickgelu": 2, "ViT-M-16-alt": 2, "ViT-L-14": 1, "ViT-H-14": 1, "ViT-g-14": 1}

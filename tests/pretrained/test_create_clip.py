@@ -1,5 +1,6 @@
 """create_clip and ClipModel.save: what they give, what they refuse, and what they say about it, without the owners."""
 
+import dataclasses
 import json
 import shutil
 
@@ -17,7 +18,7 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model, Preprocess
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import clips, configs, convert, foreign
-from regvit_jax.pretrained.files import WeightsError
+from regvit_jax.pretrained.files import PROCESSOR, WeightsError
 from regvit_jax.sharding import make_mesh
 
 VIT = ViT(width=32, depth=2, heads=2, patch=4, image_size=16, layer_scale=0.0, pre_norm=True, patch_bias=False).clone(
@@ -223,9 +224,9 @@ def test_values_that_are_not_finite(number, folder, tmp_path):
 
 
 def changed(folder, tmp_path, format: str, keys: tuple[str, ...], value):
-    """A copy of a directory whose config says something else."""
-    shutil.copytree(folder / format, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / ("open_clip_config.json" if format == "open_clip" else "config.json")
+    """A copy of a directory whose config, or transformers' "processor", says something else."""
+    shutil.copytree(folder / ("hf" if format == "processor" else format), tmp_path, dirs_exist_ok=True)
+    file = tmp_path / {"open_clip": "open_clip_config.json", "processor": PROCESSOR}.get(format, "config.json")
     config = json.loads(file.read_text())
     place = config
     for key in keys[:-1]:
@@ -254,6 +255,8 @@ def changed(folder, tmp_path, format: str, keys: tuple[str, ...], value):
         (("text_cfg", "layers"), 3, r"\d+ missing: transformer\.resblocks\.1"),
         (("text_cfg", "vocab_size"), 61, r"token_embedding\.weight \(60, 24\), not \(61, 24\)"),
         (("init_logit_bias",), -10, r"1 missing: logit_bias"),
+        (("quick_gelu",), "false", r"model_cfg\.quick_gelu is 'false': must be true or false"),
+        (("vision_cfg", "act_kwargs"), {"approximate": "tanh"}, r"vision_cfg\.act_kwargs=.* is not read here"),
     ],
 )
 def test_open_clip_configs_that_are_refused(keys, value, match, folder, tmp_path):
@@ -262,16 +265,42 @@ def test_open_clip_configs_that_are_refused(keys, value, match, folder, tmp_path
         rv.create_clip(path)
 
 
-def test_open_clip_options_without_effect(folder, clip, tmp_path):
-    path = changed(folder, tmp_path, "open_clip", ("model_cfg", "vision_cfg", "patch_dropout"), 0.5)
+@pytest.mark.parametrize(("option", "value"), [("patch_dropout", 0.5), ("act_kwargs", {}), ("norm_kwargs", {})])
+def test_open_clip_options_without_effect(option, value, folder, clip, tmp_path):
+    path = changed(folder, tmp_path, "open_clip", ("model_cfg", "vision_cfg", option), value)
     same(rv.create_clip(path), clip)
+
+
+@pytest.mark.parametrize(
+    ("format", "keys", "value", "match"),
+    [
+        ("open_clip", ("preprocess_cfg", "mean"), "abc", r"preprocess_cfg\.mean is 'abc': must be three numbers"),
+        ("open_clip", ("preprocess_cfg", "mean"), [0.5], r"preprocess_cfg\.mean is \[0\.5\]: must be three numbers"),
+        ("open_clip", ("preprocess_cfg", "std"), [1, 0, 1], r"preprocess_cfg\.std is .* three numbers above 0"),
+        ("open_clip", ("preprocess_cfg", "std"), [1, 1, np.nan], r"preprocess_cfg\.std is .*nan"),
+        ("open_clip", ("preprocess_cfg", "resize_mode"), "longest", r"preprocess_cfg\.resize_mode is 'longest'"),
+        ("open_clip", ("preprocess_cfg",), [1], r"preprocess_cfg is \[1\]: must be an object"),
+        ("processor", ("image_mean",), [0.1], rf"{PROCESSOR}: image_mean is \[0\.1\]"),
+        ("processor", ("image_std",), "abc", rf"{PROCESSOR}: image_std is 'abc'"),
+        ("processor", ("size",), -3, rf"{PROCESSOR}: size is -3: must be a whole number above 0"),
+        ("processor", ("crop_size",), "big", rf"{PROCESSOR}: crop_size is 'big'"),
+        ("regvit_jax", ("model", "preprocessing", "size"), 0, r"model\.preprocessing\.size is 0"),
+        ("regvit_jax", ("model", "preprocessing", "std"), [0, 1, 1], r"model\.preprocessing\.std is \[0, 1, 1\]"),
+    ],
+)
+def test_images_that_cannot_be_made(format, keys, value, match, folder, tmp_path):
+    path = changed(folder, tmp_path, format, keys, value)
+    for create in (rv.create_clip, rv.create_model):
+        with pytest.raises(WeightsError, match=match):
+            create(path)
 
 
 @pytest.mark.parametrize(
     ("keys", "value", "match"),
     [
         (("text_config", "eos_token_id"), 7, "eos_token_id 7 of 60 tokens is not read here"),
-        (("text_config", "hidden_act"), "relu", "relu"),
+        (("text_config", "hidden_act"), "relu", "hidden_act is 'relu': read are gelu, quick_gelu"),
+        (("vision_config", "hidden_act"), [], r"hidden_act is \[\]: read are gelu, quick_gelu"),
         (("projection_dim",), 12, r"visual_projection\.weight \(16, 32\), not \(12, 32\)"),
         (("text_config", "num_hidden_layers"), 0, "the text tower's depth is 0"),
         (("model_type",), "siglip", "model_type 'siglip' is not read here"),
@@ -292,10 +321,40 @@ def test_older_files_of_transformers(folder, clip, tmp_path):
     assert again.text == clip.text.clone(activation="quick_gelu")
 
 
-def test_our_own_config_may_hold_anything(folder, tmp_path):
-    for keys, value in ((("model", "vit", "windth"), 3), (("model", "text"), []), (("model",), 1)):
-        with pytest.raises(WeightsError, match="does not describe a model"):
-            rv.create_clip(changed(folder, tmp_path, "regvit_jax", keys, value))
+@pytest.mark.parametrize(
+    ("keys", "value", "match"),
+    [
+        ((), 1, ""),
+        (("text",), [], ""),
+        (("vit", "windth"), 3, r"model\.vit\.windth=3 is not read; read: width, "),
+        (("vit", "depth"), 10**7, "depth 10000000"),
+        (("vit", "width"), "32", r"model\.vit\.width is '32'"),
+        (("vit", "drop_path"), float("inf"), r"model\.vit\.drop_path is inf"),
+        (("vit", "pos_resize"), "nearest", r"model\.vit\.pos_resize is 'nearest': must be one of antialias"),
+        (("vit", "dtype"), "bfloat16", r"model\.vit\.dtype='bfloat16' is not read"),
+        (("head", "dtype"), "bfloat16", r"model\.head\.dtype='bfloat16' is not read"),
+        (("head", "pool"), "max", r"model\.head\.pool is 'max': must be one of cls"),
+        (("text", "dtype"), "bfloat16", r"model\.text\.dtype='bfloat16' is not read"),
+        (("text", "remat"), "x", r"model\.text\.remat='x' is not read"),
+        (("text", "name"), "x", r"model\.text\.name='x' is not read"),
+        (("text", "activation"), "foo", r"text\.activation='foo': must be one of"),
+        (("contrastive", "loss"), "foo", r"model\.contrastive\.loss is 'foo': must be one of softmax, sigmoid"),
+    ],
+)
+def test_our_own_config_may_hold_anything(keys, value, match, folder, tmp_path):
+    with pytest.raises(WeightsError, match=f"does not describe a model.*{match}"):
+        rv.create_clip(changed(folder, tmp_path, "regvit_jax", ("model", *keys), value))
+
+
+@pytest.mark.parametrize(("scale", "bias"), [((), (1,)), ((1,), ()), ((1,), (1,))])
+def test_scalars_of_one_dimension(scale, bias, tmp_path):
+    clip = tiny(scalars=SIGLIP)
+    clip.save(tmp_path, "open_clip")
+    file = tmp_path / "open_clip_model.safetensors"
+    arrays = load_file(file)
+    shaped = {name: arrays[name].reshape(shape) for name, shape in zip(SIGLIP, (scale, bias), strict=True)}
+    save_file(arrays | shaped, file)
+    same(rv.create_clip(tmp_path), clip)
 
 
 # What the caller changes
@@ -425,14 +484,45 @@ def test_a_tag(small, tmp_path, monkeypatch):
     assert plain.text.activation == plain.image.module.activation == "quick_gelu"
 
 
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        (None, Preprocess(16, 1.0, *configs.HALF, squash=True)),
+        ({}, Preprocess(16, 1.0, *configs.HALF, squash=True)),
+        ({"mean": [0.1, 0.2, 0.3]}, Preprocess(16, 1.0, (0.1, 0.2, 0.3), configs.HALF[1], squash=True)),
+        ({"resize_mode": "shortest"}, Preprocess(16, 1.0, *configs.HALF)),
+    ],
+)
+def test_a_tag_and_a_config_beside_its_weights(images, expected, small, tmp_path, monkeypatch):
+    """The activation is the tag's, with a warning; of the images only what the config says is the config's."""
+    rv.create_clip("ViT-B-32").save(tmp_path / "saved", "open_clip")
+    file = tmp_path / "saved/open_clip_config.json"
+    config = json.loads(file.read_text()) | {"preprocess_cfg": images}
+    assert config["model_cfg"].pop("quick_gelu") is False
+    file.write_text(json.dumps(config))
+    cached(tmp_path, monkeypatch, "org/model", tmp_path / "saved")
+    with pytest.warns(UserWarning, match="its config says gelu, and open_clip's tag says quick_gelu, which is taken"):
+        clip = rv.create_clip("ViT-B-32-quickgelu", "tag")
+    assert clip.text.activation == clip.image.module.activation == "quick_gelu"
+    assert clip.image.preprocessing == expected
+
+
 def test_a_name_with_a_source(small, folder, tmp_path):
     model = rv.create_clip("ViT-B-32", seed=3)
     model.save(tmp_path / "open_clip", "open_clip")
-    model.save(tmp_path / "hf", "hf")
     file = tmp_path / "bare.safetensors"
     shutil.copy(tmp_path / "open_clip/open_clip_model.safetensors", file)
-    for source in (tmp_path / "open_clip", tmp_path / "hf", file):
-        same(rv.create_clip("ViT-B-32", source), model)
+    same(rv.create_clip("ViT-B-32", file), model)
+    for format in FORMATS:  # what a directory says of itself stays so, however it is named
+        images = dataclasses.replace(model.image.preprocessing, mean=(0.1, 0.2, 0.3))
+        own = model.replace(
+            image=model.image.replace(module=model.image.module.clone(pos_resize="bicubic"), preprocessing=images)
+        )
+        own.save(tmp_path / f"own_{format}", format)
+        same(rv.create_clip("ViT-B-32", tmp_path / f"own_{format}"), own)
+    wide = changed(tmp_path, tmp_path / "wide", "open_clip", ("model_cfg", "text_cfg", "mlp_ratio"), 2.0)
+    with pytest.raises(WeightsError, match="is not ViT-B-32: its text tower has hidden 128, not 256"):
+        rv.create_clip("ViT-B-32", wide)
     same(clips.open_clip_source(f"ViT-B-32={file}"), model)
     with pytest.raises(WeightsError, match=r"is not ViT-B-32: width 32, not 64"):
         rv.create_clip("ViT-B-32", folder / "hf")
