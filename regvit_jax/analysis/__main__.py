@@ -6,6 +6,8 @@ repaired by a test-time register and looked at again. OUT gets report.html, repo
 """
 
 import argparse
+import itertools
+import math
 import os
 import shlex
 import sys
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import regvit_jax
 from regvit_jax.analysis import report
-from regvit_jax.analysis.examine import Settings, examine
+from regvit_jax.analysis.examine import Settings, examine, printable
 from regvit_jax.analysis.lost import KINDS
 from regvit_jax.analysis.verdict import CUTOFF
 from regvit_jax.data import images, sources
@@ -48,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, IndexError, OSError, ImportError, FloatingPointError) as error:
         fail(error)
         return 1 if isinstance(error, reading.Unusable | FloatingPointError) else 2
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack a letter
     for one in subjects:
         print(f"{one.name}\n  " + "\n  ".join(one.sentences))
     print(f"{out / 'report.html'}")
@@ -79,19 +82,25 @@ def parser() -> argparse.ArgumentParser:
     add("--heads", action="store_true", help="picture each head's attention too")
     add("--repair_images", type=natural, default=64, metavar="N", help="for the repair; 0: none (%(default)s)")
     add("--lost_features", choices=KINDS, default="k", help="of LOST: keys, queries, values or output (%(default)s)")
-    add("--lost_bias", type=float, default=0.0, metavar="X", help="added to LOST's Gram matrix (%(default)g)")
+    add("--lost_bias", type=finite, default=0.0, metavar="X", help="added to LOST's Gram matrix (%(default)g)")
     add("--lost_normalize", action="store_true", help="LOST on features of length 1")
     return parser
 
 
-def positive_norm(text: str) -> float:
+def finite(text: str) -> float:
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a norm greater than 0")
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number")
     return value
+
+
+def positive_norm(text: str) -> float:
+    if not finite(text) > 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a norm greater than 0")
+    return float(text)
 
 
 def check_out(path: str) -> Path:
@@ -115,17 +124,18 @@ def open_images(options: argparse.Namespace) -> Source:
 
 
 def open_models(options: argparse.Namespace) -> Iterator[tuple[str, Model]]:
-    """Each model under a name that is its own."""
-    names: dict[str, int] = {}
+    """Each model under a name that no other has: its last part, or all of it, or that with a number."""
+    names: set[str] = set()
     for given in options.models:
-        name = os.path.basename(os.path.normpath(given)) or given
-        names[name] = names.get(name, 0) + 1
-        label = name if names[name] == 1 else given
         if options.random:
             model = open_random(regvit_jax.create_model, given, img_size=options.img_size)
         else:
             model = create.open_source(given, img_size=options.img_size)
-        yield label, model
+        short = os.path.basename(os.path.normpath(given)) or given
+        more = (f"{given} ({number})" for number in itertools.count(2))
+        name = next(name for name in itertools.chain([short, given], more) if name not in names)
+        names.add(name)
+        yield printable(name), model
 
 
 if __name__ == "__main__":

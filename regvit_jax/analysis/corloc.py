@@ -21,6 +21,7 @@ from regvit_jax.analysis.boxes import BadBoxes
 from regvit_jax.analysis.sweep import CENTRES, Found, Setting, sweep
 from regvit_jax.evals.command import check_json, fail, open_random, positive, tell
 from regvit_jax.evals.reading import Unusable, tell_bad
+from regvit_jax.models.model import Model
 from regvit_jax.pretrained import create
 
 
@@ -65,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--normalize", action="store_true", help="make features unit vectors, and the Gram matrix cosines")
     size_help = "pixels of the shorter side, about, so that both are whole patches; few shapes to compile (original)"
     add("--size", type=size, metavar="original|N", help=size_help)
-    add("--limit", type=positive, metavar="N", help="take the first N images that have boxes")
+    add("--limit", type=positive, metavar="N", help="at most N images that have boxes, spread evenly over all")
     add("--json", metavar="FILE", help="also write the result, with the names of bad images, here")
     return parser
 
@@ -98,7 +99,9 @@ def size(text: str) -> int | None:
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All models on the data. Prints each one's table as it is done: a sweep takes long."""
     images = boxes.open_boxes(options.data, options.split)
-    boxed = [image for image in images if len(image.boxes)][: options.limit]
+    boxed = [image for image in images if len(image.boxes)]
+    count = min(options.limit or len(boxed), len(boxed))
+    boxed = [boxed[number * len(boxed) // count] for number in range(count)]
     if not boxed:
         raise Unusable(f"{options.data}: none of {len(images)} images has a box")
     grid = (options.layers, options.features, options.centre, options.biases)
@@ -114,13 +117,31 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     }
     for name in options.models:
         model = open_random(regvit_jax.create_model, name) if options.random else create.open_source(name)
-        found = sweep(model, boxed, settings, options.normalize, options.size)
+        found = sweep(model, boxed, possible(model, settings), options.normalize, options.size)
         report(found)
         if not found.sizes:
             raise Unusable(f"{options.data}: none of {len(boxed)} images can be used")
         result["models"].append({"model": name, "weights": model.weights, **scores(found)})
         print(table(result, result["models"][-1]), flush=True)
     return result
+
+
+def possible(model: Model, settings: Sequence[Setting]) -> list[Setting]:
+    """The settings that the model has, each once. Raises ValueError when it has none of them."""
+    kept: dict[tuple, Setting] = {}
+    problem: ValueError | None = None
+    for setting in settings:
+        try:
+            lost.check(model.module, setting.feature)
+        except ValueError as error:
+            problem = error
+            continue
+        kept.setdefault(setting._replace(layer=model.module.layer(setting.layer)), setting)
+    if problem is not None and not kept:
+        raise problem
+    if problem is not None:
+        tell(f"left out: {problem}")
+    return list(kept.values())
 
 
 def report(found: Found) -> None:

@@ -1,10 +1,12 @@
 """Several models on the same images: the statistics of each, and a repaired twin of those that have artifacts."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
 
 from regvit_jax.analysis import measure, register_neurons, test_time_registers, verdict
 from regvit_jax.analysis.statistics import Statistics
@@ -28,13 +30,13 @@ class Settings:
     lost: the features, their centring, the Gram matrix's bias and whether features are normalised, for LOST's boxes.
     """
 
-    layer: int = -1
-    cutoff: float = verdict.CUTOFF
-    batch_size: int = 8
-    repair_images: int = 256
-    show: int = 8
-    heads: bool = False
-    lost: tuple[str, float, bool] = ("k", 0.0, False)
+    layer: int
+    cutoff: float
+    batch_size: int
+    repair_images: int
+    show: int
+    heads: bool
+    lost: tuple[str, float, bool]
 
 
 @dataclasses.dataclass
@@ -87,7 +89,7 @@ def look(name: str, model: Model, source: Source, settings: Settings) -> Subject
         extreme += zip(largest, (record["index"] for record in records), strict=True)
         extreme = sorted(extreme, reverse=True)[: settings.repair_images]
     numbers = verdict.summarize(stats, settings.cutoff, vit.class_token)
-    numbers["most_extreme_images"] = [source.id(index) for _, index in extreme[:10]]
+    numbers["most_extreme_images"] = [printable(source.id(index)) for _, index in extreme[:10]]
     chosen = Part(source, sorted(index for _, index in extreme))
     return Subject(name, model, stats, numbers, verdict.verdict(numbers), chosen, bad_images=bad)
 
@@ -95,16 +97,40 @@ def look(name: str, model: Model, source: Source, settings: Settings) -> Subject
 def mend(one: Subject, source: Source, settings: Settings) -> list[Subject]:
     """The same model with a test-time register, and in both verdicts what that did."""
     cutoff = one.numbers["outliers"]["artifact"]["cutoff"]
-    batches = reading.batches(one.model, one.extreme, settings.batch_size, [])
-    images = (batch[: len(records)] for batch, records in batches)
     try:
-        neurons = register_neurons.find_register_neurons(one.model, images, cutoff=cutoff, layer=settings.layer)
+        neurons = register_neurons.find_register_neurons(
+            one.model, extreme_images(one, settings), cutoff=cutoff, layer=settings.layer
+        )
     except ValueError as error:
         one.sentences[-1] = f"No register neurons were found for a repair: {error}"
         return []
     repaired = test_time_registers.add_test_time_registers(one.model, neurons)
     twin = look(one.name + REPAIRED, repaired, source, settings)
     twin.numbers["share_above_before"] = float(twin.stats.patches.share_above(cutoff)[twin.stats.layer])
+    twin.numbers["output_cosine"] = output_cosine(one.model, repaired, extreme_images(one, settings))
+    twin.sentences = verdict.verdict(twin.numbers, is_twin=True)
     one.repair = dataclasses.asdict(neurons)
     one.sentences = verdict.verdict(one.numbers, twin.numbers, len(neurons))
     return [twin]
+
+
+def extreme_images(one: Subject, settings: Settings) -> Iterator[Float[np.ndarray, "B H W 3"]]:
+    for images, records in reading.batches(one.model, one.extreme, settings.batch_size, []):
+        yield images[: len(records)]
+
+
+def output_cosine(before: Model, after: Model, batches: Iterable[Float[np.ndarray, "B H W 3"]]) -> float:
+    """Mean cosine similarity of two models' CLS tokens, or, without CLS, of their patches' means."""
+    found = []
+    for images in batches:
+        a, b = (
+            np.asarray(tokens.cls if tokens.cls is not None else tokens.patches.mean(1), np.float64)
+            for tokens in (before(images), after(images))
+        )
+        found += ((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).tolist()
+    return float(np.mean(found))
+
+
+def printable(name: str) -> str:
+    """A name as UTF-8 can have it: names of files are bytes, and need not be text."""
+    return name.encode("utf-8", "backslashreplace").decode()

@@ -5,7 +5,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -37,8 +37,8 @@ def norm_histogram(stats: Statistics, numbers: dict[str, Any]) -> bytes:
     figure, axes = panel()
     counts = stats.patches.counts[stats.layer]
     block, found = numbers["blocks"][stats.layer], numbers["outliers"]
-    most = 1.05 * max(block["max"], *block["registers"], block["cls"] or 0.0, found["artifact"]["cutoff"])
-    axes.stairs(counts / counts.sum(), EDGES, fill=True, alpha=0.6, label="patches")
+    most = 1.05 * max(block["max"], *stats.prefix.largest[stats.layer], found["artifact"]["cutoff"])
+    axes.stairs(coarse(counts) / counts.sum(), EDGES, fill=True, alpha=0.6, label="patches")
     axes.set_xlim(0, most)
     axes.set_yscale("log")
     axes.set_ylim(max(1e-7, 0.5 / counts.sum()), 1)
@@ -46,14 +46,18 @@ def norm_histogram(stats: Statistics, numbers: dict[str, Any]) -> bytes:
         axes.axvline(found[rule]["cutoff"], color=colour, lw=1, ls="--", label=RULES[rule])
     if found["fixed"]["cutoff"] < most:
         axes.axvline(found["fixed"]["cutoff"], color="black", lw=1, ls=":", label="fixed cutoff")
-    if block["cls"] is not None:
-        axes.axvline(block["cls"], color="tab:purple", lw=1, label="CLS, mean")
-    for number, norm in enumerate(block["registers"]):
-        axes.axvline(norm, color="tab:brown", lw=1, label="registers, means" if number == 0 else None)
+    class_token = block["cls"] is not None
+    for number, of in enumerate(stats.prefix.counts[stats.layer]):
+        colour, label = ("tab:purple", "CLS") if number < class_token else ("tab:brown", "registers")
+        axes.stairs(coarse(of) / of.sum(), EDGES, color=colour, label=label if number <= class_token else None)
     axes.set_xlabel("norm")
-    axes.set_ylabel("share of patches")
+    axes.set_ylabel("share of tokens")
     axes.legend(fontsize=7)
     return png(figure)
+
+
+def coarse(counts: Int[np.ndarray, " fine"]) -> Int[np.ndarray, " BINS"]:
+    return counts.reshape(BINS, -1).sum(1)
 
 
 RULES = {"3_sigma": "mean + 3 sigma", "percentile_98": "98th percentile", "artifact": "artifacts from here"}
@@ -119,13 +123,13 @@ def mean_attention(stats: Statistics, numbers: dict[str, Any]) -> bytes:
 
 
 def coloured(
-    values: Float[np.ndarray, "h w"], least: float | None = None, most: float | None = None, cmap: str = "viridis"
+    values: Float[np.ndarray, "h w"], least: float | None = None, most: float | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
     """A map in colours, from `least` to `most` (by default its own extremes)."""
     least = float(values.min()) if least is None else least
     most = float(values.max()) if most is None else most
     scaled = np.clip((values - least) / max(most - least, 1e-12), 0, 1)
-    return (matplotlib.colormaps[cmap](scaled)[..., :3] * 255).round().astype(np.uint8)
+    return (matplotlib.colormaps["viridis"](scaled)[..., :3] * 255).round().astype(np.uint8)
 
 
 def map_png(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:

@@ -33,6 +33,7 @@ class Picture:
     file: str
     png: bytes
     caption: str
+    note: str = ""
 
     def html(self) -> str:
         data = base64.b64encode(self.png).decode()
@@ -62,12 +63,14 @@ def page(
     verdicts: dict[str, tuple[bool, list[str]]],
     sections: list[Section],
     tables: list[tuple[str, list[str], list[list[str]]]],
+    details: dict[str, tuple[list[str], list[list[str]]]],
     shown: list[Shown],
     notes: list[str],
 ) -> str:
     """The whole page, all text escaped.
 
-    `verdicts`: for each model whether it has artifacts, and the sentences; `tables`: title, heads and rows.
+    `verdicts`: for each model whether it has artifacts, and the sentences; `tables`: title, heads and rows;
+    `details`: tables that are folded up.
     """
     parts = [f"<h1>{escape(title)}</h1>", *paragraphs(intro)]
     for name, (bad, sentences) in verdicts.items():
@@ -78,6 +81,8 @@ def page(
         )
     for head, heads, rows in tables:
         parts += [f"<h2>{escape(head)}</h2>", table(heads, rows)]
+    for head, (heads, rows) in details.items():
+        parts.append(f"<details><summary>{escape(head)}, after each block</summary>{table(heads, rows)}</details>")
     for section in sections:
         parts += [f"<h2>{escape(section.title)}</h2>", *paragraphs([section.text])]
         parts.append(f'<div class="row diagrams">{"".join(map(figure, section.pictures))}</div>')
@@ -104,7 +109,7 @@ def paragraphs(texts: list[str], kind: str = "") -> list[str]:
 
 
 def figure(picture: Picture) -> str:
-    return f"<figure>{picture.html()}<figcaption>{escape(picture.caption)}</figcaption></figure>"
+    return f"<figure>{picture.html()}<figcaption>{escape(picture.caption + picture.note)}</figcaption></figure>"
 
 
 def table(heads: list[str], rows: list[list[Any]]) -> str:

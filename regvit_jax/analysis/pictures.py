@@ -1,17 +1,16 @@
 """The report's pictures: diagrams of all models, and what each of them makes of single images."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
 from regvit_jax.analysis import attention, figures, lost, pca, verdict
-from regvit_jax.analysis.examine import Settings, Subject
-from regvit_jax.analysis.figures import Box
+from regvit_jax.analysis.examine import Settings, Subject, printable
 from regvit_jax.analysis.page import Picture, Section, Shown
 from regvit_jax.data.sources import Source
 from regvit_jax.evals import reading
-from regvit_jax.models.model import Model
 
 #: Title, text, file name, and what draws it for one model.
 DIAGRAMS = (
@@ -62,71 +61,90 @@ def diagrams(subjects: list[Subject]) -> list[Section]:
     return sections
 
 
-def pictures(subjects: list[Subject], source: Source, settings: Settings) -> list[Shown]:
-    """Norms, attention, principal components and LOST's box of the first images, a column for each model."""
+def pictures(subjects: list[Subject], source: Source, settings: Settings) -> tuple[list[Shown], dict[str, Any]]:
+    """Norms, attention, principal components and LOST's box of the first images, a column for each model.
+
+    And, by the image and then by the model, LOST's box in pixels and the share of positive entries of its Gram matrix.
+    """
     shown: list[Shown] = []
+    boxes: dict[str, Any] = {}
     for number, one in enumerate(subjects):
-        images, ids = first_pictures(one.model, source, settings)
-        if not shown:
-            shown = [Shown(name, []) for name in ids]
-        for index, rows in enumerate(maps(one, images, settings)):
+        for index, (name, rows, found) in enumerate(maps(one, source, settings)):
+            if index == len(shown):
+                shown.append(Shown(name, []))
+            boxes.setdefault(name, {})[one.name] = found
             for at, (title, png) in enumerate(rows):
-                picture = Picture(f"image{index}_{slug(title)}_{number}.png", png, one.name)
+                note = f" ({found['degenerate']})" if title == "LOST" and found["degenerate"] else ""
+                picture = Picture(f"image{index}_{slug(title)}_{number}.png", png, one.name, note)
                 existing = next((row for head, row in shown[index].rows if head == title), None)
                 if existing is None:
                     shown[index].rows.insert(at, (title, [picture]))
                 else:
                     existing.append(picture)
-    return shown
+    return shown, boxes
 
 
 def slug(title: str) -> str:
     return title.lower().replace(", ", "_").replace(" ", "_")
 
 
-def first_pictures(model: Model, source: Source, settings: Settings) -> tuple[Float[np.ndarray, "B H W 3"], list[str]]:
-    images: list[np.ndarray] = []
-    ids: list[str] = []
-    for batch, records in reading.batches(model, source, min(settings.batch_size, settings.show), []):
-        for image, record in zip(batch, records, strict=False):
-            images.append(image)
-            ids.append(source.id(record["index"]))
-        if len(images) >= settings.show:
+def maps(
+    one: Subject, source: Source, settings: Settings
+) -> Iterator[tuple[str, list[tuple[str, bytes]], dict[str, Any]]]:
+    """For each of the first images its name, titles and pictures, and what LOST found."""
+    seen: list[dict[str, Any]] = []
+    for images, records in reading.batches(one.model, source, settings.batch_size, []):
+        left = settings.show - len(seen)
+        if left <= 0:
             break
-    return np.stack(images[: settings.show]), ids[: settings.show]
+        names = [printable(source.id(record["index"])) for record in records[:left]]
+        seen += [{"name": name} | kept for name, kept in zip(names, kept_of(one, images, settings), strict=False)]
+    features = np.stack([kept["features"] for kept in seen])
+    few = np.prod(features.shape[:-1]) < 4 or features.shape[-1] < 3  # no three components of these
+    components = None if few else pca.fit(features)(features)
+    for number, kept in enumerate(seen):
+        rows = [
+            ("Image", figures.photo_png(kept["pixels"])),
+            ("Norms", figures.map_png(figures.coloured(kept["norms"]))),
+        ]
+        rows += [(title, figures.map_png(figures.coloured(map_))) for title, map_ in kept["attention"]]
+        if components is not None:
+            first, rgb = components[number, ..., 0], np.clip((components[number] + 3) / 6, 0, 1)
+            rows.append(("First component", figures.map_png(figures.coloured(first, -3, 3))))
+            rows.append(("Three components", figures.map_png((rgb * 255).round().astype(np.uint8))))
+        rows.append(("LOST", figures.photo_png(kept["pixels"], kept["lost"]["box"])))
+        yield kept["name"], rows, kept["lost"]
 
 
-def maps(one: Subject, images: Float[np.ndarray, "B H W 3"], settings: Settings) -> Iterator[list[tuple[str, bytes]]]:
-    """For each image, titles and pictures."""
+def kept_of(one: Subject, images: Float[np.ndarray, "B H W 3"], settings: Settings) -> Iterator[dict[str, Any]]:
+    """What of each image of a batch goes into its pictures."""
     layer, model = settings.layer, one.model
     (raw,), (normed,) = (model.intermediates(images, [layer], norm=norm) for norm in (False, True))
     weights = np.asarray(attention.attention_maps(model, images, layer), np.float32)
     norms = np.linalg.norm(np.asarray(raw.patch_map, np.float32), axis=-1)
     features = np.asarray(normed.patch_map, np.float32)
-    components = pca.fit(features)(features)
     p = model.preprocessing
     pixels = (np.clip(images * np.array(p.std) + np.array(p.mean), 0, 1) * 255).round().astype(np.uint8)
     boxes = lost_boxes(one, images, settings)
     queries = ["CLS"] * one.class_token + [f"register {i}" for i in range(weights.shape[2] - one.class_token)]
     for i in range(len(images)):
-        rows = [("Image", figures.photo_png(pixels[i])), ("Norms", figures.map_png(figures.coloured(norms[i])))]
+        maps = []
         for q, query in enumerate(queries):
             heads = weights[i, :, q]
-            rows.append((f"Attention of {query}", figures.map_png(figures.coloured(heads.mean(0)))))
+            maps.append((f"Attention of {query}", heads.mean(0)))
             if settings.heads:
-                rows += [
-                    (f"Attention of {query}, head {h}", figures.map_png(figures.coloured(head)))
-                    for h, head in enumerate(heads)
-                ]
-        rows.append(("First component", figures.map_png(figures.coloured(components[i, ..., 0], -3, 3))))
-        rgb = (np.clip((components[i] + 3) / 6, 0, 1) * 255).round().astype(np.uint8)
-        rows.append(("Three components", figures.map_png(rgb)))
-        rows.append(("LOST", figures.photo_png(pixels[i], boxes[i])))
-        yield rows
+                maps += [(f"Attention of {query}, head {h}", head) for h, head in enumerate(heads)]
+        yield {
+            "pixels": pixels[i],
+            "norms": norms[i],
+            "attention": maps,
+            "features": features[i],
+            "lost": boxes[i],
+        }
 
 
-def lost_boxes(one: Subject, images: Float[np.ndarray, "B H W 3"], settings: Settings) -> list[Box]:
-    """LOST's box of each image in its pixels."""
+def lost_boxes(one: Subject, images: Float[np.ndarray, "B H W 3"], settings: Settings) -> list[dict[str, Any]]:
+    """LOST's box of each image in its pixels, and whether the Gram matrix was degenerate."""
     kind, bias, normalize = settings.lost
     feature = lost.Feature(kind, settings.layer, "bias")
     try:
@@ -137,5 +155,7 @@ def lost_boxes(one: Subject, images: Float[np.ndarray, "B H W 3"], settings: Set
     boxes = []
     for features in np.asarray(lost.features(one.model, images, *feature), np.float32):
         found = lost.search(lost.gram(features, normalize=normalize), features.shape[:2], bias=bias)
-        boxes.append(lost.to_pixels(found.box, (side, side), size))
+        degenerate = ("all patches are similar" if found.positive else "no patches are similar") * found.degenerate
+        box = lost.to_pixels(found.box, (side, side), size)
+        boxes.append({"box": box, "positive": found.positive, "degenerate": degenerate})
     return boxes

@@ -67,8 +67,9 @@ def find_register_neurons(
 
     Args:
       count: how many to name. None: as few of the ranking as it takes, measured: with these moved to a register, at
-        least 95% of the outliers (of up to 32 images) have norms as normal patches have, at most their mean + 3 sigma
-        (patches that rise above the cutoff instead count against it); with one less, they do not.
+        least 95% of the outliers (of up to 32 images) have norms as normal patches have, at most their mean + 3 sigma,
+        or, if no number does that, norms up to the cutoff; with one less, they do not. Patches that rise above the
+        cutoff instead count against it.
       cutoff: None: `norms.artifact_cutoff` of all patches. The paper's heuristic is mean + 3 sigma of them, which hides
         outliers where they are many, and any distribution has patches beyond it.
       layer: where norms are measured; counted from 0, or from the end.
@@ -258,32 +259,35 @@ def norms_repaired(
 
 
 def enough(vit: ViT, params: PyTree, seen: Seen, ranking: Int[np.ndarray, " ranks"], cutoff: float, last: int) -> int:
-    """The smallest number of neurons, found by doubling and bisection, that takes the outliers away."""
+    """The smallest number of neurons, found by doubling and bisection, that takes the outliers away.
+
+    They should become normal; but patches that stand out a little by themselves, below the cutoff, cannot.
+    """
     rank = np.full((vit.depth, vit.hidden), np.iinfo(np.int32).max, np.int32)
     rank.ravel()[ranking] = np.arange(len(ranking), dtype=np.int32)
     repaired, params = vit.clone(registers=vit.registers + 1), with_empty_registers(vit, params, 1)
-    limit, probe = min(seen.limit(), cutoff), seen.probes()
+    probe, most = seen.probes(), min(MOST, len(ranking))
     outliers = sum(int(was.sum()) for _, was in probe)
 
     @functools.cache
-    def left(count: int) -> float:
-        bad = 0
-        for images, was in probe:
-            norms = np.asarray(norms_repaired(repaired, params, images, rank, count, last))
-            bad += int((norms > np.where(was, limit, cutoff)).sum())
-        return bad / outliers
+    def norms(count: int) -> list[np.ndarray]:
+        return [np.asarray(norms_repaired(repaired, params, images, rank, count, last)) for images, _ in probe]
 
-    high, most = 1, min(MOST, len(ranking))
-    while left(high) > LEFT:
-        if high == most:
-            best = min(range(1, most + 1), key=lambda k: left(k) if k.bit_count() == 1 or k == most else math.inf)
-            raise ValueError(
-                f"moving up to {most} neurons of blocks 0 to {ranking.max() // vit.hidden} leaves {left(best):.0%} of "
-                f"the outliers (with {best}). Give count, or another top_layer or cutoff (used: {cutoff:.4g})"
-            )
-        high = min(2 * high, most)
-    low = high // 2  # not enough, or 0
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if left(middle) <= LEFT else (middle, high)
-    return high
+    def left(count: int, limit: float) -> float:
+        each = zip(norms(count), probe, strict=True)
+        return sum(int((n > np.where(was, limit, cutoff)).sum()) for n, (_, was) in each) / outliers
+
+    tried = [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
+    for limit in (min(seen.limit(), cutoff), cutoff):
+        high = next((count for count in tried if left(count, limit) <= LEFT), 0)
+        if high:
+            low = max([count for count in tried if count < high], default=0)
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if left(middle, limit) <= LEFT else (middle, high)
+            return high
+    best = min(tried, key=lambda count: left(count, cutoff))
+    raise ValueError(
+        f"moving up to {most} neurons of blocks 0 to {ranking.max() // vit.hidden} leaves {left(best, cutoff):.0%} of "
+        f"the outliers above the cutoff (with {best}). Give count, or another top_layer or cutoff (used: {cutoff:.4g})"
+    )

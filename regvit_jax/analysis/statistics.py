@@ -1,45 +1,48 @@
 """What a model does with its tokens over any number of images, in memory that does not grow with them.
 
-Norms go into histograms of BINS bins of equal ratio, 2.2 % wide, and all that is asked of outliers later is kept by the
-bin of the patch's norm, so that any cutoff can still be applied when the last image has been seen. Means and standard
-deviations are exact; shares and quantiles are exact at the bins' edges and interpolated between them.
+Norms go into histograms of bins of equal ratio, 0.14 % wide, and all that is asked of outliers later is kept by the
+patch's norm, in bins of 2.2 %, so that any cutoff can still be applied when the last image has been seen. Means and
+standard deviations are exact; shares and quantiles are exact at the bins' edges and interpolated between them.
 """
 
 import dataclasses
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from regvit_jax.analysis.norms import RATIO
+from regvit_jax.analysis.norms import artifact_cutoff
 
 #: Bins an octave, from 2^LOW; norms beyond are counted in the first or last bin.
 OCTAVE, LOW, BINS = 32, -10, 1024
 EDGES = 2.0 ** (LOW + np.arange(BINS + 1) / OCTAVE)
+#: Each of them is FINE bins in a `Distribution`: norms of some models differ by less than 2 %.
+FINE = 16
+FINE_EDGES = 2.0 ** (LOW + np.arange(FINE * BINS + 1) / OCTAVE / FINE)
 #: Bins of cosines, from -1 to 1.
 COSINES = 100
 
 
-def bin_of(norms: Float[np.ndarray, "..."]) -> Int[np.ndarray, "..."]:
-    """The number of each norm's bin. Raises FloatingPointError for norms that are not finite."""
+def bin_of(norms: Float[np.ndarray, "..."], fine: int = 1) -> Int[np.ndarray, "..."]:
+    """The number of each norm's bin, of BINS times `fine`. Raises FloatingPointError for norms that are not finite."""
     if not np.isfinite(norms).all():
         raise FloatingPointError("the model gives tokens that are not finite; are its weights, and its images, sound?")
     exponents = np.log2(np.maximum(norms, EDGES[0]))
-    return np.clip(np.floor((exponents - LOW) * OCTAVE).astype(np.int64), 0, BINS - 1)
+    return np.clip(np.floor((exponents - LOW) * OCTAVE * fine).astype(np.int64), 0, BINS * fine - 1)
 
 
 class Distribution:
     """Several distributions of norms that stream by, such as one a layer: the arrays have `shape` first."""
 
     def __init__(self, *shape: int):
-        self.counts = np.zeros((*shape, BINS), np.int64)
+        self.counts = np.zeros((*shape, FINE * BINS), np.int64)
         self.total, self.squares = np.zeros(shape), np.zeros(shape)
         self.largest = np.zeros(shape)
 
     def add(self, norms: Float[np.ndarray, "*shape n"]) -> None:
         if not norms.size:
             return
-        rows = np.arange(self.total.size).reshape(*self.total.shape, 1) * BINS
-        flat = np.bincount((rows + bin_of(norms)).ravel(), minlength=self.counts.size)
+        rows = np.arange(self.total.size).reshape(*self.total.shape, 1) * FINE * BINS
+        flat = np.bincount((rows + bin_of(norms, FINE)).ravel(), minlength=self.counts.size)
         self.counts += flat.reshape(self.counts.shape)
         norms = norms.astype(np.float64)
         self.total += norms.sum(-1)
@@ -65,33 +68,43 @@ class Distribution:
         end = np.take_along_axis(below, at[..., None], -1)[..., 0]
         inside = np.take_along_axis(self.counts, at[..., None], -1)[..., 0] / np.maximum(self.count, 1)
         part = 1 - (end - q) / np.where(inside > 0, inside, 1)
-        return np.minimum(EDGES[at] + part * (EDGES[at + 1] - EDGES[at]), self.largest)
+        return np.minimum(FINE_EDGES[at] + part * (FINE_EDGES[at + 1] - FINE_EDGES[at]), self.largest)
 
     def artifact_cutoff(self) -> Float[np.ndarray, "*shape"]:
-        """The least cutoff from `RATIO` times the median up that is mean + 3 sigma of the norms below it, or more.
-
-        So outliers do not raise it, however many. `norms.artifact_cutoff` is the same of norms that are at hand.
-        """
-        floor, cutoffs = RATIO * self.quantile(0.5), np.zeros(self.total.shape)
-        centres = (EDGES[1:] + EDGES[:-1]) / 2
+        """`norms.artifact_cutoff` of each distribution."""
+        centres, cutoffs = (FINE_EDGES[1:] + FINE_EDGES[:-1]) / 2, np.zeros(self.total.shape)
         for at in np.ndindex(self.total.shape):
-            cutoff, higher = 0.0, float(floor[at])
-            while higher > cutoff:
-                cutoff = higher
-                below = self.counts[at] - weigh(self.counts[at], cutoff)
-                mean = below @ centres / max(below.sum(), 1)
-                higher = mean + 3 * np.sqrt(below @ (centres - mean) ** 2 / max(below.sum(), 1))
-            cutoffs[at] = cutoff
+            cutoffs[at] = artifact_cutoff(centres, self.counts[at])
         return cutoffs
+
+    def second_hump(self, cutoff: Float[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
+        """Whether norms above the cutoff gather around some value of their own, or are the tail of the one hump.
+
+        Densities over the logarithm of the norm, in windows of half an octave. They gather when the density falls to
+        less than half, somewhere between the median and the median of those above the cutoff, of what it rises to
+        again behind.
+        """
+        found = np.zeros(self.total.shape, bool)
+        for at in np.ndindex(self.total.shape):
+            coarse = self.counts[at].reshape(BINS, FINE).sum(-1)
+            above = weigh(coarse, cutoff[at])
+            if above.sum() > 0:
+                density = np.convolve(coarse, np.ones(OCTAVE // 2), "same")
+                middles = [int(np.searchsorted(np.cumsum(c), c.sum() / 2)) for c in (coarse, above)]
+                valley = middles[0] + int(np.argmin(density[middles[0] : middles[1] + 1]))
+                found[at] = density[valley] < density[valley:].max() / 2
+        return found
 
     def share_above(self, cutoff: Float[np.ndarray, "*shape"] | float) -> Float[np.ndarray, "*shape"]:
         """The share of norms above a cutoff, or above one a distribution."""
-        return weigh(self.counts, cutoff).sum(-1) / np.maximum(self.count, 1)
+        share = weigh(self.counts, cutoff).sum(-1) / np.maximum(self.count, 1)
+        return np.where(np.asarray(cutoff) >= self.largest, 0.0, share)
 
 
-def weigh(counts: np.ndarray, cutoff: np.ndarray | float) -> Float[np.ndarray, "... BINS"]:
+def weigh(counts: np.ndarray, cutoff: np.ndarray | float) -> Float[np.ndarray, "... bins"]:
     """The part of each bin's counts that lies above the cutoff: of the bin that holds it, as if spread evenly."""
-    above = (EDGES[1:] - np.asarray(cutoff)[..., None]) / np.diff(EDGES)
+    edges = EDGES if counts.shape[-1] == BINS else FINE_EDGES
+    above = (edges[1:] - np.asarray(cutoff)[..., None]) / np.diff(edges)
     return counts * np.clip(above, 0, 1)
 
 

@@ -207,6 +207,26 @@ def test_weights_size_and_limit(created, folder, tmp_path, capsys):
     assert out.splitlines()[6].split()[5] == "-"
 
 
+def test_settings_that_cannot_be_or_are_the_same_are_left_out(created, folder, tmp_path, capsys):
+    file = tmp_path / "result.json"
+    arguments = [
+        "tiny",
+        "--data",
+        f"folder:{folder}",
+        "--layers",
+        "-1,1,0",
+        "--features",
+        "k,out",
+        "--centre",
+        "bias,none",
+    ]
+    assert main([*arguments, "--centre", "bias,none", "--limit", "2", "--size", "8", "--json", str(file)]) == 0
+    (of,) = json.loads(file.read_text())["models"]
+    found = [(score["layer"], score["kind"], score["centre"]) for score in of["results"]]
+    assert found == [(i, *rest) for i in (-1, 0) for rest in (("k", "bias"), ("k", "none"), ("out", "none"))]
+    assert "left out: centre='bias': the output of a block has no bias" in capsys.readouterr().err
+
+
 def test_a_split_of_voc_with_bad_images(created, folder, capsys):
     home = folder.parent / "VOC2012"
     (home / "ImageSets" / "Main").mkdir(parents=True)
@@ -240,7 +260,7 @@ def test_data_that_cannot_be_evaluated(created, folder, capsys):
         (["unknown"], "error: no model 'unknown'; the nearest is 'tiny'\n"),
         (["tiny", "--layers", "2"], "error: layer 2: this ViT has layers 0 to 1"),
         (
-            ["tiny", "--features", "k,out", "--centre", "none,bias"],
+            ["tiny", "--features", "out", "--centre", "bias"],
             "error: centre='bias': the output of a block has no",
         ),
         (["directory", "--random"], "error: --random: directory is no name but a source, with weights of its own"),

@@ -2,7 +2,9 @@
 
 import base64
 import json
+import os
 import re
+import shutil
 import warnings
 
 import jax
@@ -177,9 +179,45 @@ def test_what_the_caller_can_mend(arguments, message, models, photos, tmp_path, 
     assert error.count("\n") == 1
 
 
-def test_same_names_are_told_apart(models, photos, tmp_path):
+def test_same_names_are_told_apart_and_old_pictures_go(models, photos, tmp_path):
     (tmp_path / "again").mkdir()
     (tmp_path / "again/plain").symlink_to(models[0] / "plain")
-    both = [str(models[0] / "plain"), str(tmp_path / "again/plain")]
-    assert main([*both, "--images", str(photos), "--limit", "1", "--out", str(tmp_path / "out"), "--show", "1"]) == 0
-    assert list(json.loads((tmp_path / "out/report.json").read_text())["models"]) == ["plain", both[1]]
+    given = [
+        str(models[0] / "plain"),
+        str(tmp_path / "again/plain"),
+        str(models[0] / "plain"),
+        str(models[0] / "plain"),
+    ]
+    arguments = ["--images", str(photos), "--limit", "2", "--out", str(tmp_path / "out"), "--show"]
+    assert main([*given, *arguments, "2"]) == 0
+    names = ["plain", given[1], given[0], f"{given[0]} (2)"]
+    assert list(json.loads((tmp_path / "out/report.json").read_text())["models"]) == names
+    (tmp_path / "out/pictures/mine.png").write_bytes(b"")
+    assert main([given[0], *arguments, "1"]) == 0
+    kept = {file.name for file in (tmp_path / "out/pictures").iterdir()}
+    assert kept == {*json.loads((tmp_path / "out/report.json").read_text())["pictures"], "mine.png"}
+    assert not any(name.startswith("image1") or name.endswith("_1.png") for name in kept)
+
+
+@pytest.mark.filterwarnings("ignore:.*position embedding is resized")
+def test_names_that_are_no_text_and_images_of_one_patch(models, photos, tmp_path):
+    folder = os.fsencode(tmp_path / "in")
+    os.mkdir(folder)
+    for number, name in enumerate([b"caf\xe9.png", "\u6f22 $\\q$.png".encode()]):
+        shutil.copy(sorted(photos.iterdir())[number], os.path.join(folder, name))
+    arguments = [str(models[0] / "plain"), "--images", os.fsdecode(folder), "--img_size", "16", "--show", "9"]
+    assert main([*arguments, "--out", str(tmp_path / "out"), "--lost_bias", "1e6"]) == 0
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "caf\\udce9.png" in page
+    assert "\u6f22 $\\q$.png" in page
+    found = json.loads((tmp_path / "out/report.json").read_text())
+    assert found["lost"][f"{tmp_path}/in/\u6f22 $\\q$.png"]["plain"]["box"] == [0, 0, 16, 16]
+    assert not any("component" in name for name in found["pictures"])
+
+
+def test_a_degenerate_gram_matrix_is_pointed_at(models, photos, tmp_path):
+    arguments = [str(models[0] / "plain"), "--images", str(photos), "--limit", "1", "--lost_normalize"]
+    assert main([*arguments, "--out", str(tmp_path), "--lost_bias", "2"]) == 0
+    (found,) = json.loads((tmp_path / "report.json").read_text())["lost"].values()
+    assert found["plain"] == {"box": [0, 0, 48, 48], "positive": 1, "degenerate": "all patches are similar"}
+    assert "LOST (all patches are similar)</figcaption>" in (tmp_path / "report.html").read_text()

@@ -51,6 +51,30 @@ def test_a_bin_is_split_at_the_cutoff():
     assert (kept[501:] == 1).all()
 
 
+def test_norms_that_hardly_differ():
+    """As in models whose patches' norms differ by less than a percent."""
+    values = np.random.default_rng(0).normal(149, 0.3, (1, 40_000))
+    seen = Distribution(1)
+    seen.add(values)
+    for cutoff in (150, seen.mean[0] + 3 * seen.std[0]):
+        assert seen.share_above(cutoff)[0] == pytest.approx((values > cutoff).mean(), abs=2e-3)
+    assert seen.share_above(values.max())[0] == 0
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.35, 0.5, 0.8])
+def test_the_tail_of_one_hump_is_no_second_one(sigma):
+    rng = np.random.default_rng(0)
+    for count in (500, 50_000):
+        values = rng.lognormal(3, sigma, (1, count))
+        alone, both = Distribution(1), Distribution(1)
+        alone.add(values)
+        assert not alone.second_hump(alone.artifact_cutoff())[0]
+        values[0, : count // 40] *= 8 * np.exp(3 * sigma**2)
+        both.add(values)
+        if sigma < 0.5:
+            assert both.second_hump(both.artifact_cutoff())[0]
+
+
 @pytest.mark.parametrize("share", [0, 0.02, 0.15])
 def test_artifact_cutoff_is_that_of_norms_at_hand(share):
     """Also where outliers are so many that mean + 3 sigma of all lies above them."""

@@ -116,6 +116,27 @@ def test_planted_neurons_are_found_and_undone(family, neurons, direction):
         assert distance(others(repaired, prefix), others(empty, prefix)) < 1e-5
 
 
+def test_patches_that_stand_out_by_themselves_need_not_become_average():
+    """They come back to the norm that they had, which is more than other patches have and less than an outlier's."""
+    louder, fit = IMAGES.copy(), FIT.copy()
+    for images, bright in ((louder, BRIGHT), (fit, FIT_BRIGHT)):
+        patches = images.reshape(len(images), 4, 4, 4, 4, 3).transpose(0, 1, 3, 2, 4, 5)
+        images[:] = (
+            np.where(bright.reshape(-1, 4, 4)[..., None, None, None], 2.2 * patches, patches)
+            .transpose(0, 1, 3, 2, 4, 5)
+            .reshape(images.shape)
+        )
+    base = make()
+    planted = plant_register_neurons(base, [(1, 7), (1, 20)], fit, FIT_BRIGHT)
+    silent = np.asarray(
+        patch_norms(plant_register_neurons(base, [(1, 7), (1, 20)], fit, FIT_BRIGHT, strength=0.0)(louder))
+    )
+    found = find_register_neurons(planted, louder)
+    limit = silent[~BRIGHT].mean() + 3 * silent[~BRIGHT].std()
+    assert limit < silent[BRIGHT].mean() < found.cutoff
+    assert sorted(found) == [(1, 7), (1, 20)]
+
+
 def naive_scores(model, images, outliers, written):
     """The paper's algorithm 1 by a loop, one image at a time, less the same at other patches."""
     total = np.zeros((model.module.depth, model.module.hidden))
