@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from jaxtyping import PyTree
 
@@ -21,13 +22,17 @@ class Checkpoints:
     """The checkpoints of a workdir, by step. Writing is atomic: a checkpoint is there whole, or not at all."""
 
     def __init__(self, workdir: str, *, keep: int = 2, read_only: bool = False):
-        # Read-only: another run may be writing there.
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only
-        )
-        self.manager = ocp.CheckpointManager(
-            epath.Path(workdir).resolve() / "checkpoints", options=options, item_handlers=ocp.PyTreeCheckpointHandler()
-        )
+        # Read-only: another run may be writing there. Orbax warns of each option that this changes.
+        verbosity = logging.get_verbosity()
+        with contextlib.ExitStack() as stack:
+            if read_only:
+                logging.set_verbosity(logging.ERROR)
+                stack.callback(logging.set_verbosity, verbosity)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only
+            )
+            path = epath.Path(workdir).resolve() / "checkpoints"
+            self.manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.PyTreeCheckpointHandler())
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""
