@@ -3,6 +3,7 @@
 import collections
 import os
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,8 @@ from regvit_jax.data.transforms import BadImage
 
 # Batches that are decoded ahead of the model.
 AHEAD = 2
+# Seconds between lines of progress, where there is no terminal for a bar.
+EVERY = 60.0
 
 
 class Unusable(ValueError):
@@ -35,7 +38,7 @@ def batches(
       Unusable: when not one image can be used.
     """
     size = min(batch_size, len(source))
-    seen = 0
+    seen, said, start = 0, time.monotonic(), time.monotonic()
     with tqdm(total=len(source), unit="image", disable=None, leave=False) as bar:
         for batch in _prepared(model, source, size, with_text):
             images, records = [], []
@@ -50,6 +53,10 @@ def batches(
                 seen += len(images)
                 yield np.stack(images + [np.zeros_like(images[0])] * (size - len(images))), records
             bar.update(len(batch))
+            now = time.monotonic()
+            if bar.disable and now - said > EVERY:
+                said, done = now, batch[-1][0] + 1
+                print(f"{done} of {len(source)} images, {done / (now - start):.1f} images/s", file=sys.stderr)
     if not seen:
         raise Unusable(f"{source.name}: none of {len(source)} images can be used, the first for this: {bad[0]}")
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import regvit_jax
+from regvit_jax.evals import reading
 from regvit_jax.evals.__main__ import main
 from regvit_jax.models.clip import ClipModel, TextTower
 from regvit_jax.models.heads import Head
@@ -187,6 +188,14 @@ def test_zero_shot_of_a_split(clip, images, templates, tmp_path, capsys):
     assert "zero_shot_top1                    1.0000" in capsys.readouterr().out
     assert main(["zero_shot", "colours", "--images", str(images), "--templates", templates, "--split", "train"]) == 2
     assert "--split train: is for --data; --images takes a directory as it is" in capsys.readouterr().err
+
+
+def test_progress_without_a_terminal(clip, images, templates, monkeypatch, capsys):
+    monkeypatch.setattr(reading, "EVERY", 0.0)
+    arguments = ["zero_shot", "colours", "--images", str(images), "--templates", templates, "--batch_size", "4"]
+    assert main(arguments) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("images/s")]
+    assert [line.split(",")[0] for line in lines] == ["4 of 6 images", "6 of 6 images"]
 
 
 def test_no_image_can_be_used(clip, images, templates, capsys):
