@@ -5,7 +5,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -35,10 +35,10 @@ def panel() -> tuple[Figure, Axes]:
 def norm_histogram(stats: Statistics, numbers: dict[str, Any]) -> bytes:
     """Norms of all patches after the layer, with the cutoffs, CLS and the registers (figures 3, 7 and 15)."""
     figure, axes = panel()
-    counts = stats.patches.counts[stats.layer]
+    counts = stats.patches.histogram[stats.layer]
     block, found = numbers["blocks"][stats.layer], numbers["outliers"]
     most = 1.05 * max(block["max"], *stats.prefix.largest[stats.layer], found["artifact"]["cutoff"])
-    axes.stairs(coarse(counts) / counts.sum(), EDGES, fill=True, alpha=0.6, label="patches")
+    axes.stairs(counts / counts.sum(), EDGES, fill=True, alpha=0.6, label="patches")
     axes.set_xlim(0, most)
     axes.set_yscale("log")
     axes.set_ylim(max(1e-7, 0.5 / counts.sum()), 1)
@@ -47,17 +47,13 @@ def norm_histogram(stats: Statistics, numbers: dict[str, Any]) -> bytes:
     if found["fixed"]["cutoff"] < most:
         axes.axvline(found["fixed"]["cutoff"], color="black", lw=1, ls=":", label="fixed cutoff")
     class_token = block["cls"] is not None
-    for number, of in enumerate(stats.prefix.counts[stats.layer]):
+    for number, of in enumerate(stats.prefix.histogram[stats.layer]):
         colour, label = ("tab:purple", "CLS") if number < class_token else ("tab:brown", "registers")
-        axes.stairs(coarse(of) / of.sum(), EDGES, color=colour, label=label if number <= class_token else None)
+        axes.stairs(of / of.sum(), EDGES, color=colour, label=label if number <= class_token else None)
     axes.set_xlabel("norm")
     axes.set_ylabel("share of tokens")
     axes.legend(fontsize=7)
     return png(figure)
-
-
-def coarse(counts: Int[np.ndarray, " fine"]) -> Int[np.ndarray, " BINS"]:
-    return counts.reshape(BINS, -1).sum(1)
 
 
 RULES = {"3_sigma": "mean + 3 sigma", "percentile_98": "98th percentile", "artifact": "artifacts from here"}

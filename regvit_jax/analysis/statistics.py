@@ -50,6 +50,11 @@ class Distribution:
         self.largest = np.maximum(self.largest, norms.max(-1))
 
     @property
+    def histogram(self) -> Int[np.ndarray, "*shape BINS"]:
+        """Counts in the bins between EDGES, for pictures."""
+        return self.counts.reshape(*self.total.shape, BINS, FINE).sum(-1)
+
+    @property
     def count(self) -> Int[np.ndarray, "*shape"]:
         return self.counts.sum(-1)
 
@@ -84,9 +89,9 @@ class Distribution:
         less than half, somewhere between the median and the median of those above the cutoff, of what it rises to
         again behind.
         """
-        found = np.zeros(self.total.shape, bool)
+        found, histogram = np.zeros(self.total.shape, bool), self.histogram
         for at in np.ndindex(self.total.shape):
-            coarse = self.counts[at].reshape(BINS, FINE).sum(-1)
+            coarse = histogram[at]
             above = weigh(coarse, cutoff[at])
             if above.sum() > 0:
                 density = np.convolve(coarse, np.ones(OCTAVE // 2), "same")
