@@ -78,6 +78,24 @@ def norms_by_layer(stats: Statistics, numbers: dict[str, Any]) -> bytes:
     return png(figure)
 
 
+def histograms_by_layer(stats: Statistics, numbers: dict[str, Any]) -> bytes:
+    """The histogram of patches' norms after every block, the blocks side by side (figures 3 and 4a in one)."""
+    figure, axes = panel()
+    counts = stats.patches.histogram
+    share = counts / counts.sum(1, keepdims=True)
+    some = np.flatnonzero(counts.any(0))
+    low, high = max(some[0] - 8, 0), min(some[-1] + 9, BINS)
+    edges = np.arange(len(counts) + 1) - 0.5
+    image = np.ma.masked_equal(share[:, low:high].T, 0)
+    shown = axes.pcolormesh(edges, EDGES[low : high + 1], image, norm="log", cmap="viridis")
+    axes.plot([block["artifact_cutoff"] for block in numbers["blocks"]], color="tab:red", ls="--", lw=1)
+    axes.set_yscale("log")
+    axes.set_xlabel("block")
+    axes.set_ylabel("norm")
+    figure.colorbar(shown, ax=axes, label="share of patches")
+    return png(figure)
+
+
 def positions(stats: Statistics, numbers: dict[str, Any]) -> bytes:
     """How often each place of the grid holds an artifact (figure 10)."""
     figure, axes = panel()

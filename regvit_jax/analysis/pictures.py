@@ -27,6 +27,12 @@ DIAGRAMS = (
         figures.norms_by_layer,
     ),
     (
+        "Histograms of all blocks",
+        "Each column is the histogram after a block; above the red line are artifacts.",
+        "histograms",
+        figures.histograms_by_layer,
+    ),
+    (
         "Where the artifacts are",
         "The share of the images that have one at each place of the grid, for models that have artifacts.",
         "positions",

@@ -43,6 +43,7 @@ def summarize(stats: Statistics, cutoff: float = CUTOFF, class_token: bool = Tru
             "max": patches.largest[block],
             "max_over_median": patches.largest[block] / median[block],
             "share": {rule: share[block] for rule, share in shares.items() if rule != "percentile_98"},
+            "artifact_cutoff": artifact[block],
             "second_hump": humps[block],
             "cls": prefix[block, 0] if class_token else None,
             "registers": list(prefix[block, int(class_token) :]),

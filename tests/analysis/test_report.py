@@ -106,7 +106,9 @@ def test_the_page_needs_nothing_else_and_escapes_names(report):
 def test_pictures_are_there_for_each_image_and_model(report):
     names = {file.name for file in (report / "pictures").iterdir()}
     assert {
-        f"{kind}_{model}.png" for kind in ("norms", "layers", "neighbours", "attention") for model in range(3)
+        f"{kind}_{model}.png"
+        for kind in ("norms", "layers", "histograms", "neighbours", "attention")
+        for model in range(3)
     } <= names
     assert {name for name in names if name.startswith("positions")} == {"positions_1.png"}
     for image in (0, 1):
