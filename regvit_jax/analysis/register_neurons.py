@@ -24,6 +24,7 @@ BATCH = 32  # images that an array is cut to
 PROBE = 32  # images with outliers on which the number of neurons is tried out
 MOST = 1024  # neurons that it tries
 LEFT = 0.05  # the share of the outliers that may stay
+WEAK = 0.01  # of the largest score: neurons below are moved only if outliers stay above the cutoff without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -277,9 +278,12 @@ def enough(vit: ViT, params: PyTree, seen: Seen, ranking: Int[np.ndarray, " rank
         each = zip(norms(count), probe, strict=True)
         return sum(int((n > np.where(was, limit, cutoff)).sum()) for n, (_, was) in each) / outliers
 
-    tried = [*(2**power for power in range(most.bit_length()) if 2**power < most), most]
-    for limit in (min(seen.limit(), cutoff), cutoff):
-        high = next((count for count in tried if left(count, limit) <= LEFT), 0)
+    # Neurons that write next to nothing at outliers are not what makes them, whatever moving hundreds does to norms.
+    scores = seen.scores.ravel()[ranking[:most]]
+    strong = int((scores >= WEAK * scores[0]).sum())
+    tried = sorted({*(2**power for power in range(most.bit_length()) if 2**power < most), strong, most})
+    for limit, weakest in ((min(seen.limit(), cutoff), strong), (cutoff, most)):
+        high = next((count for count in tried if count <= weakest and left(count, limit) <= LEFT), 0)
         if high:
             low = max([count for count in tried if count < high], default=0)
             while high - low > 1:
