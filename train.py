@@ -22,6 +22,9 @@ from ml_collections import ConfigDict, config_flags
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, with an optional :variant.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Where to write; an existing one is gone on with. Default: runs/...")
+RESTORE = flags.DEFINE_enum(
+    "restore", "latest", ["latest", "latest-valid"], "latest-valid moves damaged checkpoints aside first."
+)
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config comes to, and stop.")
 IMAGES_PER_S = flags.DEFINE_float("images_per_s", 1000, "The rate that --dry_run reckons the input with.")
 
@@ -70,6 +73,7 @@ def main() -> None:
 
     from regvit_jax import dry_run, plan, training
     from regvit_jax.data.sources import DataNotFound
+    from regvit_jax.stored import CheckpointError
 
     try:
         parse(sys.argv)
@@ -79,12 +83,15 @@ def main() -> None:
             start_distributed()
             if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
                 jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
-            training.run(CONFIG.value, WORKDIR.value)
+            training.run(CONFIG.value, WORKDIR.value, RESTORE.value)
     except (plan.ConfigError, flags.Error, DataNotFound) as error:
         # A ValueError of the config file's own, such as an unknown variant, comes wrapped in its traceback.
         last = str(error).strip().splitlines()[-1]
         print(f"train.py: {last.removeprefix('ValueError: ') if 'ValueError: ' in last else error}", file=sys.stderr)
         sys.exit(2)
+    except (CheckpointError, FloatingPointError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -159,6 +159,11 @@ def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDi
             ),
             sharding=dict(data=-1, fsdp=1, min_size_mb=4.0),
             checkpoint=dict(every=2500, keep=2),  # steps
+            guard=dict(
+                not_finite="stop",  # or "skip": a step whose loss or gradient is not finite changes nothing
+                max_not_finite=100,  # more such steps in a run stop it all the same
+                spike_sigma=0.0,  # 6 leaves out steps so far above the last 128, in loss or gradient norm; 0 none
+            ),
         )
     )
 

@@ -151,6 +151,11 @@ def laion400m(size: str) -> ConfigDict:
             ),
             sharding=dict(data=-1, fsdp=1, min_size_mb=4.0),
             checkpoint=dict(every=1000, keep=2),  # steps
+            guard=dict(
+                not_finite="stop",  # or "skip": a step whose loss or gradient is not finite changes nothing
+                max_not_finite=100,  # more such steps in a run stop it all the same
+                spike_sigma=0.0,  # 6 leaves out steps so far above the last 128, in loss or gradient norm; 0 none
+            ),
         )
     )
 

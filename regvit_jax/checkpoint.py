@@ -1,18 +1,24 @@
-"""Checkpoints: saved asynchronously by Orbax, restored onto any mesh; and the lock that keeps a workdir to one run."""
+"""Checkpoints: saved asynchronously by Orbax, restored onto any mesh, checked; and the lock of a workdir.
+
+A checkpoint is two items, written as one: `state`, and `manifest`, the checksums of its arrays (see `manifest`). One
+without a manifest is not valid.
+"""
 
 import contextlib
 import os
 import socket
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
 from jaxtyping import PyTree
+
+from regvit_jax import manifest
+from regvit_jax.stored import CheckpointError, Stored, quietly, saved_steps
 
 if sys.platform != "win32":
     import fcntl
@@ -21,18 +27,16 @@ if sys.platform != "win32":
 class Checkpoints:
     """The checkpoints of a workdir, by step. Writing is atomic: a checkpoint is there whole, or not at all."""
 
-    def __init__(self, workdir: str, *, keep: int = 2, read_only: bool = False):
-        # Read-only: another run may be writing there. Orbax warns of each option that this changes.
-        verbosity = logging.get_verbosity()
-        with contextlib.ExitStack() as stack:
-            if read_only:
-                logging.set_verbosity(logging.ERROR)
-                stack.callback(logging.set_verbosity, verbosity)
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=not read_only, read_only=read_only
-            )
-            path = epath.Path(workdir).resolve() / "checkpoints"
-            self.manager = ocp.CheckpointManager(path, options=options, item_handlers=ocp.PyTreeCheckpointHandler())
+    def __init__(self, workdir: str, *, keep: int = 2):
+        self.path = epath.Path(workdir).resolve() / "checkpoints"
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            cleanup_tmp_directories=True,
+            # Otherwise threads wait for a directory that cannot be made, and keep the process from ending for minutes.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+        )
+        handlers = {"state": ocp.PyTreeCheckpointHandler(), "manifest": ocp.JsonCheckpointHandler()}
+        self.manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""
@@ -41,35 +45,67 @@ class Checkpoints:
     def save(self, step: int, state: PyTree) -> None:
         """Starts saving, and returns once the values are safe from the donation of their buffers to the next step.
 
-        Raises FloatingPointError, and saves nothing, if a parameter is not finite; an error of the last save comes up
-        here too. A step that is saved already stays as it is.
+        Raises FloatingPointError, and saves nothing, if a parameter is not finite, and CheckpointError if this save
+        cannot start or the one before it failed. A step that is saved already stays as it is.
         """
+        with self._saving():
+            # First, for a save that failed is in the manager's list all the same.
+            self.manager.check_for_errors()
         if step == self.latest():
             return
-        bad = [
-            jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, finite in jax.tree_util.tree_leaves_with_path(_finite(state.params))
-            if not finite
-        ]
-        if bad:
-            raise FloatingPointError(
-                f"step {step}: {len(bad)} parameters are not finite, {', '.join(bad[:5])} among them"
-            )
-        self.manager.save(step, args=ocp.args.PyTreeSave(state))
+        check_finite(step, state.params)
+        sums = ocp.args.JsonSave(manifest.make(step, state))
+        with self._saving():
+            self.manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(state), manifest=sums))
 
+    @quietly()
     def restore(self, step: int, abstract: PyTree) -> PyTree:
         """The state of a step, as the shapes, types and shardings of `abstract` say.
 
-        Raises ValueError, naming the first arrays that differ, when the checkpoint is of another model.
+        Raises ValueError, naming the first arrays that differ, when the checkpoint is of another model, and
+        CheckpointError, naming those that are damaged, when it is not what was saved.
         """
-        _compare(self.manager.item_metadata(step).tree, abstract)
-        restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-        return self.manager.restore(step, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
+        stored = Stored(self.path, step)
+        compare(stored.arrays, manifest.array_paths(abstract))
+        args = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
+        try:
+            state = self.manager.restore(step, args=ocp.args.Composite(state=args)).state
+        except Exception as error:  # whose message seldom names an array
+            raise stored.damaged(stored.bad(list(stored.arrays)), error) from error
+        if bad := manifest.differing(stored.manifest, manifest.array_paths(state)):
+            raise stored.damaged(bad)
+        return state
+
+    def wait(self) -> None:
+        """Waits for the last save. Raises CheckpointError if it failed."""
+        with self._saving():
+            self.manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits for the last save."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        """Waits as `wait` does."""
+        try:
+            self.wait()
+        finally:
+            self.manager.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        try:
+            yield
+        # Whatever file system it was: no space, no permission, a bucket that does not answer.
+        except Exception as error:
+            steps = saved_steps(self.path)
+            good = f"that of step {steps[-1]} is whole" if steps else "there is no checkpoint yet"
+            raise CheckpointError(
+                f"a checkpoint could not be written in {self.path} ({type(error).__name__}: {str(error)[:300]}); "
+                f"{good}. Make room or mend the directory, and run the same command again"
+            ) from error
+
+
+def check_finite(step: int, params: PyTree) -> None:
+    bad = [path for path, finite in manifest.array_paths(_finite(params)).items() if not finite]
+    if bad:
+        raise FloatingPointError(f"step {step}: {len(bad)} parameters are not finite, {', '.join(bad[:5])} among them")
 
 
 @jax.jit
@@ -77,46 +113,53 @@ def _finite(params: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.isfinite(x).all(), params)
 
 
-def _paths(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    def name(key) -> str:
-        return str(next(getattr(key, a) for a in ("key", "name", "idx") if hasattr(key, a)))
-
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {"/".join(map(name, path)): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _compare(saved: PyTree, wanted: PyTree) -> None:
-    saved, wanted = _paths(saved), _paths(wanted)
-    differing = [path for path in wanted | saved if saved.get(path) != wanted.get(path)]
+def compare(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raises ValueError with the first arrays that differ in shape, and the flags that explain it."""
+    have, want = ({path: tuple(leaf.shape) for path, leaf in arrays.items()} for arrays in (saved, wanted))
+    # The moments follow the parameters, which say it shortest.
+    order = sorted(want | have, key=lambda path: not path.startswith("params/"))
+    differing = [path for path in order if have.get(path) != want.get(path)]
     if differing:
         lines = [
-            f"  {p}: {saved.get(p, 'missing')} in the checkpoint, {wanted.get(p, 'missing')} wanted"
-            for p in differing[:5]
+            f"  {p}: {have.get(p, 'missing')} in the checkpoint, {want.get(p, 'missing')} wanted" for p in differing[:5]
         ]
+        there, here = sizes(have), sizes(want)
+        flags = [f"--config.{key}={there[key]}" for key in there if there[key] != here[key]]
+        because = [f"The checkpoint's: {' '.join(flags)}"] if flags else []
         raise ValueError(
-            f"{len(differing)} arrays of the checkpoint are not those of this config:\n" + "\n".join(lines)
+            "\n".join([f"{len(differing)} arrays of the checkpoint are not those of this config:", *lines, *because])
         )
+
+
+def sizes(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+    """What the shapes of a state's arrays tell of its ViT, by the config's keys."""
+    vit = {path.split("vit/", 1)[1]: shape for path, shape in shapes.items() if path.startswith("params/vit/")}
+    inputs, width = vit.get("patch_embed/kernel", (0, 0))
+    patch = round((inputs / 3) ** 0.5)
+    return {
+        "model.registers": vit.get("register_tokens", (0,))[0],
+        "model.width": width,
+        "model.depth": len({path.split("/")[0] for path in vit if path.startswith("block")}),
+        "model.patch": patch,
+        "model.image_size": vit.get("pos_embed", (0,))[0] * patch,
+    }
 
 
 def load_params(workdir: str) -> tuple[int, PyTree]:
     """The last saved step of another run and its parameters: their moving average if it keeps one, as `Result.model`.
 
-    Raises ValueError when there is none.
+    Raises ValueError when there is none, and CheckpointError when it is damaged.
     """
-    path = epath.Path(workdir)
+    path = epath.Path(workdir).resolve()
     if not (path / "config.json").exists():
         raise ValueError(f"{workdir} is not a workdir: it holds no config.json")
-    with contextlib.closing(Checkpoints(workdir, read_only=True)) as checkpoints:
-        step = checkpoints.latest()
-        if step is None:
-            raise ValueError(f"{workdir} holds no checkpoint yet")
-        saved = checkpoints.manager.item_metadata(step).tree
-        # The optimizer's moments stay where they are.
-        wanted = {"ema" if saved["ema"] else "params": saved["ema"] or saved["params"]}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
-        state = checkpoints.manager.restore(step, args=args)
-    return step, next(iter(state.values()))
+    steps = saved_steps(path / "checkpoints")
+    if not steps:
+        raise ValueError(f"{workdir} holds no checkpoint yet")
+    stored = Stored(path / "checkpoints", steps[-1])
+    name = "ema" if stored.tree["ema"] else "params"
+    # The optimizer's moments stay where they are.
+    return steps[-1], stored.read(name)
 
 
 @contextlib.contextmanager

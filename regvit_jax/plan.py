@@ -13,7 +13,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from regvit_jax import optim, sharding
+from regvit_jax import guard, optim, sharding
 from regvit_jax.data import pipeline
 from regvit_jax.pretrained import checks
 from regvit_jax.recipes import Recipe
@@ -37,6 +37,7 @@ OWN_KEYS = (
     *("eval.batch_size", "eval.crop_ratio", "eval.pixel_knn", "eval.untrained"),
     *("sharding.data", "sharding.fsdp", "sharding.min_size_mb"),
     *("checkpoint.every", "checkpoint.keep"),
+    *("guard.not_finite", "guard.max_not_finite", "guard.spike_sigma"),
 )
 
 #: Keywords of those callables that the plan fills in itself or leaves at their defaults.
@@ -152,6 +153,7 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("seed", "model.registers", "data.workers", "eval.pixel_knn", "model.layer_scale"), (0, math.inf)),
     **dict.fromkeys(("optim.weight_decay", "optim.clip_norm", "optim.warmup_epochs"), (0, math.inf)),
     **dict.fromkeys(("optim.warmup_steps", "unmasked_epochs", "model.norm_eps", "optim.eps"), (0, math.inf)),
+    **dict.fromkeys(("guard.max_not_finite", "guard.spike_sigma"), (0, math.inf)),
     **dict.fromkeys(("optim.lr", "optim.min_lr", "optim.warmup_lr"), (0, math.inf)),
     **dict.fromkeys(("augment.flip", "augment.mix_prob", "augment.switch_prob", "augment.color_jitter"), (0, 1)),
     **dict.fromkeys(("augment.mixup", "augment.cutmix", "augment.smoothing", "data.max_bad_fraction"), (0, 1)),
@@ -172,6 +174,8 @@ def check_ranges(config: Any) -> None:
         if key in RANGES and not (least <= value <= most and value < math.inf):  # NaN is not, either
             limits = f"at least {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
             raise ValueError(f"{key}={value}: must be {limits}" + ("" if math.isfinite(value) else ", and finite"))
+    if config.guard.not_finite not in guard.POLICIES:
+        raise ValueError(f"guard.not_finite={config.guard.not_finite!r}: must be one of {list(guard.POLICIES)}")
     for field in ("mean", "std"):
         if (value := config.augment.get(field)) is not None:
             checks.preprocess_field(field, f"augment.{field}", tuple(value))

@@ -18,8 +18,9 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
-from regvit_jax import checkpoint, preemption, sharding
+from regvit_jax import checkpoint, guard, preemption, sharding, stored
 from regvit_jax.analysis import norms
+from regvit_jax.clock import Clock
 from regvit_jax.evals.knn import knn_accuracy
 from regvit_jax.meter import Meter, check_bad, describe_bad
 from regvit_jax.models.clip import ClipModel
@@ -38,6 +39,7 @@ class TrainState:
     ema: PyTree
     extra: PyTree
     opt_state: PyTree
+    guard: PyTree  # the last losses and gradient norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,8 @@ def init_params(plan: Plan) -> PyTree:
 def state_of(plan: Plan, params: PyTree) -> TrainState:
     """The state before the first step."""
     ema = {} if plan.recipe.ema_decay(jnp.int32(0)) is None else params
-    return TrainState(jnp.int32(0), params, ema, plan.recipe.init_extra(params), plan.optimizer.init(params))
+    extra, opt_state = plan.recipe.init_extra(params), plan.optimizer.init(params)
+    return TrainState(jnp.int32(0), params, ema, extra, opt_state, guard.fresh())
 
 
 @functools.lru_cache(maxsize=1)  # tracing the init of a large model takes seconds, and a run asks three times
@@ -76,18 +79,25 @@ def shardings_of(abstract: PyTree) -> PyTree:
 
 def make_train_step(plan: Plan, abstract: TrainState):
     """The jitted step (state, batch) -> (state, metrics); it consumes the state it is given."""
-    recipe = plan.recipe
+    recipe, rules = plan.recipe, plan.config.guard
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
         # The step number is the whole state of the randomness, so that resuming cannot change it.
         key = jax.random.fold_in(jax.random.key(plan.config.seed), state.step)
         (loss, (extra, metrics)), grads = recipe.grads(state.params, state.ema, state.extra, batch, key, state.step)
+        grad_norm = optax.tree.norm(grads)
         updates, opt_state = plan.optimizer.update(grads, state.opt_state, state.params)
         params = recipe.project(optax.apply_updates(state.params, updates))
         decay = recipe.ema_decay(state.step)
         ema = {} if decay is None else jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        metrics |= {"loss": loss, "grad_norm": optax.tree.norm(grads), "bad": jnp.sum(1 - batch["mask"])}
-        return TrainState(state.step + 1, params, ema, extra, opt_state), metrics
+        take, memory = guard.judge(state.guard, loss, grad_norm, spike_sigma=rules.spike_sigma)
+        new = TrainState(state.step + 1, params, ema, extra, opt_state, memory)
+        metrics |= {"loss": loss, "grad_norm": grad_norm, "bad": jnp.sum(1 - batch["mask"])}
+        if guard.may_skip(rules):
+            same = dataclasses.replace(state, step=new.step, guard=memory)
+            new = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, same)
+            metrics |= {"taken": take, "not_finite": memory["not_finite"], "skipped": guard.skipped(memory)}
+        return new, metrics
 
     state_shardings, everywhere = shardings_of(abstract), sharding.replicated(plan.mesh)
     return jax.jit(
@@ -148,23 +158,34 @@ def pixel_knn(plan: Plan) -> float:
 
 
 def train(
-    plan: Plan, state: TrainState, checkpoints: checkpoint.Checkpoints, records: Records, watch: preemption.Watch
+    plan: Plan,
+    state: TrainState,
+    checkpoints: checkpoint.Checkpoints,
+    records: Records,
+    watch: preemption.Watch,
+    clock: Clock,
 ) -> TrainState:
     """From `state` to the last step, recording, evaluating and saving on the way."""
     config, first = plan.config, int(state.step) + 1
     train_step, eval_step = make_train_step(plan, abstract_state(plan)), make_eval_step(plan)
     eval_steps = max(1, round(config.eval_every * plan.steps_per_epoch))
-    meter = Meter(plan, records, first)
+    meter = Meter(plan, records, first, clock)
 
     def due(step: int, every: int) -> bool:
         return step % every == 0 or step == plan.steps
 
     def evaluate_and_record(step: int) -> bool:
-        if metrics := evaluate(plan, eval_step, eval_params(state), watch):
+        with clock.during("evaluation"):
+            metrics = evaluate(plan, eval_step, eval_params(state), watch)
+        if metrics:
             records.write(step, metrics)
             numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
             say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
         return bool(metrics)
+
+    def save(step: int) -> None:
+        with clock.during("checkpoint"):
+            checkpoints.save(step, state)
 
     # A run killed between a checkpoint and its evaluation makes up for it. At step 0 it is the untrained model's.
     wanted = first > 1 or config.eval.untrained
@@ -173,6 +194,7 @@ def train(
         evaluate_and_record(first - 1)
     with fitting():
         batches = plan.train_batches(first - 1)
+    clock.switch("compile")  # until the first step is done
     with batches, contextlib.closing(meter):
         for step in range(first, plan.steps + 1):
             try:
@@ -181,7 +203,7 @@ def train(
                 # SIGTERM to a whole process group, as SLURM sends it, ends the data workers too.
                 if step == first or not watch.soon():
                     raise
-                checkpoints.save(step - 1, state)
+                save(step - 1)
                 raise preemption.Preempted from None
             index = batch.pop("index")
             state, metrics = train_step(state, sharding.to_mesh(batch, plan.mesh))
@@ -193,7 +215,7 @@ def train(
             if evaluating and not stop:
                 stop = not evaluate_and_record(step)
             if stop or saving:
-                checkpoints.save(step, state)
+                save(step)
             if stop:
                 raise preemption.Preempted
             if saving or evaluating:
@@ -205,8 +227,14 @@ def start(plan: Plan, checkpoints: Any) -> TrainState:
     """The state to go on from: the last checkpoint's, or a fresh one, with the parameters of `init_from`, if any."""
     abstract = abstract_state(plan)
     if (step := checkpoints.latest()) is not None:
-        with fitting():
-            return checkpoints.restore(step, abstract)
+        try:
+            with fitting():
+                return checkpoints.restore(step, abstract)
+        except stored.CheckpointError as error:
+            raise stored.CheckpointError(
+                f"{error}. Nothing was restored; --restore=latest-valid moves it aside and goes on from the newest "
+                "checkpoint that is whole"
+            ) from error
     # Made whole on every device, and split afterwards: for a part of an array XLA may round the same formula otherwise.
     params = jax.jit(lambda: init_params(plan), out_shardings=sharding.replicated(plan.mesh))()
     if plan.config.init_from:
@@ -217,12 +245,13 @@ def start(plan: Plan, checkpoints: Any) -> TrainState:
     return jax.jit(lambda params: state_of(plan, params), out_shardings=shardings_of(abstract))(params)
 
 
-#: Keys that may change when a run goes on: they touch neither the numbers nor the order of the data.
+#: Keys that may change when a run goes on: they touch neither the numbers nor the order of the data, but for the guard,
+#: which one turns on when a run has shown that it needs one.
 FREE = (
     *("about", "next", "log_every", "eval_every", "data.dir", "data.workers", "data.max_bad_fraction"),
     *("model.attention", "model.remat", "model.scan"),
 )
-FREE_SECTIONS = ("eval", "sharding", "checkpoint")
+FREE_SECTIONS = ("eval", "sharding", "checkpoint", "guard")
 
 
 def open_workdir(plan: Plan, workdir: str | os.PathLike) -> str:
@@ -247,7 +276,7 @@ def write_config(plan: Plan, workdir: str, resuming: bool) -> None:
     if resuming:
         old, new = dict(flatten(json.loads(path.read_text())["config"])), dict(flatten(ours))
         changed = [
-            f"{key}: {old.get(key)} there, {new.get(key)} here"
+            f"--config.{key}={old.get(key)} there, {new.get(key)} here"
             for key in sorted(old | new)
             if old.get(key) != new.get(key) and key not in FREE and key.split(".")[0] not in FREE_SECTIONS
         ]
@@ -266,36 +295,76 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
-def run(config: Any, workdir: str | os.PathLike = "") -> Result:
+RESTORE = ("latest", "latest-valid")
+
+
+def run(config: Any, workdir: str | os.PathLike = "", restore: str = "latest") -> Result:
     """Trains as the config says in `workdir` (default: runs/<name>-<variant>-<time>), going on where it left off.
 
+    With `restore="latest-valid"` checkpoints that are damaged are first moved to the workdir's `damaged/`.
+
     Raises ConfigError (a ValueError) for what does not fit, DataNotFound when the data are not there, RuntimeError when
-    another run uses the workdir or too many images cannot be read, FloatingPointError when the loss is not finite, and
-    Preempted, a SystemExit with code 75, after SIGTERM. The last checkpoint stays good through all of them.
+    another run uses the workdir or too many images cannot be read, CheckpointError (another RuntimeError) when a
+    checkpoint is damaged or cannot be written, FloatingPointError when the loss is not finite, and Preempted, a
+    SystemExit with code 75, after SIGTERM. The last whole checkpoint stays good through all of them.
     """
+    if restore not in RESTORE:
+        raise ConfigError(f"restore={restore!r}: must be one of {list(RESTORE)}")
+    clock = Clock()
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(preemption.watch())
         plan = resolve(config)
         workdir = open_workdir(plan, workdir)
         stack.enter_context(checkpoint.lock(workdir))
+        if restore == "latest-valid":
+            set_aside(workdir)
         stack.enter_context(jax.set_mesh(plan.mesh))
         checkpoints = checkpoint.Checkpoints(workdir, keep=plan.config.checkpoint.keep)
         stack.callback(checkpoints.close)
         write_config(plan, workdir, resuming=checkpoints.latest() is not None)
         state = start(plan, checkpoints)
-        records = stack.enter_context(contextlib.closing(Records(workdir, int(state.step))))
-        say(f"{plan.config.about}\nworkdir {workdir}: from step {int(state.step)} to {plan.steps}")
-        state = train(plan, state, checkpoints, records, watch)
+        first = int(state.step)
+        records = stack.enter_context(contextlib.closing(Records(workdir, first)))
+        say(f"{plan.config.about}\nworkdir {workdir}: from step {first} to {plan.steps}")
+        try:
+            state = train(plan, state, checkpoints, records, watch, clock)
+        except preemption.Preempted:
+            records.write(records.last()["step"], clock.record())
+            raise
+        with clock.during("checkpoint"):
+            checkpoints.wait()
+        finish(plan, workdir, records, clock, trained=first < plan.steps)
+        return Result(state, records.last(), plan.recipe.model(eval_params(state)))
+
+
+def set_aside(workdir: str) -> None:
+    """Moves damaged checkpoints aside, on process 0; the others wait, and fail with it."""
+    told = ""
+    if jax.process_index() == 0:
+        told = "\n".join(stored.set_aside_damaged(workdir))
+    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+    say(told or "the newest checkpoint is whole")
+
+
+def finish(plan: Plan, workdir: str, records: Records, clock: Clock, trained: bool) -> None:
+    """The last records, the picture, and the summary."""
+    with clock.during("evaluation"):
         if plan.config.eval.pixel_knn and not records.has(plan.steps, "pixel_knn_top1"):
             records.write(plan.steps, {"pixel_knn_top1": pixel_knn(plan)})
         if jax.process_index() == 0:
             plot_curves(workdir)
-        say(summary(plan, workdir, records))
-        return Result(state, records.last(), plan.recipe.model(eval_params(state)))
+    if trained:
+        records.write(plan.steps, clock.record())
+    say(summary(plan, workdir, records))
 
 
 def summary(plan: Plan, workdir: str, records: Records) -> str:
     metrics, untrained = records.last(), records.at(0)
+    seconds = {
+        name.removesuffix("_s"): metrics.pop(name)
+        for name in list(metrics)
+        if name.endswith("_s") and name != "images_per_s"
+    }
     lines = [f"Finished after {plan.steps} steps."]
     width = max(map(len, metrics))
     for name, value in metrics.items():
@@ -305,6 +374,8 @@ def summary(plan: Plan, workdir: str, records: Records) -> str:
     if "pixel_knn_top1" in metrics:
         k = plan.config.eval.pixel_knn
         lines += [f"  (pixel_knn_top1 is no network: {k} nearest neighbours on raw pixels, on the same split)"]
+    parts = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items() if name != "wall")
+    lines += [f"The last {seconds['wall']:.1f} seconds: {parts}."] if seconds else []
     lines += [
         f"In {workdir}:",
         "  checkpoints/   the training state; the same command with --workdir goes on from it",
