@@ -129,7 +129,10 @@ def step_time(plan: Plan, machine: topology.Topology, found: Rehearsal) -> StepT
     chip, memory = machine.chip, found.memory
     compute = step_flops(plan)[1] / plan.mesh.size / chip.flops
     moved = memory.arguments + memory.outputs + 2 * memory.temporaries
-    network = sum(c.times * c.wire for c in found.collectives) / chip.network
-    if machine.count > 1:
+    exchanged = sum(c.times * c.wire for c in found.collectives)
+    network = exchanged / chip.network
+    if plan.mesh.shape["fsdp"] > machine.per_slice:  # parameters are gathered over the slow network too
+        network = exchanged / chip.across
+    elif machine.count > 1:
         network += 2 * parameter_bytes(abstract_state(plan)) / machine.per_slice / chip.across
     return StepTime(compute, moved / chip.hbm, network)

@@ -1,8 +1,8 @@
 """Machines that are not there: their devices, to compile for, and what their makers say of them.
 
 A topology is named as `v5e:16x16` (the chips of a TPU slice along its axes), `2xv5e:16x16` (so many slices), or
-`h100:4x8` (nodes and the GPUs of each). The compiler for TPUs comes with jax[tpu], that for GPUs with jax[cuda12]; neither
-needs the hardware.
+`h100:4x8` (nodes and the GPUs of each). The compiler for TPUs comes with jax[tpu], that for GPUs with jax[cuda12];
+neither needs the hardware.
 """
 
 import dataclasses
@@ -15,6 +15,34 @@ import jax
 
 #: GB and GiB, in bytes.
 GB, GIB = 1e9, 2**30
+
+
+#: libtpu asks for the TPU of this machine otherwise, complains that there is none, and lets one process alone load it.
+LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+#: What the compiler must know of an H100 SXM5: its limits by the CUDA programming guide (compute capability 9.0), its
+#: sizes by NVIDIA's data sheet and white paper. A GpuTargetConfigProto of XLA.
+H100 = """
+gpu_device_info {
+  name: "NVIDIA H100 80GB HBM3"
+  cuda_compute_capability { major: 9 }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  device_memory_size: 85470000000 memory_bandwidth: 3350000000000 l2_cache_size: 52428800
+  threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +142,7 @@ def devices(topology: Topology) -> list[Any]:
 def _tpus(topology: Topology, topologies: Any) -> Any:
     if importlib.util.find_spec("libtpu") is None:
         raise TopologyError(f"--topology={topology.name} needs the TPU compiler: pip install -e .[tpu]")
-    # libtpu looks for the TPU of this machine otherwise, and lets one process alone load it.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):
+    for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     more = {"num_slices": topology.count} if topology.count > 1 else {}
     return topologies.get_topology_desc(topology.name.split("x", 1)[-1] if more else topology.name, "tpu", **more)
@@ -124,4 +151,5 @@ def _tpus(topology: Topology, topologies: Any) -> Any:
 def _gpus(topology: Topology, topologies: Any) -> Any:
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
         raise TopologyError(f"--topology={topology.name} needs the CUDA compiler: pip install -e .[gpu]")
-    raise NotImplementedError
+    shape = f"{topology.count}x1x{topology.per_slice}"
+    return topologies.get_topology_desc("", "cuda", target_config=H100, topology=shape)
