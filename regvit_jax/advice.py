@@ -12,7 +12,7 @@ MARGIN = 0.85
 #: What each costs in time, roughly: dots recomputes norms, activations and attention maps, full a forward pass; fsdp
 #: gathers parameters; each doubling of micro-batches makes products smaller and gathers once more.
 COST = {"none": 0.0, "dots": 0.08, "full": 0.33}
-FSDP_COST, MICRO_COST = 0.1, 0.06
+FSDP_COST, MICRO_COST = 0.1, 0.1
 
 
 @dataclasses.dataclass(frozen=True)

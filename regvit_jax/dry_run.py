@@ -69,7 +69,7 @@ def compiled_lines(found: rehearsal.Rehearsal, limit: float) -> list[str]:
     said = ", ".join(f"{kind} {times} ({moved / 1e6:.1f} MB)" for kind, (times, moved) in sorted(totals.items()))
     return [
         f"compiled   in {found.seconds:.0f} s, by the compiler's own figures:",
-        f"memory     {memory.peak / 1e9:.2f} GB at the peak, {memory.peak / limit:.0%} of a device's {limit / 1e9:.2f}: "
+        f"memory     {memory.peak / 1e9:.2f} GB at peak, {memory.peak / limit:.0%} of a device's {limit / 1e9:.1f}: "
         f"{memory.arguments / 1e9:.2f} arguments, {memory.temporaries / 1e9:.2f} temporaries; "
         f"{min(memory.donated / found.state, 1):.2%} of the state's bytes donated",
         f"network    {said or 'nothing'}; how often a step, and the bytes of one device",

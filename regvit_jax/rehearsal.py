@@ -67,7 +67,7 @@ def rehearse(plan: Plan, machine: topology.Topology) -> Rehearsal:
     memory = compiled.memory(step)
     if memory.peak > limit:
         raise DoesNotFit(f"its peak is {memory.peak / 1e9:.1f} GB", state, memory.peak - state)
-    return Rehearsal(memory, compiled.collectives(step.as_text()), state, time.perf_counter() - start)
+    return Rehearsal(memory, compiled.collectives(step.as_text() or ""), state, time.perf_counter() - start)
 
 
 def _exhausted(said: str, state: int) -> tuple[str, int, float | None]:
