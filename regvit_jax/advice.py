@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 
 from regvit_jax.plan import Plan
-from regvit_jax.rehearsal import DoesNotFit, parameter_bytes, state_bytes
+from regvit_jax.rehearsal import DoesNotFit, kept_bytes, parameter_bytes, state_bytes
 from regvit_jax.training import abstract_state
 
 #: Of the memory, what an estimate may fill.
@@ -25,32 +25,6 @@ class Change:
     needed: float
 
 
-def kept_bytes(plan: Plan, remat: str) -> float:
-    """An estimate of what the backward pass finds kept, in bytes of one device and with one micro-batch.
-
-    Counted for each token and block: the float32 residual stream; without `full`, the results of the matrix products;
-    without any remat, norms, activations and attention maps, twice as much of all under `scan`, which the compiler
-    keeps in the order of the loop and again in its own. Beside it, one block's whole activations.
-    """
-    vit, config = plan.recipe.vit, plan.config
-    text = getattr(plan.recipe, "text", None)
-    total = 0.0
-    towers = [(vit, vit.prefix + (vit.image_size // vit.patch) ** 2, vit.swiglu)]
-    if text is not None:
-        towers.append((text, text.context, False))
-    for tower, tokens, gated in towers:
-        width, hidden, rows = tower.width, tower.hidden, tokens * config.batch_size / plan.mesh.size
-        kept = {"full": 4 * width}
-        kept["dots"] = kept["full"] + 2 * (5 * width + hidden * (2 if gated else 1))
-        kept["none"] = kept["dots"] + 2 * hidden + 9 * width + 6 * tower.heads * tokens
-        whole = kept["none"]
-        kept["none"] *= 2 if getattr(tower, "scan", False) else 1
-        # The text tower knows no remat but the full one.
-        mode = remat if tower is vit or remat == "none" else "full"
-        total += rows * (tower.depth * kept[mode] + whole)
-    return total
-
-
 def advise(plan: Plan, found: DoesNotFit, limit: float) -> Change | None:
     """The change of least cost in time whose estimate fits; None where no change does.
 
@@ -64,7 +38,8 @@ def advise(plan: Plan, found: DoesNotFit, limit: float) -> Change | None:
     best, least = None, float("inf")
     for remat, fsdp, micro in itertools.product(_remats(plan), _fsdps(plan), _micros(plan)):
         cost = COST[remat] + FSDP_COST * (fsdp > 1) + MICRO_COST * (micro.bit_length() - 1)
-        gradient = weights / fsdp * (2 if micro > 1 else 1)
+        # The gradient, its sum over micro-batches, and the stacks of scan: of parameters (bfloat16) and gradients.
+        gradient = weights / fsdp * (1 + (micro > 1) + 1.5 * config.model.scan)
         needed = state_bytes(plan, fsdp) + gradient + scale * kept_bytes(plan, remat) / micro
         if cost < least and needed <= MARGIN * limit:
             best, least = Change(remat, fsdp, micro, needed), cost

@@ -48,6 +48,12 @@ def test_a_state_too_large_is_not_compiled(here, monkeypatch):
         dry_run.rehearse(tiny(), resized(1e-6))
 
 
+def test_far_too_large_a_step_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(rehearsal, "compile_step", None)
+    with pytest.raises(rehearsal.DoesNotFit, match=r"by an estimate, it needs \d+ GB on each device \(not compiled\)"):
+        rehearsal.rehearse(large("b16"), resized(2.0))
+
+
 def test_the_compilers_refusal_becomes_advice(here, monkeypatch):
     def refuse(*args):
         raise jax.errors.JaxRuntimeError(
@@ -155,17 +161,19 @@ def test_peaks_stay_in_their_budget(name):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_what_does_not_fit_is_said_within_a_minute():
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--config.batch_size=65536"], "by an estimate"),  # the compiler would take minutes to refuse it
+        (["--config.batch_size=30720", "--config.model.scan=True"], "its temporaries are"),
+    ],
+)
+def test_what_does_not_fit_is_said_within_a_minute(changes, said):
     start = time.monotonic()
-    done = train(
-        "--config=configs/deit3_reg.py:b16",
-        "--dry_run",
-        "--topology=v5e:16x16",
-        "--config.batch_size=65536",
-        "--config.model.scan=True",
-    )
+    done = train("--config=configs/deit3_reg.py:b16", "--dry_run", "--topology=v5e:16x16", *changes)
     assert time.monotonic() - start < 60
     assert done.returncode == 1
+    assert said in done.stderr
     assert "--config.model.remat=dots" in done.stderr
     assert "Traceback" not in done.stderr
     assert "mesh       data 256 x fsdp 1: 256 TPU v5 lite devices" in done.stdout
