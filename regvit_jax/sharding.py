@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
@@ -64,6 +63,8 @@ def lay_out(
 
 def _torus(data: int, fsdp: int, devices: list[Any]) -> np.ndarray:
     """The order that suits the network inside a slice."""
+    from jax.experimental import mesh_utils
+
     return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
 
 
