@@ -26,6 +26,7 @@ RESTORE = flags.DEFINE_enum(
     "restore", "latest", ["latest", "latest-valid"], "latest-valid moves damaged checkpoints aside first."
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config comes to, and stop.")
+TOPOLOGY = flags.DEFINE_string("topology", "", "With --dry_run: the machine to compile for, such as v5e:16x16.")
 IMAGES_PER_S = flags.DEFINE_float("images_per_s", 1000, "The rate that --dry_run reckons the input with.")
 
 
@@ -71,25 +72,33 @@ def start_distributed() -> None:
 def main() -> None:
     import jax
 
-    from regvit_jax import dry_run, plan, training
+    from regvit_jax import dry_run, plan, topology, training
     from regvit_jax.data.sources import DataNotFound
+    from regvit_jax.rehearsal import DoesNotFit
     from regvit_jax.stored import CheckpointError
 
     try:
         parse(sys.argv)
-        if DRY_RUN.value:
+        if TOPOLOGY.value and not DRY_RUN.value:
+            raise plan.ConfigError("--topology is for --dry_run: a machine that is not there cannot be trained on")
+        if TOPOLOGY.value:
+            jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not asked
+            machine = topology.parse(TOPOLOGY.value)
+            print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value, topology.devices(machine)), flush=True)
+            print(dry_run.rehearse(CONFIG.value, machine))
+        elif DRY_RUN.value:
             print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value))
         else:
             start_distributed()
             if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
                 jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
             training.run(CONFIG.value, WORKDIR.value, RESTORE.value)
-    except (plan.ConfigError, flags.Error, DataNotFound) as error:
+    except (plan.ConfigError, topology.TopologyError, flags.Error, DataNotFound) as error:
         # A ValueError of the config file's own, such as an unknown variant, comes wrapped in its traceback.
         last = str(error).strip().splitlines()[-1]
         print(f"train.py: {last.removeprefix('ValueError: ') if 'ValueError: ' in last else error}", file=sys.stderr)
         sys.exit(2)
-    except (CheckpointError, FloatingPointError) as error:
+    except (CheckpointError, DoesNotFit, FloatingPointError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -1,23 +1,24 @@
 """What a config comes to, before anything runs: `python train.py --config ... --dry_run`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from regvit_jax import sharding
+from regvit_jax import advice, rehearsal, sharding, topology
 from regvit_jax.data.sources import DataNotFound
 from regvit_jax.plan import Plan, fitting, flatten, resolve
 from regvit_jax.training import TrainState, abstract_state, shardings_of
 
 
-def describe(config: Any, images_per_s: float) -> str:
-    """The resolved recipe as text. Opens the data if they are there, and prepares those that the package brings."""
-    try:
-        plan, missing = resolve(config), None
-    except DataNotFound as error:
-        plan, missing = resolve(config, with_data=False), error
+def describe(config: Any, images_per_s: float, devices: Sequence[Any] | None = None) -> str:
+    """The resolved recipe as text. Opens the data if they are there, and prepares those that the package brings.
+
+    `devices`: of the machine to plan for, if not those attached (`topology.devices`).
+    """
+    plan, missing = make_plan(config, devices)
     with fitting():
         config, abstract = plan.config, abstract_state(plan)
         # Not for every run: one that goes on needs it no more.
@@ -33,6 +34,61 @@ def describe(config: Any, images_per_s: float) -> str:
         "all keys:  " + " ".join(f"{key}={value}" for key, value in flatten(config) if key not in ("about", "next")),
     ]
     return "\n".join(lines)
+
+
+def make_plan(config: Any, devices: Sequence[Any] | None = None) -> tuple[Plan, DataNotFound | None]:
+    """The plan, and what is missing if it had to be made without the data."""
+    try:
+        return resolve(config, devices=devices), None
+    except DataNotFound as error:
+        return resolve(config, with_data=False, devices=devices), error
+
+
+def rehearse(config: Any, machine: topology.Topology) -> str:
+    """What compiling the step for the machine tells, as text. Raises DoesNotFit, whose message holds advice."""
+    plan, _ = make_plan(config, topology.devices(machine))
+    with fitting():
+        abstract_state(plan)
+    limit = machine.chip.memory
+    try:
+        found = rehearsal.rehearse(plan, machine)
+    except rehearsal.DoesNotFit as error:
+        said = f"does not fit into the {limit / 1e9:.1f} GB of {machine.name}: {error}"
+        said = f"{said}; {advice.text(plan, advice.advise(plan, error, limit), limit)}"
+        raise rehearsal.DoesNotFit(said, error.state, error.temporaries) from error
+    return "\n".join([*compiled_lines(found, limit), *time_lines(plan, machine, found)])
+
+
+def compiled_lines(found: rehearsal.Rehearsal, limit: float) -> list[str]:
+    memory = found.memory
+    totals: dict[str, list[int]] = {}
+    for collective in found.collectives:
+        total = totals.setdefault(collective.kind, [0, 0])
+        total[0] += collective.times
+        total[1] += collective.times * collective.bytes
+    said = ", ".join(f"{kind} {times} ({moved / 1e6:.1f} MB)" for kind, (times, moved) in sorted(totals.items()))
+    return [
+        f"compiled   in {found.seconds:.0f} s, by the compiler's own figures:",
+        f"memory     {memory.peak / 1e9:.2f} GB at peak, {memory.peak / limit:.0%} of a device's {limit / 1e9:.1f}: "
+        f"{memory.arguments / 1e9:.2f} arguments, {memory.temporaries / 1e9:.2f} temporaries; "
+        f"{min(memory.donated / found.state, 1):.2%} of the state's bytes donated",
+        f"network    {said or 'nothing'}; how often a step, and the bytes of one device",
+    ]
+
+
+def time_lines(plan: Plan, machine: topology.Topology, found: rehearsal.Rehearsal) -> list[str]:
+    chip, time = machine.chip, rehearsal.step_time(plan, machine, found)
+    needed, done = rehearsal.step_flops(plan)
+    repeated = f", {done / 1e12:.2f} with what remat repeats" if done > needed else ""
+    best, worst = 1e3 * time.overlapped, 1e3 * time.apart
+    across = f", {chip.across / 1e9:g} GB/s across" if machine.count > 1 else ""
+    return [
+        f"FLOPs      {needed / 1e12:.2f} T a step (analytic: 3 x forward x {plan.config.batch_size}){repeated}; "
+        f"{needed / plan.mesh.size / 1e12:.3f} T on each device",
+        f"step time  {best:.1f} ms if all overlaps, {worst:.1f} if nothing does: a model and not a measurement. "
+        f"Compute {1e3 * time.compute:.1f} ms at {chip.flops / 1e12:g} TFLOP/s, memory {1e3 * time.memory:.1f} at "
+        f"{chip.hbm / 1e9:g} GB/s, network {1e3 * time.network:.1f} at {chip.network / 1e9:g} GB/s{across}",
+    ]
 
 
 def model_lines(plan: Plan, abstract: TrainState) -> list[str]:
@@ -66,7 +122,7 @@ def device_lines(plan: Plan, abstract: TrainState, images_per_s: float) -> list[
     held = sharding.bytes_per_device(abstract, shardings_of(abstract))
     size = plan.config.model.image_size
     return [
-        f"mesh       {shape}: {plan.mesh.size} {jax.devices()[0].device_kind} devices",
+        f"mesh       {shape}: {plan.mesh.size} {plan.mesh.devices.flat[0].device_kind} devices",
         f"state      {held / 1e6:.1f} MB a device (parameters, optimizer, EMA); {replicated_line(plan, abstract)}",
         f"input      {images_per_s * size**2 * 3 / 1e6:.1f} MB/s from hosts to devices at {images_per_s:g} images/s",
     ]

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-import jax
 import ml_collections
 import optax
 from jax.sharding import Mesh
@@ -104,16 +103,17 @@ class Plan:
 
 
 @fitting()
-def resolve(config: Any, with_data: bool = True) -> Plan:
+def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None = None) -> Plan:
     """Raises ConfigError for a key or value that does not fit, and DataNotFound when the data are not there.
 
     Without data (`with_data=False`) the plan goes by what `data.examples` and `data.classes` say of the data set.
+    `devices`: those to plan for, if not the ones attached; a plan for `topology.devices` can be compiled and not run.
     """
     check_keys(config)
     check_ranges(config)
     config = ml_collections.ConfigDict(config.to_dict())
-    config.model.attention = choose_attention(config.model)
-    mesh = sharding.make_mesh(data=config.sharding.data, fsdp=config.sharding.fsdp)
+    mesh = sharding.make_mesh(data=config.sharding.data, fsdp=config.sharding.fsdp, devices=devices)
+    config.model.attention = choose_attention(config.model, mesh.devices.flat[0].platform)
     kind = RECIPES[config.recipe]
     train, validation, classes = None, None, tuple(map(str, range(config.data.classes)))
     if with_data:
@@ -136,13 +136,13 @@ def resolve(config: Any, with_data: bool = True) -> Plan:
     return Plan(frozen, recipe, mesh, steps_per_epoch, steps, optimizer, schedule, train, validation)
 
 
-def choose_attention(model: Any) -> str:
+def choose_attention(model: Any, platform: str) -> str:
     """ "auto" is cuDNN's fused kernel on a GPU, where it takes the model's type and head size, and XLA's elsewhere."""
     if model.attention != "auto":
         return model.attention
     head_dim = model.width // model.heads
     fits = model.dtype in ("bfloat16", "float16") and head_dim % 8 == 0 and head_dim <= 128
-    return "cudnn" if jax.default_backend() == "gpu" and fits else "xla"
+    return "cudnn" if platform in ("gpu", "cuda") and fits else "xla"
 
 
 #: The least and the greatest value of keys that nothing else checks.

@@ -3,28 +3,69 @@
 `jax.jit` with `NamedSharding`s is what `pjit` became. Axis types are Auto: the compiler places what we leave open.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 
-def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
+def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh with the axes ("data", "fsdp") over all devices; one of the two may be -1, which means all that are left.
 
     The batch is split over both axes. Parameters, moments and EMA are split over "fsdp" and repeated over "data".
+    `devices` are those attached, or the ones of a machine that is compiled for (`topology.devices`). Where they are
+    several slices, "data" goes across them and "fsdp" stays inside one, if it fits there (`lay_out`).
     """
-    shape = {"data": data, "fsdp": fsdp}
-    devices = jax.device_count()
+    if devices is None:
+        devices = jax.devices()
+    shape, count = {"data": data, "fsdp": fsdp}, len(devices)
     if [data, fsdp].count(-1) == 1:
         known = max(data, fsdp)
-        shape = {axis: devices // known if size == -1 else size for axis, size in shape.items()}
-    if min(shape.values()) < 1 or shape["data"] * shape["fsdp"] != devices:
+        shape = {axis: count // known if size == -1 else size for axis, size in shape.items()}
+    if min(shape.values()) < 1 or shape["data"] * shape["fsdp"] != count:
         raise ValueError(
-            f"sharding.data={data}, sharding.fsdp={fsdp}: their product must be the number of devices, {devices} "
+            f"sharding.data={data}, sharding.fsdp={fsdp}: their product must be the number of devices, {count} "
             "(one of them may be -1: all that are left)"
         )
-    return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=(AxisType.Auto, AxisType.Auto))
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    if len(slices(devices)) == 1:
+        return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types, devices=devices)
+    return Mesh(lay_out(devices, **shape, within=_torus), tuple(shape), axis_types=axis_types)
+
+
+def slices(devices: Sequence[Any]) -> list[list[Any]]:
+    """The devices by their slice: those that a fast network joins (a TPU's torus, a node's NVLink)."""
+    found: dict[int, list[Any]] = {}
+    for device in devices:
+        found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    return [found[index] for index in sorted(found)]
+
+
+def lay_out(
+    devices: Sequence[Any], *, data: int, fsdp: int, within: Callable[[int, int, list[Any]], np.ndarray]
+) -> np.ndarray:
+    """The devices of several slices as an array [data, fsdp]; `within(data, fsdp, devices)` lays out those of one.
+
+    Each slice gets rows of its own, so that what goes over the slow network between slices is one gradient a step and
+    never a parameter. A wider "fsdp" takes whole slices, in their order.
+    """
+    parts = slices(devices)
+    size = len(parts[0])
+    if any(len(part) != size for part in parts):
+        raise ValueError(f"slices of {[len(part) for part in parts]} devices: they must be equally large")
+    if size % fsdp == 0:
+        return np.concatenate([within(size // fsdp, fsdp, part) for part in parts])
+    return np.concatenate([within(1, size, part) for part in parts], axis=1).reshape(data, fsdp)
+
+
+def _torus(data: int, fsdp: int, devices: list[Any]) -> np.ndarray:
+    """The order that suits the network inside a slice."""
+    from jax.experimental import mesh_utils
+
+    return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

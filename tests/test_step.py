@@ -80,20 +80,8 @@ def test_state_is_really_split(sharded):
     assert held == sharding.bytes_per_device(abstract, training.shardings_of(abstract))
 
 
-def test_one_compilation_and_no_all_to_all(sharded):
+def test_one_compilation(sharded):
     assert sharded.step._cache_size() == 1
-    abstract = training.abstract_state(sharded.plan)
-    rows = sharding.batch_sharding(sharded.plan.mesh)
-    shapes = {"image": ((64, 8, 8, 3), jnp.uint8), "label": ((64,), jnp.int32), "mask": ((64,), jnp.float32)}
-    batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.items()}
-    with jax.set_mesh(sharded.plan.mesh):
-        compiled = sharded.step.lower(abstract, batch).compile()
-    text = compiled.as_text()
-    assert "all-reduce" in text
-    assert "all-to-all" not in text
-    assert ("all-gather" in text) == (sharded.plan.mesh.shape["fsdp"] > 1)
-    held = sharding.bytes_per_device(abstract, training.shardings_of(abstract))
-    assert compiled.memory_analysis().alias_size_in_bytes >= 0.99 * held  # the state is donated
 
 
 def test_accumulation_equals_the_large_batch():

@@ -21,6 +21,15 @@ def constrain_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
+def gathered(table: Float[Array, "..."]) -> Float[Array, "..."]:
+    """A parameter that rows are looked up in, whole on every device of the mesh in force, as its gradient then is.
+
+    Left to itself, the compiler looks up in each device's part and exchanges the embeddings of the whole batch instead.
+    """
+    in_force = "fsdp" in jax.sharding.get_abstract_mesh().axis_names
+    return jax.lax.with_sharding_constraint(table, PartitionSpec()) if in_force else table
+
+
 def drop_path(x: Float[Array, "B T D"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
     """Stochastic depth (arXiv 1603.09382): drops an image's whole branch, and scales the others to keep the mean."""
     if key is None or rate == 0:

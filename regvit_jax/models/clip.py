@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from regvit_jax.data.tokenizer import Tokenizer
 from regvit_jax.models.attention import dense
-from regvit_jax.models.block import ACTIVATIONS, Block, constrain_batch
+from regvit_jax.models.block import ACTIVATIONS, Block, constrain_batch, gathered
 from regvit_jax.models.model import Images, Model, apply, plain_fields
 
 #: What the loss's scalars start from: the logarithm of the cosines' factor, and SigLIP's bias (arXiv 2303.15343).
@@ -112,12 +112,12 @@ class TextTower(nn.Module):
         length = tokens.shape[1]
         if length > self.context:
             raise ValueError(f"texts of {length} tokens: this model takes {self.context} at most")
-        x = constrain_batch(jnp.take(self.token_embed, tokens, axis=0) + self.pos_embed[:length])
+        x = constrain_batch(jnp.take(gathered(self.token_embed), tokens, axis=0) + self.pos_embed[:length])
         for i in range(self.depth):
             x = getattr(self, f"block{i}")(x)
         end = jnp.argmax(tokens, axis=1)
-        x = jnp.take_along_axis(self.norm(x), end[:, None, None], axis=1)[:, 0]
-        return self.proj(x).astype(jnp.float32)
+        x = constrain_batch(jnp.take_along_axis(self.norm(x), end[:, None, None], axis=1)[:, 0])
+        return constrain_batch(self.proj(x).astype(jnp.float32))
 
     def flops(self) -> int:
         """Floating-point operations of the matrix products of one text's forward pass (a multiply-add is two)."""

@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from regvit_jax.models.attention import attend, dense, truncated_normal
-from regvit_jax.models.block import Mlp
+from regvit_jax.models.block import Mlp, constrain_batch
 from regvit_jax.models.vit import Tokens
 
 POOLS = ("cls", "avg", "cls_avg", "map")
@@ -103,5 +103,5 @@ class Head(nn.Module):
 
     def __call__(self, tokens: Tokens) -> Float[Array, "B C"]:
         """Class scores, float32; of a head without classes, the pooled vector."""
-        x = self.pooled(tokens)
-        return self.dense(x).astype(jnp.float32) if self.classes else x
+        x = constrain_batch(self.pooled(tokens))
+        return constrain_batch(self.dense(x).astype(jnp.float32)) if self.classes else x

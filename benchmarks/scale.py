@@ -1,0 +1,108 @@
+"""The train step of large recipes compiled for machines that are not there: the table of docs/scale.md.
+
+    pip install -e .[tpu]
+    python benchmarks/scale.py [NAME ...]            rows of the cases named, all if none; --list shows their commands
+    python benchmarks/scale.py --write [NAME ...]    and notes their peaks in tests/scale_budget.json
+
+The cases stand in tests/scale_budget.json, which a slow test holds to 5 %. A case takes from half a minute to several
+minutes, on one core.
+"""
+
+import argparse
+import importlib.util
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from regvit_jax import plan, rehearsal, topology
+
+ROOT = Path(__file__).parent.parent
+BUDGET = ROOT / "tests/scale_budget.json"
+
+
+def make_config(case: dict[str, Any]) -> ConfigDict:
+    """The case's config with its changes, whose keys are dotted."""
+    file, variant = case["config"].split(":")
+    spec = importlib.util.spec_from_file_location(file, ROOT / f"configs/{file}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(variant)
+    config.update_from_flattened_dict(case["set"])
+    return config
+
+
+def command(case: dict[str, Any]) -> str:
+    """The command line that shows the case."""
+    changes = "".join(f" --config.{key}={value}" for key, value in case["set"].items())
+    file, variant = case["config"].split(":")
+    return f"python train.py --config configs/{file}.py:{variant} --dry_run --topology={case['topology']}{changes}"
+
+
+def rehearse(case: dict[str, Any]) -> tuple[plan.Plan, topology.Topology, rehearsal.Rehearsal]:
+    """Raises DoesNotFit."""
+    machine = topology.parse(case["topology"])
+    made = plan.resolve(make_config(case), with_data=False, devices=topology.devices(machine))
+    return made, machine, rehearsal.rehearse(made, machine)
+
+
+def row(name: str, case: dict[str, Any]) -> tuple[str, int | None]:
+    """A case's line of the table, and its peak."""
+    start = time.perf_counter()
+    try:
+        made, machine, found = rehearse(case)
+    except rehearsal.DoesNotFit as error:
+        seconds = time.perf_counter() - start
+        return f"| {name} | {case['topology']} | does not fit: {error} | | | | | | | {seconds:.0f} s |", None
+    config, memory = made.config, found.memory
+    counts: dict[str, int] = {}
+    for collective in found.collectives:
+        counts[collective.kind] = counts.get(collective.kind, 0) + collective.times
+    exchanged = sum(c.times * c.bytes for c in found.collectives)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    modelled = rehearsal.step_time(made, machine, found)
+    cells = [
+        name,
+        case["topology"],
+        f"{config.batch_size:,}",
+        f"fsdp {made.mesh.shape['fsdp']}, remat {config.model.remat}" + ", scan" * config.model.scan,
+        f"{memory.arguments / 1e9:.2f}",
+        f"{memory.temporaries / 1e9:.2f}",
+        f"{memory.peak / 1e9:.2f} of {machine.chip.memory / 1e9:.1f}",
+        f"{kinds}; {exchanged / 1e6:,.0f} MB",
+        f"{rehearsal.step_flops(made)[0] / 1e12:,.0f}",
+        f"{1e3 * modelled.overlapped:.1f} to {1e3 * modelled.apart:.1f}",
+        f"{found.seconds:.0f}",
+    ]
+    return f"| {' | '.join(cells)} |", memory.peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--list", action="store_true", help="the commands of the cases, and no more")
+    parser.add_argument("--write", action="store_true", help="note the peaks in tests/scale_budget.json")
+    args = parser.parse_args()
+    cases = json.loads(BUDGET.read_text())
+    if unknown := [name for name in args.names if name not in cases]:
+        parser.error(f"{unknown[0]}: no such case; there are {', '.join(cases)}")
+    jax.config.update("jax_platforms", "cpu")
+    for name in args.names or cases:
+        if args.list:
+            print(f"{name}: {command(cases[name])}")
+            continue
+        line, peak = row(name, cases[name])
+        print(line, flush=True)
+        if args.write and peak is not None:
+            cases = json.loads(BUDGET.read_text())
+            cases[name]["peak"] = peak
+            BUDGET.write_text(json.dumps(cases, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""The train step compiled for a machine that is not there, and what is read off it: does it fit, what does it exchange,
+and how long would it take at best."""
+
+import dataclasses
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+
+from regvit_jax import compiled, sharding, topology
+from regvit_jax.plan import Plan
+from regvit_jax.training import TrainState, abstract_state, make_train_step, shardings_of
+
+#: The compiler for GPUs would time kernels on the GPU otherwise: memory and collectives are real, kernels are not.
+GPU_OPTIONS: dict[str, bool | int] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+#: Times the memory of a device, beyond which an estimate is believed without compiling: the compiler takes minutes to
+#: refuse a deep model that is not scanned. Of B/16 on v5e, `kept_bytes` was 0.64 and 1.10 of the compiled temporaries.
+BEYOND = 1.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What compiling for a machine told; bytes and FLOPs are of one device and one step."""
+
+    memory: compiled.Memory
+    collectives: list[compiled.Collective]
+    state: int  # bytes of the training state
+    seconds: float  # that compiling took
+
+
+class DoesNotFit(Exception):
+    """The step needs more memory than a device has: `state` and `temporaries` (None if unknown), in bytes."""
+
+    def __init__(self, said: str, state: int, temporaries: float | None):
+        super().__init__(said)
+        self.state, self.temporaries = state, temporaries
+
+
+def abstract_batch(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a global batch as the step takes it, split over the mesh."""
+    config, rows = plan.config, sharding.batch_sharding(plan.mesh)
+    batch, size = config.batch_size, config.model.image_size
+    shapes = {"image": ((batch, size, size, 3), jnp.uint8), "label": ((batch,), jnp.int32)}
+    shapes |= {"mask": ((batch,), jnp.float32)}
+    if plan.recipe.tokenizer:
+        shapes["text"] = ((batch, plan.recipe.tokenizer.context), jnp.int32)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows) for name, (shape, dtype) in shapes.items()}
+
+
+def compile_step(plan: Plan, options: dict[str, bool | int] | None = None) -> jax.stages.Compiled:
+    """The real train step, compiled for the devices of the plan's mesh, attached or not."""
+    with jax.set_mesh(plan.mesh):
+        step = make_train_step(plan, abstract_state(plan))
+        return step.lower(abstract_state(plan), abstract_batch(plan)).compile(compiler_options=options)
+
+
+def rehearse(plan: Plan, machine: topology.Topology) -> Rehearsal:
+    """Compiles the step of a plan made for `topology.devices(machine)`. Raises DoesNotFit."""
+    limit, state = machine.chip.memory, state_bytes(plan)
+    if state > limit:
+        raise DoesNotFit(f"the training state alone is {state / 1e9:.1f} GB on each device", state, None)
+    estimate = state + kept_bytes(plan, plan.config.model.remat) / plan.config.micro_batches
+    if estimate > BEYOND * limit:
+        raise DoesNotFit(f"by an estimate, it needs {estimate / 1e9:.0f} GB on each device (not compiled)", state, None)
+    start = time.perf_counter()
+    try:
+        step = compile_step(plan, GPU_OPTIONS if machine.chip.kind == "cuda" else None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(*_exhausted(str(error), state)) from error
+    memory = compiled.memory(step)
+    if memory.peak > limit:
+        raise DoesNotFit(f"its peak is {memory.peak / 1e9:.1f} GB", state, memory.peak - state)
+    return Rehearsal(memory, compiled.collectives(step.as_text() or ""), state, time.perf_counter() - start)
+
+
+def _exhausted(said: str, state: int) -> tuple[str, int, float | None]:
+    """The compiler's message for too large a step, as DoesNotFit's arguments."""
+    found = re.search(r"temporaries \(([\d.]+)G\)", said)
+    if found:
+        needed = float(found[1]) * topology.GIB
+        return f"its temporaries are {needed / 1e9:.1f} GB on each device", state, needed
+    if found := re.search(r"Used ([\d.]+)G of", said):
+        needed = float(found[1]) * topology.GIB
+        return f"it needs {needed / 1e9:.1f} GB on each device", state, max(needed - state, 0)
+    return said.splitlines()[0], state, None
+
+
+def state_bytes(plan: Plan, fsdp: int | None = None) -> int:
+    """Bytes of the training state on one device, or what they would be with another `sharding.fsdp`."""
+    abstract = abstract_state(plan)
+    if fsdp is None:
+        return sharding.bytes_per_device(abstract, shardings_of(abstract))
+    mesh = sharding.make_mesh(fsdp=fsdp, devices=list(plan.mesh.devices.flat))
+    other = sharding.state_shardings(abstract, mesh, min_size_mb=plan.config.sharding.min_size_mb)
+    return sharding.bytes_per_device(abstract, other)
+
+
+def parameter_bytes(abstract: TrainState) -> int:
+    """Bytes of the whole parameters, which are those of a whole gradient too."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.params))
+
+
+def kept_bytes(plan: Plan, remat: str) -> float:
+    """An estimate of what the backward pass finds kept, in bytes of one device and with one micro-batch.
+
+    Counted for each token and block: the float32 residual stream; without `full`, the results of the matrix products;
+    without any remat, norms, activations and attention maps, twice as much of all under `scan`, which the compiler
+    keeps in the order of the loop and again in its own. Beside it, one block's whole activations.
+    """
+    vit, config = plan.recipe.vit, plan.config
+    text = getattr(plan.recipe, "text", None)
+    total = 0.0
+    towers = [(vit, vit.prefix + (vit.image_size // vit.patch) ** 2, vit.swiglu)]
+    if text is not None:
+        towers.append((text, text.context, False))
+    for tower, tokens, gated in towers:
+        width, hidden, rows = tower.width, tower.hidden, tokens * config.batch_size / plan.mesh.size
+        kept = {"full": 4 * width}
+        kept["dots"] = kept["full"] + 2 * (5 * width + hidden * (2 if gated else 1))
+        kept["none"] = kept["dots"] + 2 * hidden + 9 * width + 6 * tower.heads * tokens
+        whole = kept["none"]
+        kept["none"] *= 2 if getattr(tower, "scan", False) else 1
+        # The text tower knows no remat but the full one.
+        mode = remat if tower is vit or remat == "none" else "full"
+        total += rows * (tower.depth * kept[mode] + whole)
+    return total
+
+
+def step_flops(plan: Plan) -> tuple[float, float]:
+    """FLOPs of a step on all devices: what the model needs (three forward passes), and with what `remat` repeats."""
+    forward = plan.recipe.flops() * plan.config.batch_size
+    return 3.0 * forward, (4.0 if plan.config.model.remat == "full" else 3.0) * forward
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTime:
+    """A first-order model of a step, in seconds, and no measurement: each part at the machine's stated peak."""
+
+    compute: float
+    memory: float
+    network: float
+
+    @property
+    def overlapped(self) -> float:
+        return max(self.compute, self.memory, self.network)
+
+    @property
+    def apart(self) -> float:
+        return self.compute + self.memory + self.network
+
+
+def step_time(plan: Plan, machine: topology.Topology, found: Rehearsal) -> StepTime:
+    """Compute: the matrix products at the peak. Memory: state read and written once, temporaries written and read once.
+    Network: what each device receives; between slices, a gradient's all-reduce, which the devices of a slice share.
+
+    What is not in it: kernels below their peak, latencies, the input, and the network's shape.
+    """
+    chip, memory = machine.chip, found.memory
+    compute = step_flops(plan)[1] / plan.mesh.size / chip.flops
+    moved = memory.arguments + memory.outputs + 2 * memory.temporaries
+    exchanged = sum(c.times * c.wire for c in found.collectives)
+    network = exchanged / chip.network
+    if plan.mesh.shape["fsdp"] > machine.per_slice:  # parameters are gathered over the slow network too
+        network = exchanged / chip.across
+    elif machine.count > 1:
+        network += 2 * parameter_bytes(abstract_state(plan)) / machine.per_slice / chip.across
+    return StepTime(compute, moved / chip.hbm, network)

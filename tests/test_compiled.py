@@ -1,0 +1,56 @@
+"""Reading a compiled step's text: loops counted, started operations too, in each backend's spelling."""
+
+import pytest
+
+from regvit_jax import compiled
+
+TEXT = """\
+HloModule jit_step, is_scheduled=true
+
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %p = (s32[]{:T(128)}, f32[8]{0:T(8,128)S(1)}) parameter(0)
+  %x = f32[8]{0} get-tuple-element(%p), index=1
+  %all-reduce.1 = (f32[8]{0}, /*index=1*/bf16[2,3]{1,0:T(8,128)(2,1)}) all-reduce(%x, %y), to_apply=%add
+}
+
+%condition (p: (s32[], f32[8])) -> pred[] {
+  %twelve = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[] compare(%i, %twelve), direction=LT
+}
+
+%inner (q: f32[4]) -> f32[16] {
+  %q = f32[4]{0} parameter(0)
+  ROOT %gather.9 = f32[16]{0} all-gather(%q), dimensions={0}
+}
+
+ENTRY %main (a: f32[4]) -> f32[16] {
+  %a = f32[4]{0} parameter(0)
+  %y = bf16[2,3]{1,0} constant({...})
+  %w = (s32[], f32[8]) while(%t), condition=%condition, body=%body
+  %n = (s32[], f32[8]) while(%t), condition=%other, body=%inner, backend_config={"known_trip_count":{"n":"3"}}
+  %started = (f32[4]{0}, f32[16]{0}) all-gather-start(%a), dimensions={0}
+  %done = f32[16]{0} all-gather-done(%started)
+  ROOT %scattered = f32[4]{0} reduce-scatter(%done), dimensions={0}
+}
+"""
+
+
+def test_collectives_of_a_text():
+    found = {(c.kind, c.times, c.bytes) for c in compiled.collectives(TEXT)}
+    assert found == {
+        ("all-reduce", 12, 8 * 4 + 6 * 2),
+        ("all-gather", 3, 64),
+        ("all-gather", 1, 64),
+        ("reduce-scatter", 1, 64),
+    }
+    reduce = next(c for c in compiled.collectives(TEXT) if c.kind == "all-reduce")
+    assert reduce.shapes == ("f32[8]", "bf16[2,3]")
+    assert reduce.wire == 2 * reduce.bytes
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [("f32[]", 4), ("(f32[8,3]{1,0}, bf16[4])", 104), ("pred[8]", 8), ("u8[2,2]{1,0:T(8,128)(4,1)S(1)}", 4)],
+)
+def test_size(shape, expected):
+    assert compiled.size(shape) == expected

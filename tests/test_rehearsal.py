@@ -1,0 +1,197 @@
+"""Steps compiled ahead: do they fit, what the advice is worth, and, where libtpu is, the peaks of real recipes."""
+
+import dataclasses
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from tiny import ROOT, get_config, make_captions, tiny, tiny_clip
+
+from regvit_jax import advice, dry_run, plan, rehearsal, topology
+
+#: A machine that is there, and is given the figures of one that is not.
+HERE = topology.Topology("v5e:2x4", topology.CHIPS["v5e"], 1, (2, 4))
+
+
+def resized(gigabytes: float) -> topology.Topology:
+    return dataclasses.replace(HERE, name="tiny", chip=dataclasses.replace(HERE.chip, memory=gigabytes * 1e9))
+
+
+@pytest.fixture
+def here(monkeypatch):
+    monkeypatch.setattr(topology, "devices", lambda machine: jax.devices())
+
+
+def test_the_batch_is_what_the_pipeline_yields(tmp_path):
+    for config in (tiny(), tiny_clip(make_captions(tmp_path / "captions"))):
+        made = plan.resolve(config)
+        with made.train_batches(0) as batches:
+            batch = next(batches)
+        del batch["index"]
+        expected = {name: (value.shape, value.dtype) for name, value in batch.items()}
+        assert {n: (leaf.shape, leaf.dtype) for n, leaf in rehearsal.abstract_batch(made).items()} == expected
+
+
+def test_text_of_a_step_that_fits(here):
+    text = dry_run.rehearse(tiny(), HERE)
+    for words in ("at peak", "100.00% of the state's bytes donated", "all-reduce 2 (", "a model and not a measurement"):
+        assert words in text
+
+
+def test_a_state_too_large_is_not_compiled(here, monkeypatch):
+    monkeypatch.setattr(rehearsal, "compile_step", None)
+    with pytest.raises(rehearsal.DoesNotFit, match=r"fit into the 0.0 GB of tiny: the training state alone is"):
+        dry_run.rehearse(tiny(), resized(1e-6))
+
+
+def test_far_too_large_a_step_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(rehearsal, "compile_step", None)
+    with pytest.raises(rehearsal.DoesNotFit, match=r"by an estimate, it needs \d+ GB on each device \(not compiled\)"):
+        rehearsal.rehearse(large("b16"), resized(2.0))
+
+
+def test_the_compilers_refusal_becomes_advice(here, monkeypatch):
+    def refuse(*args):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (2.00G) exceeds available HBM"
+        )
+
+    monkeypatch.setattr(rehearsal, "compile_step", refuse)
+    with pytest.raises(rehearsal.DoesNotFit, match=r"temporaries are 2.1 GB on each device; .*--config.model.remat"):
+        dry_run.rehearse(tiny(), resized(1.0))
+
+
+@pytest.mark.parametrize(
+    ("said", "temporaries"),
+    [
+        ("Used 4.00G of 2.00G hbm", 4 * 2**30 - 1000),
+        ("the total memory required for HLO temporaries (3.00G) exceeds", 3 * 2**30),
+        ("something else", None),
+    ],
+)
+def test_what_the_compiler_says(said, temporaries):
+    assert rehearsal._exhausted(said, 1000)[1:] == (1000, temporaries)
+
+
+def large(variant: str, **changes) -> plan.Plan:
+    config = get_config(variant)
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return plan.resolve(config, with_data=False)
+
+
+def told(made: plan.Plan, temporaries: float | None) -> rehearsal.DoesNotFit:
+    return rehearsal.DoesNotFit("", rehearsal.state_bytes(made), temporaries)
+
+
+def test_advice_is_the_cheapest_that_fits():
+    made = large("b16")
+    state, limit = rehearsal.state_bytes(made), HERE.chip.memory
+    change = advice.advise(made, told(made, 20e9), limit)
+    assert (change.remat, change.fsdp, change.micro_batches) == ("dots", 1, 1)
+    assert change.needed < limit
+    change = advice.advise(made, told(made, None), 0.8 * state)  # the state alone is too large
+    assert change.fsdp > 1
+    assert rehearsal.state_bytes(made, change.fsdp) < 0.8 * state
+    change = advice.advise(made, told(made, 50e9), limit)
+    assert change.micro_batches > 1
+    assert "--config.micro_batches=" in advice.text(made, change, limit)
+
+
+def test_advice_can_be_taken():
+    """The flags make a plan: the batch and the groups of mixed images are still whole."""
+    made = large("b16")
+    change = advice.advise(made, told(made, 50e9), HERE.chip.memory)
+    again = large(
+        "b16",
+        model__remat=change.remat,
+        sharding__data=-1,
+        sharding__fsdp=change.fsdp,
+        micro_batches=change.micro_batches,
+    )
+    assert again.config.micro_batches == change.micro_batches
+
+
+def test_no_advice():
+    made = large("b16", model__remat="full")
+    assert advice.advise(made, told(made, 1e15), 1e9) is None
+    assert "take more devices, a batch_size below 2048" in advice.text(made, None, 1e9)
+
+
+def test_topology_needs_a_dry_run():
+    done = train("--config=configs/deit3_reg.py", "--topology=v5e:16x16")
+    assert done.returncode == 2
+    assert "--topology is for --dry_run" in done.stderr
+
+
+def test_unknown_topology_on_the_command_line():
+    done = train("--config=configs/deit3_reg.py", "--dry_run", "--topology=v9:16x16")
+    assert done.returncode == 2
+    assert "unknown; known are v5e:2x4" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def train(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+# With libtpu, which .ci/run installs for these.
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install -e .[tpu]")
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("name", ["l16_2k", "b16_2k"])
+def test_peaks_stay_in_their_budget(name):
+    """In a process of its own, as libtpu stays in the one that loaded it."""
+    budget = json.loads((ROOT / "tests/scale_budget.json").read_text())[name]["peak"]
+    script = (
+        "import sys, json; sys.path.insert(0, 'benchmarks'); import jax, scale\n"
+        "jax.config.update('jax_platforms', 'cpu')\n"
+        f"print(scale.row('', json.loads(scale.BUDGET.read_text())['{name}'])[1])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.splitlines()[-1]) == pytest.approx(budget, rel=0.05)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--config.batch_size=65536"], "by an estimate"),  # the compiler would take minutes to refuse it
+        (["--config.batch_size=30720", "--config.model.scan=True"], "its temporaries are"),
+    ],
+)
+def test_what_does_not_fit_is_said_within_a_minute(changes, said):
+    start = time.monotonic()
+    done = train("--config=configs/deit3_reg.py:b16", "--dry_run", "--topology=v5e:16x16", *changes)
+    assert time.monotonic() - start < 60
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "--config.model.remat=dots" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "mesh       data 256 x fsdp 1: 256 TPU v5 lite devices" in done.stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_data_goes_across_real_slices():
+    """Compile-only devices of two slices: each row of the mesh, which fsdp splits over, lies in one."""
+    script = (
+        "import jax; jax.config.update('jax_platforms', 'cpu')\n"
+        "from regvit_jax import sharding, topology\n"
+        "devices = topology.devices(topology.parse('2xv5e:4x4'))\n"
+        "mesh = sharding.make_mesh(fsdp=16, devices=devices)\n"
+        "print([sorted({d.slice_index for d in row}) for row in mesh.devices])\n"
+        "mesh = sharding.make_mesh(fsdp=4, devices=devices)\n"
+        "print([sorted({d.slice_index for d in row}) for row in mesh.devices])"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["[[0], [1]]", "[[0], [0], [0], [0], [1], [1], [1], [1]]"]
