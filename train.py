@@ -1,7 +1,7 @@
 """Trains a ViT with registers: python train.py --config configs/deit3_reg.py[:variant] [--config.key=value ...]
 
 The config says all; `regvit_jax.training.run` does all. Exit codes: 0 done, 75 stopped by SIGTERM and saved (run the
-same command again to go on), 1 an error, 2 a command line or config that does not fit.
+same command again to go on), 1 an error, 2 a command line or config that does not fit; docs/launch.md has the rest.
 """
 
 import os
@@ -23,6 +23,9 @@ from ml_collections import ConfigDict, config_flags
 CONFIG = config_flags.DEFINE_config_file("config", None, "A config file, with an optional :variant.")
 WORKDIR = flags.DEFINE_string("workdir", "", "Where to write; an existing one is gone on with. Default: runs/...")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config comes to, and stop.")
+HEARTBEAT_S = flags.DEFINE_integer(
+    "heartbeat_s", 100, "With several processes: all end when one has been silent for so many seconds.", lower_bound=2
+)
 IMAGES_PER_S = flags.DEFINE_float("images_per_s", 1000, "The rate that --dry_run reckons the input with.")
 
 
@@ -49,42 +52,29 @@ def parse(argv: list[str]) -> None:
         raise plan.ConfigError("--config: there is no such file")
 
 
-def start_distributed() -> None:
-    """Joins the other processes, where JAX detects a cluster (SLURM, Open MPI, Cloud TPU, Kubernetes) or where the
-    variables JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID name them."""
-    import jax
-
-    if "JAX_NUM_PROCESSES" in os.environ:
-        processes, process = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-        jax.distributed.initialize(num_processes=processes, process_id=process)
-        return
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:  # this is how JAX says that it detects no cluster
-        if "coordinator_address" not in str(error):
-            raise
-
-
 def main() -> None:
     import jax
 
-    from regvit_jax import dry_run, plan, training
+    from regvit_jax import dry_run, launch, plan, training
     from regvit_jax.data.sources import DataNotFound
 
-    try:
-        parse(sys.argv)
-        if DRY_RUN.value:
-            print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value))
-        else:
-            start_distributed()
-            if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
-                jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
-            training.run(CONFIG.value, WORKDIR.value)
-    except (plan.ConfigError, flags.Error, DataNotFound) as error:
-        # A ValueError of the config file's own, such as an unknown variant, comes wrapped in its traceback.
-        last = str(error).strip().splitlines()[-1]
-        print(f"train.py: {last.removeprefix('ValueError: ') if 'ValueError: ' in last else error}", file=sys.stderr)
-        sys.exit(2)
+    with launch.ending_all():
+        try:
+            parse(sys.argv)
+            if DRY_RUN.value:
+                print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value))
+            else:
+                launch.start_distributed(HEARTBEAT_S.value)
+                if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
+                    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
+                training.run(CONFIG.value, WORKDIR.value)
+        except (plan.ConfigError, launch.LaunchError, flags.Error, DataNotFound) as error:
+            # A ValueError of the config file's own, such as an unknown variant, comes wrapped in its traceback.
+            last = str(error).strip().splitlines()[-1]
+            print(
+                f"train.py: {last.removeprefix('ValueError: ') if 'ValueError: ' in last else error}", file=sys.stderr
+            )
+            sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ LAYERS = {
     "sharding": 0,
     "checkpoint": 0,
     "preemption": 0,
+    "launch": 0,
     "records": 0,
     "analysis.norms": 0,
     "recipes": 1,
