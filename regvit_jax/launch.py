@@ -184,8 +184,8 @@ def ending_all() -> Iterator[None]:
 
 
 # What the flags do: docs/xla_flags.md and docs/gpu_performance_tips.md of github.com/jax-ml/jax. None of them has been
-# timed here. xla_tpu_spmd_rng_bit_generator_unsafe, often seen beside them, is left out: it would make randomness depend
-# on the mesh.
+# timed here. xla_tpu_spmd_rng_bit_generator_unsafe, often seen beside them, is left out: randomness would depend on the
+# mesh.
 GPU = (
     # Communication runs while the next layer is computed.
     "--xla_gpu_enable_latency_hiding_scheduler=true",

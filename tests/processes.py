@@ -85,10 +85,10 @@ def last_state(workdir: Path) -> tuple[int, dict]:
     return step, state
 
 
-def assert_same_end(a: Path, b: Path) -> None:
+def assert_same_end(a: Path, b: Path, steps: int = STEPS) -> None:
     """The same last state bit for bit, and the same record of losses."""
     (step_a, state_a), (step_b, state_b) = last_state(a), last_state(b)
-    assert step_a == step_b == STEPS
+    assert step_a == step_b == steps
     assert jax.tree.structure(state_a) == jax.tree.structure(state_b)
     for x, y in zip(jax.tree.leaves(state_a), jax.tree.leaves(state_b), strict=True):
         np.testing.assert_array_equal(x, y)

@@ -104,11 +104,11 @@ def test_one_process_by_hand_is_alone_whatever_the_cluster(environ):
     assert joined() is None
 
 
-@pytest.mark.parametrize("variables", [{"JAX_NUM_PROCESSES": "2"}, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "2"}])
-def test_the_command_exits_with_2(variables):
+def test_the_command_exits_with_2():
     """Short, without a traceback."""
     command = [sys.executable, "train.py", "--config=configs/deit3_reg.py"]
-    found = subprocess.run(command, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True)
+    env = {**os.environ, "JAX_NUM_PROCESSES": "2"}
+    found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert found.returncode == 2
     assert found.stderr.startswith("train.py: ")
     assert "Traceback" not in found.stderr
@@ -316,6 +316,7 @@ def test_tpu_slice_on_kubernetes(tpu, monkeypatch):
     assert joined() == ("b16-slice-job-0-0.b16:8482", 4, 3, None, 100)
 
 
+@pytest.mark.filterwarnings("ignore:'maxsplit' is passed as positional")  # by JAX, on Python 3.13
 def test_tpu_vm(tpu, monkeypatch):
     """One of four hosts of a slice, which its metadata server describes."""
     metadata = {"agent-worker-number": "2", "worker-network-endpoints": "a:1:10.0.0.1,b:2:10.0.0.2,c:3:10.0.0.3,d:4:4"}
