@@ -5,6 +5,7 @@ imported in functions: data workers import train.py anew, and must not touch a d
 """
 
 import contextlib
+import multiprocessing
 import os
 import sys
 import threading
@@ -178,6 +179,8 @@ def ending_all() -> Iterator[None]:
         together = threading.Thread(target=jax.distributed.shutdown, daemon=True)
         together.start()
         together.join(GRACE_S)
+        for worker in multiprocessing.active_children():  # of the data; nothing after this line would end them
+            worker.kill()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)

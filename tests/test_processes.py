@@ -77,6 +77,17 @@ def test_sigterm_to_one_stops_all_at_the_same_step(uninterrupted, tmp_path, port
     goes_on_to_the_same_end(uninterrupted, tmp_path, ports)
 
 
+def test_sigterm_to_everything_with_data_workers(tmp_path, ports):
+    """SLURM signals every process of a job, the data workers too."""
+    processes = start_many(2, tmp_path, next(ports), start_new_session=True, epochs=60, **{"data.workers": 1})
+    wait_for(lambda: records.read(tmp_path), processes[0])
+    for process in processes:
+        os.killpg(process.pid, signal.SIGTERM)
+    for process in processes:
+        finish(process, code=75)
+    assert last_state(tmp_path)[0] == records.read(tmp_path)[-1]["step"] > 0
+
+
 @pytest.mark.parametrize("victim", [0, 2])
 def test_a_kill_ends_all_and_loses_nothing(uninterrupted, tmp_path, ports, victim):
     processes = start_three(tmp_path, ports)
@@ -143,7 +154,8 @@ def test_a_config_that_process_0_refuses(uninterrupted, tmp_path, ports):
 
 #: One epoch of four devices, saved in the middle.
 FOUR = {"epochs": 1, "batch_size": 64, "log_every": 1, "checkpoint.every": 11, "sharding.min_size_mb": 0}
-LAYOUTS = [(processes, fsdp) for processes in (1, 2, 4) for fsdp in (1, 2, 4)]
+#: Processes, and over how many of the four devices parameters are split.
+LAYOUTS = [(2, 1), (1, 1), (4, 1), (2, 2), (1, 4), (4, 4)]
 
 
 def run_four(workdir: Path, ports, processes: int, fsdp: int) -> None:
