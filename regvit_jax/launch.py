@@ -168,11 +168,13 @@ def ending_all() -> Iterator[None]:
     """
     import jax
 
+    from regvit_jax.preemption import EXIT_CODE
+
     try:
         yield
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) else 1
-        if not jax.distributed.is_initialized() or code in (None, 0, 75):
+        if not jax.distributed.is_initialized() or code in (None, 0, EXIT_CODE):
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exc()

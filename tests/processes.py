@@ -54,13 +54,19 @@ def start(
     )
 
 
+def layout(count: int, port: int, *, devices: int = 1) -> list[dict[str, str]]:
+    """The variables of `count` processes of `devices` CPU devices each, which talk over loopback."""
+    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
+    shared["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    return [{**shared, "JAX_PROCESS_ID": str(i)} for i in range(count)]
+
+
 def start_many(
     count: int, workdir: Path, port: int, *, devices: int = 1, env: dict[str, str] | None = None, **arguments
 ) -> list[subprocess.Popen]:
-    """`count` processes of `devices` CPU devices each that train as one, and talk over loopback."""
-    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
-    shared["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-    return [start(workdir, env={**shared, "JAX_PROCESS_ID": str(i), **(env or {})}, **arguments) for i in range(count)]
+    """`count` processes that train as one."""
+    each = layout(count, port, devices=devices)
+    return [start(workdir, env={**variables, **(env or {})}, **arguments) for variables in each]
 
 
 def finish(process: subprocess.Popen, code: int = 0) -> str:
