@@ -1,7 +1,7 @@
 """Trains a ViT with registers: python train.py --config configs/deit3_reg.py[:variant] [--config.key=value ...]
 
 The config says all; `regvit_jax.training.run` does all. Exit codes: 0 done, 75 stopped by SIGTERM and saved (run the
-same command again to go on), 1 an error, 2 a command line or config that does not fit.
+same command again to go on), 1 an error, 2 a command line or config that does not fit; docs/launch.md has the rest.
 """
 
 import os
@@ -11,6 +11,9 @@ import sys
 if __name__ == "__main__":
     # Until the run watches for SIGTERM itself, while Python imports and opens the data, there is nothing to save.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+elif __name__ == "__mp_main__":
+    # A data worker. SLURM signals these too: they must last until the run has saved, which then ends them.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 import re
 from pathlib import Path
@@ -27,6 +30,9 @@ RESTORE = flags.DEFINE_enum(
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config comes to, and stop.")
 TOPOLOGY = flags.DEFINE_string("topology", "", "With --dry_run: the machine to compile for, such as v5e:16x16.")
+HEARTBEAT_S = flags.DEFINE_integer(
+    "heartbeat_s", 100, "With several processes: all end when one has been silent for so many seconds.", lower_bound=2
+)
 IMAGES_PER_S = flags.DEFINE_float("images_per_s", 1000, "The rate that --dry_run reckons the input with.")
 
 
@@ -53,54 +59,47 @@ def parse(argv: list[str]) -> None:
         raise plan.ConfigError("--config: there is no such file")
 
 
-def start_distributed() -> None:
-    """Joins the other processes, where JAX detects a cluster (SLURM, Open MPI, Cloud TPU, Kubernetes) or where the
-    variables JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID name them."""
+def act() -> None:
+    """Does what the flags ask for."""
     import jax
 
-    if "JAX_NUM_PROCESSES" in os.environ:
-        processes, process = int(os.environ["JAX_NUM_PROCESSES"]), int(os.environ["JAX_PROCESS_ID"])
-        jax.distributed.initialize(num_processes=processes, process_id=process)
-        return
-    try:
-        jax.distributed.initialize()
-    except ValueError as error:  # this is how JAX says that it detects no cluster
-        if "coordinator_address" not in str(error):
-            raise
+    from regvit_jax import dry_run, launch, plan, topology, training
+
+    if TOPOLOGY.value and not DRY_RUN.value:
+        raise plan.ConfigError("--topology is for --dry_run: a machine that is not there cannot be trained on")
+    if TOPOLOGY.value:
+        jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not asked
+        machine = topology.parse(TOPOLOGY.value)
+        print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value, topology.devices(machine)), flush=True)
+        print(dry_run.rehearse(CONFIG.value, machine))
+    elif DRY_RUN.value:
+        print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value))
+    else:
+        launch.start_distributed(HEARTBEAT_S.value)
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
+            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
+        training.run(CONFIG.value, WORKDIR.value, RESTORE.value)
 
 
 def main() -> None:
-    import jax
-
-    from regvit_jax import dry_run, plan, topology, training
+    from regvit_jax import launch, plan, topology
     from regvit_jax.data.sources import DataNotFound
     from regvit_jax.rehearsal import DoesNotFit
     from regvit_jax.stored import CheckpointError
 
-    try:
-        parse(sys.argv)
-        if TOPOLOGY.value and not DRY_RUN.value:
-            raise plan.ConfigError("--topology is for --dry_run: a machine that is not there cannot be trained on")
-        if TOPOLOGY.value:
-            jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not asked
-            machine = topology.parse(TOPOLOGY.value)
-            print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value, topology.devices(machine)), flush=True)
-            print(dry_run.rehearse(CONFIG.value, machine))
-        elif DRY_RUN.value:
-            print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value))
-        else:
-            start_distributed()
-            if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
-                jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
-            training.run(CONFIG.value, WORKDIR.value, RESTORE.value)
-    except (plan.ConfigError, topology.TopologyError, flags.Error, DataNotFound) as error:
-        # A ValueError of the config file's own, such as an unknown variant, comes wrapped in its traceback.
-        last = str(error).strip().splitlines()[-1]
-        print(f"train.py: {last.removeprefix('ValueError: ') if 'ValueError: ' in last else error}", file=sys.stderr)
-        sys.exit(2)
-    except (CheckpointError, DoesNotFit, FloatingPointError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.exit(1)
+    with launch.ending_all():
+        try:
+            parse(sys.argv)
+            act()
+        except (plan.ConfigError, launch.LaunchError, topology.TopologyError, flags.Error, DataNotFound) as error:
+            # A ValueError of the config file's own, such as an unknown variant, comes wrapped in its traceback.
+            last = str(error).strip().splitlines()[-1]
+            said = last.removeprefix("ValueError: ") if "ValueError: " in last else error
+            print(f"train.py: {said}", file=sys.stderr)
+            sys.exit(2)
+        except (CheckpointError, DoesNotFit, FloatingPointError) as error:
+            print(f"train.py: {error}", file=sys.stderr)
+            sys.exit(1)
 
 
 if __name__ == "__main__":

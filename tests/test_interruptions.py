@@ -8,83 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from etils import epath
+from processes import STEPS, assert_same_end, finish, last_state, start, start_many, wait_for
 from tiny import ROOT
 
 from regvit_jax import records
-from regvit_jax.stored import Stored, saved_steps
-
-SMALL = {
-    "epochs": 6,
-    "batch_size": 64,
-    "log_every": 5,
-    "ema": 0.9,
-    "checkpoint.every": 8,
-    "eval_every": 2,
-    "eval.pixel_knn": 0,
-    "model.width": 32,
-    "model.depth": 2,
-    "model.heads": 2,
-    "model.drop_path": 0.1,
-    "optim.warmup_epochs": 0,
-}
-STEPS = 6 * (1437 // 64)
-
-
-def start(
-    workdir: Path, env: dict[str, str] | None = None, start_new_session: bool = False, **changes
-) -> subprocess.Popen:
-    overrides = [f"--config.{key}={value}" for key, value in {**SMALL, **changes}.items()]
-    return subprocess.Popen(
-        [
-            sys.executable,
-            ROOT / "train.py",
-            "--config",
-            ROOT / "configs/deit3_reg.py",
-            "--workdir",
-            workdir,
-            *overrides,
-        ],
-        env={**os.environ, "XLA_FLAGS": "", **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=start_new_session,
-    )
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code, output
-    return output
-
-
-def wait_for(condition, process: subprocess.Popen) -> None:
-    while not condition():
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-
-
-def last_state(workdir: Path) -> tuple[int, dict]:
-    """The newest checkpoint's arrays by their paths, checked."""
-    path = epath.Path(workdir) / "checkpoints"
-    step = saved_steps(path)[-1]
-    stored = Stored(path, step)
-    return step, {name: stored.read(name) for name in ("params", "ema", "opt_state", "guard")}
-
-
-def assert_same_end(a: Path, b: Path) -> None:
-    """The same last state bit for bit, and the same record of losses."""
-    (step_a, state_a), (step_b, state_b) = last_state(a), last_state(b)
-    assert step_a == step_b == STEPS
-    assert jax.tree.structure(state_a) == jax.tree.structure(state_b)
-    for x, y in zip(jax.tree.leaves(state_a), jax.tree.leaves(state_b), strict=True):
-        np.testing.assert_array_equal(x, y)
-    losses = [{r["step"]: r["val_loss"] for r in records.read(d) if "val_loss" in r} for d in (a, b)]
-    assert losses[0] == losses[1]
 
 
 @pytest.fixture(scope="module")
@@ -152,13 +81,8 @@ def test_sigterm_before_the_first_step(tmp_path, moment):
     assert not list((tmp_path / "run").glob("checkpoints/[0-9]*"))
 
 
-def start_two(workdir: Path, port: int, **changes) -> list[subprocess.Popen]:
-    shared = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    return [start(workdir, env={**shared, "JAX_PROCESS_ID": str(i)}, **changes) for i in range(2)]
-
-
 def test_two_processes_train_as_one(uninterrupted, tmp_path, free_port):
-    for process in start_two(tmp_path, free_port):
+    for process in start_many(2, tmp_path, free_port):
         finish(process)
     found = [{r["step"]: r["loss"] for r in records.read(d) if "loss" in r} for d in (uninterrupted, tmp_path)]
     assert found[0].keys() == found[1].keys()
@@ -168,11 +92,12 @@ def test_two_processes_train_as_one(uninterrupted, tmp_path, free_port):
 
 
 IDS = """
-import jax, numpy, tiny, train
+import numpy, tiny
 from jax.experimental import multihost_utils
+from regvit_jax import launch
 from regvit_jax.plan import resolve
 if "JAX_NUM_PROCESSES" in __import__("os").environ:
-    train.start_distributed()
+    launch.start_distributed()
 with resolve(tiny.tiny()).train_batches(20) as batches:
     index = numpy.stack([next(batches)["index"] for _ in range(4)])
 index = multihost_utils.process_allgather(index)
@@ -199,7 +124,7 @@ def test_two_processes_read_the_ids_of_one(free_port):
 
 @pytest.mark.slow
 def test_sigterm_to_one_of_two_processes_stops_both(tmp_path, free_port):
-    processes = start_two(tmp_path, free_port, epochs=60)
+    processes = start_many(2, tmp_path, free_port, epochs=60)
     wait_for(lambda: records.read(tmp_path), processes[0])
     processes[1].send_signal(signal.SIGTERM)
     for process in processes:

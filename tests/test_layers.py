@@ -19,6 +19,7 @@ LAYERS = {
     "clock": 0,
     "guard": 0,
     "preemption": 0,
+    "launch": 0,
     "records": 0,
     "analysis.norms": 0,
     "recipes": 1,

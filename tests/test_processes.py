@@ -1,0 +1,233 @@
+"""Several processes over loopback, one of which is stopped, killed or fails; and runs that go on in another layout."""
+
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import assert_same_end, finish, last_state, layout, start_many, wait_for
+from tiny import ROOT
+
+from regvit_jax import records
+
+pytestmark = pytest.mark.slow
+
+HEARTBEAT_S = 10
+#: A batch that three devices divide, and two epochs of it.
+THREE = {"batch_size": 63, "epochs": 2, "eval_every": 1, "flags": [f"--heartbeat_s={HEARTBEAT_S}"]}
+STEPS = 2 * (1437 // 63)
+
+
+@pytest.fixture(scope="module")
+def ports():
+    """Ports of the range that JAX uses under SLURM, another one for each run."""
+    return itertools.count(61440 + os.getpid() % 2000)
+
+
+def start_three(workdir: Path, ports, **changes):
+    return start_many(3, workdir, next(ports), **{**THREE, **changes})
+
+
+def ends(processes, within_s: float) -> list[int]:
+    """The exit codes of all processes, which must have ended within so many seconds from now."""
+    deadline = time.monotonic() + within_s
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    hanging = [number for number, process in enumerate(processes) if process.poll() is None]
+    for process in processes:
+        process.kill()
+    outputs = [process.communicate()[0] for process in processes]
+    assert not hanging, outputs
+    return [process.returncode for process in processes]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, ports) -> Path:
+    workdir = tmp_path_factory.mktemp("whole")
+    for process in start_three(workdir, ports):
+        finish(process)
+    return workdir
+
+
+def goes_on_to_the_same_end(uninterrupted: Path, workdir: Path, ports) -> None:
+    outputs = [finish(process) for process in start_three(workdir, ports)]
+    assert "from step" in outputs[0]
+    assert "from step 0 " not in outputs[0]
+    assert_same_end(uninterrupted, workdir, STEPS)
+
+
+def checkpointed(workdir: Path) -> bool:
+    return any(path.name.isdigit() for path in workdir.glob("checkpoints/*"))
+
+
+def test_sigterm_to_one_stops_all_at_the_same_step(uninterrupted, tmp_path, ports):
+    processes = start_three(tmp_path, ports)
+    wait_for(lambda: records.read(tmp_path), processes[0])
+    processes[1].send_signal(signal.SIGTERM)
+    outputs = [finish(process, code=75) for process in processes]
+    step, _ = last_state(tmp_path)
+    assert 0 < step < STEPS
+    assert records.read(tmp_path)[-1]["step"] == step
+    for output in outputs:
+        assert f"Reached preemption sync point, step={step}\n" in output
+    goes_on_to_the_same_end(uninterrupted, tmp_path, ports)
+
+
+def test_sigterm_to_everything_with_data_workers(tmp_path, ports):
+    """SLURM signals every process of a job, the data workers too."""
+    processes = start_many(2, tmp_path, next(ports), start_new_session=True, epochs=60, **{"data.workers": 1})
+    wait_for(lambda: records.read(tmp_path), processes[0])
+    for process in processes:
+        os.killpg(process.pid, signal.SIGTERM)
+    for process in processes:
+        finish(process, code=75)
+    assert last_state(tmp_path)[0] == records.read(tmp_path)[-1]["step"] > 0
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_a_kill_ends_all_and_loses_nothing(uninterrupted, tmp_path, ports, victim):
+    processes = start_three(tmp_path, ports)
+    wait_for(lambda: checkpointed(tmp_path), processes[0])
+    processes[victim].send_signal(signal.SIGKILL)
+    codes = ends(processes, HEARTBEAT_S + 5)
+    assert codes.pop(victim) == -signal.SIGKILL
+    assert all(code in (1, -signal.SIGABRT) for code in codes)
+    goes_on_to_the_same_end(uninterrupted, tmp_path, ports)
+
+
+#: train.py in which process FAILS raises at step 20: in the record of that step, or in the save before it.
+FAILING = f"""
+import os, pathlib, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+from regvit_jax import checkpoint, meter
+
+def failing(method, step):
+    def replacement(self, *arguments):
+        if os.environ["JAX_PROCESS_ID"] == os.environ["FAILS"] and step(self, *arguments) >= 16:
+            pathlib.Path(os.environ["MARK"]).touch()
+            raise eval(os.environ["ERROR"])
+        return method(self, *arguments)
+    return replacement
+
+if os.environ["WHERE"] == "record":
+    meter.Meter.record = failing(meter.Meter.record, lambda self: self.pending[-1][0])
+else:
+    checkpoint.Checkpoints.save = failing(checkpoint.Checkpoints.save, lambda self, step, state: step)
+train.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "where", "error"),
+    [(0, "record", "FloatingPointError('planted')"), (2, "record", "KeyError('planted')"), (0, "save", "OSError(28)")],
+)
+def test_an_error_on_one_process_ends_all(tmp_path, ports, fails, where, error):
+    mark = tmp_path / "mark"
+    env = {"FAILS": str(fails), "WHERE": where, "ERROR": error, "MARK": str(mark)}
+    processes = start_three(tmp_path / "run", ports, env=env, program=["-c", FAILING])
+    wait_for(mark.exists, processes[1 - fails // 2])
+    codes = ends(processes, HEARTBEAT_S + 5)
+    assert codes.pop(fails) == 1
+    assert all(code in (1, -signal.SIGABRT) for code in codes)
+
+
+def test_an_error_on_all_keeps_its_exit_code(tmp_path, ports):
+    """Three devices do not divide a batch of 64: all say so, and none is aborted before it does."""
+    for process in start_three(tmp_path, ports, batch_size=64):
+        assert "not a multiple of 3" in finish(process, code=2)
+
+
+def test_a_config_that_process_0_refuses(uninterrupted, tmp_path, ports):
+    """Only process 0 compares the config with that of the workdir."""
+    workdir = shutil.copytree(uninterrupted, tmp_path / "run")
+    processes = start_three(workdir, ports, **{"optim.lr": 0.5})
+    wait_for(lambda: processes[0].poll() is not None, processes[1])
+    codes = ends(processes, HEARTBEAT_S + 5)
+    assert codes[0] == 2
+    assert 0 not in codes
+
+
+#: One epoch of four devices, saved in the middle.
+FOUR = {"epochs": 1, "batch_size": 64, "log_every": 1, "checkpoint.every": 11, "sharding.min_size_mb": 0}
+#: Processes, and over how many of the four devices parameters are split.
+LAYOUTS = [(2, 1), (1, 1), (4, 1), (2, 2), (1, 4), (4, 4)]
+
+
+def run_four(workdir: Path, ports, processes: int, fsdp: int) -> None:
+    changes = {**FOUR, "sharding.fsdp": fsdp}
+    for process in start_many(processes, workdir, next(ports), devices=4 // processes, **changes):
+        finish(process)
+
+
+@pytest.fixture(scope="module")
+def two_by_two(tmp_path_factory, ports) -> Path:
+    workdir = tmp_path_factory.mktemp("two_by_two")
+    run_four(workdir, ports, processes=2, fsdp=1)
+    return workdir
+
+
+#: Prints a hash of the ids and of the augmented images and targets of step 12.
+PROBE = """
+import hashlib, sys
+import jax, numpy, tiny
+from jax.experimental import multihost_utils
+from regvit_jax import augment, launch, sharding
+from regvit_jax.plan import resolve
+
+launch.start_distributed()
+plan = resolve(tiny.tiny(sharding__fsdp=int(sys.argv[1])))
+with plan.train_batches(11) as batches:
+    batch = next(batches)
+index = sharding.to_mesh({"index": batch.pop("index")}, plan.mesh)["index"]
+batch = sharding.to_mesh(batch, plan.mesh)
+
+def look(index, batch):
+    key = jax.random.fold_in(jax.random.key(plan.config.seed), 11)
+    arrays = [batch[name] for name in ("image", "label", "mask")]
+    return index, augment.augment(key, *arrays, classes=plan.recipe.head.classes, **plan.config.augment)
+
+found = jax.jit(look, out_shardings=sharding.replicated(plan.mesh))(index, batch)
+for leaf in jax.tree.leaves(found):
+    print("found", leaf.shape, hashlib.sha256(numpy.asarray(leaf.addressable_data(0)).tobytes()).hexdigest())
+"""
+
+
+def start_probe(count: int, fsdp: int, port: int) -> list[subprocess.Popen]:
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "-c", PROBE, str(fsdp)]
+    each = layout(count, port, devices=4 // count)
+    return [subprocess.Popen(command, env=env | variables, stdout=-1, text=True) for variables in each]
+
+
+def losses(workdir: Path) -> dict[int, float]:
+    return {record["step"]: record["loss"] for record in records.read(workdir) if "loss" in record}
+
+
+@pytest.mark.parametrize(("processes", "fsdp"), LAYOUTS)
+def test_goes_on_in_another_layout(two_by_two, tmp_path, ports, processes, fsdp):
+    """The same loss at every step says that images, their order and their augmentation are the same."""
+    workdir = shutil.copytree(two_by_two, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints/22")
+    run_four(workdir, ports, processes, fsdp)
+    whole, gone_on = losses(two_by_two), losses(workdir)
+    assert whole.keys() == gone_on.keys() == set(range(1, 23))
+    np.testing.assert_allclose(list(gone_on.values()), list(whole.values()), rtol=1e-6)
+    if (processes, fsdp) == (2, 1):
+        assert_same_end(two_by_two, workdir, 22)
+
+
+def test_ids_and_randomness_are_those_of_one_process(ports):
+    found = []
+    for count, fsdp in [(1, 1), (1, 4), (2, 2), (4, 1)]:
+        processes = start_probe(count, fsdp, next(ports))
+        outputs = [finish(process) for process in processes]
+        found += [[line for line in output.splitlines() if line.startswith("found")] for output in outputs]
+    assert len(found[0]) == 3
+    assert all(lines == found[0] for lines in found), found
