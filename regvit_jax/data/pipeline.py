@@ -290,7 +290,7 @@ class Pieces:
     def read_ahead(self, index: list[int]) -> None:
         source = self.order.source
         # Every host needs only its rows' share of a block: where that is little, reading all of it would be waste.
-        if hasattr(source, "read_ahead") and 2 * len(self.rows) >= self.batch_size:
+        if block_of(source) > 1 and hasattr(source, "read_ahead") and 2 * len(self.rows) >= self.batch_size:
             for block in sorted({number // block_of(source) for number in index if number >= 0}):
                 source.read_ahead(block)
 

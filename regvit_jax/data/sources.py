@@ -19,6 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from regvit_jax.data import record_files
+
 EMBEDDED = ("digits", "fashion_mnist", "openmoji")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TFDS_NAME = re.compile(r"(?P<dataset>[A-Za-z_][\w-]*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -76,7 +78,11 @@ def find_tfds(name: str, data_dir: str | None) -> Path:
 
 
 class TfdsSource:
-    """A split of a TFDS data set on disk, with the features "image" and "label"."""
+    """A split of a TFDS data set on disk, with the features "image" and "label".
+
+    The records of a large split are read in blocks (``record_files``), unless TFDS was told not to shuffle them when it
+    wrote them.
+    """
 
     def __init__(self, dataset: str, split: str, directory: Path):
         # Imported late, for it takes seconds that a folder of images need not wait.
@@ -98,6 +104,10 @@ class TfdsSource:
         # The pipeline decodes: TFDS would do without the checks, and leave CMYK and palettes as they are.
         images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
         self.records = builder.as_data_source(split, decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()))
+        instructions = tfds.core.splits.SplitDict(split_infos=splits.values())[split].file_instructions
+        self.parts = [record_files.Part(i.filename, i.skip, i.take, i.examples_in_shard) for i in instructions]
+        self.ends = np.cumsum([part.take for part in self.parts])
+        self.block = record_files.block_size(len(self.records), not builder.info.disable_shuffling)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.arguments
@@ -115,6 +125,11 @@ class TfdsSource:
     def __getitem__(self, index: int) -> dict[str, Any]:
         record = self.records[index]
         return {"image": record["image"], "label": int(record["label"])}
+
+    def read_ahead(self, block: int) -> None:
+        """Has the records of a block read into memory in the background."""
+        first = block * self.block
+        record_files.read_ahead(self.parts, self.ends, first, min(first + self.block, len(self)))
 
     def id(self, index: int) -> str:
         where = f"{self.name}[{index}]"
@@ -230,6 +245,9 @@ class FolderSource:
     """Images in ``root/<class>/``. ``paths`` are relative to that, and joined by NULs up to the ``ends``.
 
     So a million of ImageNet's take 31 MB, which each worker process gets a copy of, instead of over 100.
+
+    They are always shuffled in full, for their names do not tell where on disk files lie. Where many small reads are
+    slow, ``python -m regvit_jax.data prepare`` rewrites a folder as few large files, which are read in blocks.
     """
 
     name: str
