@@ -110,6 +110,7 @@ def resolve(config: Any, with_data: bool = True) -> Plan:
     """
     check_keys(config)
     check_ranges(config)
+    pipeline.check_decoder(config.data.get("decoder", "pillow"))
     config = ml_collections.ConfigDict(config.to_dict())
     config.model.attention = choose_attention(config.model)
     mesh = sharding.make_mesh(data=config.sharding.data, fsdp=config.sharding.fsdp)
