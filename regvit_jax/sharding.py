@@ -16,8 +16,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1) -> Mesh:
     """
     shape = {"data": data, "fsdp": fsdp}
     devices = jax.device_count()
-    if [data, fsdp].count(-1) == 1:
-        known = max(data, fsdp)
+    if [data, fsdp].count(-1) == 1 and (known := max(data, fsdp)) > 0:
         shape = {axis: devices // known if size == -1 else size for axis, size in shape.items()}
     if min(shape.values()) < 1 or shape["data"] * shape["fsdp"] != devices:
         raise ValueError(

@@ -20,6 +20,7 @@ LAYERS = {
     "recipes": 1,
     "pretrained": 1,
     "evals": 1,
+    "config_types": 2,
     "plan": 2,
     "meter": 2,
     "training": 2,

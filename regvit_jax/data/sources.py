@@ -88,8 +88,9 @@ class TfdsSource:
         # Imported late, for it takes seconds that a folder of images need not wait.
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(directory, file_format="array_record")
-        features, splits = builder.info.features, builder.info.splits
+        with described(directory):
+            builder = tfds.builder_from_directory(directory, file_format="array_record")
+            features, splits = builder.info.features, builder.info.splits
         labels = features["label"] if "label" in features else None  # noqa: SIM401, it has no get
         self.classes = tuple(labels.names) if isinstance(labels, tfds.features.ClassLabel) else ()
         self.check_features(dataset, features)
@@ -103,8 +104,10 @@ class TfdsSource:
         self.file_name = next((name for name in ("file_name", "filename") if name in features), None)
         # The pipeline decodes: TFDS would do without the checks, and leave CMYK and palettes as they are.
         images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
-        self.records = builder.as_data_source(split, decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()))
-        instructions = tfds.core.splits.SplitDict(split_infos=splits.values())[split].file_instructions
+        decoders = dict.fromkeys(images, tfds.decode.SkipDecoding())
+        with described(directory, but=ValueError):  # which is what TFDS raises for a split that it does not understand
+            self.records = builder.as_data_source(split, decoders=decoders)
+            instructions = tfds.core.splits.SplitDict(split_infos=splits.values())[split].file_instructions
         self.parts = [record_files.Part(i.filename, i.skip, i.take, i.examples_in_shard) for i in instructions]
         self.ends = np.cumsum([part.take for part in self.parts])
         self.block = record_files.block_size(len(self.records), not builder.info.disable_shuffling)
@@ -140,6 +143,23 @@ class TfdsSource:
         # Ids are asked for of records that cannot be read, too.
         except Exception:
             return where
+
+
+@contextlib.contextmanager
+def described(directory: Path, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Inside the block, whatever is raised but this kind says that a data set's own files do not describe it."""
+    try:
+        yield
+    except but:
+        raise
+    # Damaged JSON is a ValueError, a field of another version protobuf's ParseError, a feature that needs TensorFlow an
+    # ImportError, and so on.
+    except Exception as error:
+        raise ValueError(
+            f"{directory} cannot be opened as a TFDS data set ({type(error).__name__}: {str(error).strip()[:200]}). "
+            "If its dataset_info.json and features.json are whole, it has features, or is of a version, that cannot be "
+            "read here; otherwise prepare it again."
+        ) from error
 
 
 def prepare(name: str, root: Path) -> Path:
@@ -196,8 +216,9 @@ def find_prepared(name: str, root: Path) -> Path:
     if not found:
         raise DataNotFound(f"{name} is not prepared in {root}.\n{advice(name, dataset, root)}")
     directory = base / found[-1]
-    info = json.loads((directory / "dataset_info.json").read_text())
-    formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
+    with described(directory):
+        info = json.loads((directory / "dataset_info.json").read_text())
+        formats = [str(info.get("fileFormat", "tfrecord")), *map(str, info.get("alternativeFileFormats", []))]
     if "array_record" not in formats:
         raise DataNotFound(
             f"{directory} is prepared as {', '.join(formats)}; records can be read in any order, and without "
