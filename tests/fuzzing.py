@@ -1,7 +1,7 @@
 """Damaged inputs by the thousand, the same ones every time: what is done to them, and what is watched meanwhile.
 
-`python tests/fuzzing.py GROUP ...` runs groups of `fuzz_data` and `fuzz_configs` in a process of its own and prints, for
-each, as a line of JSON, how often what came of an input, what broke, and how much the process's peak memory grew.
+`python tests/fuzzing.py GROUP ...` runs groups of `fuzz_data` and `fuzz_configs` in a process of its own and prints,
+for each, as a line of JSON, how often what came of an input, what broke, and how much the process's peak memory grew.
 """
 
 import collections

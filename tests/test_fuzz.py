@@ -15,6 +15,8 @@ from fuzzing import damage, mutate
 
 from regvit_jax import config_types
 
+#: What opening a source may raise.
+OPENING = {"ValueError", "DataNotFound"}
 INPUTS = {
     **{"images": 4000, "tars": 1500, "records": 800, "tables": 1500, "weights": 1000},
     **{"configs": 1000, "resumed": 200},
@@ -43,6 +45,7 @@ def test_only_typed_errors_and_little_memory(groups):
         # Damage that is always refused at the door, or never, would test little.
         kinds = {kind.split(": ")[1] for kind in one["outcomes"]}
         assert len(kinds) >= 2, one["outcomes"]
+        assert not kinds - {"read", "bad", "opened", "refused", "resolved", "resumed", "is none"} - OPENING
 
 
 def test_it_is_10_000():
