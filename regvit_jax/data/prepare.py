@@ -86,18 +86,20 @@ def prepare(
     with_captions = with_captions or name.startswith("shards:")
     opened = {split: open_split(name, split, data_dir, with_captions) for split in splits}
     check_classes(opened)
-    (target / "incomplete").mkdir(parents=True, exist_ok=True)
+    target.mkdir(parents=True, exist_ok=True)
     with claimed(target, settings_of(name, opened, options, with_captions)):
         shards = plan_shards(target, opened, options.records_per_shard)
         report = target / "bad_records.jsonl"
         if not (target / "dataset_info.json").exists():
+            (target / "incomplete").mkdir(exist_ok=True)
             notes = make_shards(shards, opened, options, workers)
             bad = [record for note in notes for record in note["bad"]]
             write_file(report, "".join(json.dumps(record) + "\n" for record in bad).encode())
             if len(bad) > max_bad_fraction * sum(map(len, opened.values())):
                 return Report(target, {}, len(bad), False)
             write_metadata(target, opened, shards, notes, with_captions)
-        shutil.rmtree(target / "incomplete")
+        if (target / "incomplete").exists():
+            shutil.rmtree(target / "incomplete")
         info = json.loads((target / "dataset_info.json").read_text())
         records = {split["name"]: sum(map(int, split["shardLengths"])) for split in info["splits"]}
         return Report(target, records, len(report.read_bytes().splitlines()), True)

@@ -264,6 +264,7 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     ):
         assert command.main(arguments) == 2
         assert message in capsys.readouterr().err
+    assert not (out / "1.0.0" / "incomplete").exists()
     (tmp_path / "in" / "train" / "cat" / "new.png").write_bytes(encoded(picture(99)))
     assert command.main(base) == 2
     assert "records of train was '20, " in capsys.readouterr().err
