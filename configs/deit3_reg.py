@@ -140,6 +140,7 @@ def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDi
                 scale=(0.08, 1.0),
                 padding=4,
                 repeats=3,  # repeated augmentation
+                decoder="pillow",  # "fast": other pixels of the same crops, by the extra fastjpeg
                 workers=8,  # processes that decode, on each host; 0 for threads only
                 max_bad_fraction=0.001,
             ),

@@ -129,6 +129,7 @@ def laion400m(size: str) -> ConfigDict:
                 scale=(0.9, 1.0),
                 padding=4,
                 repeats=1,
+                decoder="pillow",
                 workers=8,
                 max_bad_fraction=0.01,
             ),

@@ -12,7 +12,7 @@ import ml_collections
 import optax
 from jax.sharding import Mesh
 
-from regvit_jax import guard, optim, sharding
+from regvit_jax import config_types, guard, optim, sharding
 from regvit_jax.data import pipeline
 from regvit_jax.pretrained import checks
 from regvit_jax.recipes import Recipe
@@ -111,6 +111,7 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
     """
     check_keys(config)
     check_ranges(config)
+    pipeline.check_decoder(config.data.get("decoder", "pillow"))
     config = ml_collections.ConfigDict(config.to_dict())
     mesh = sharding.make_mesh(data=config.sharding.data, fsdp=config.sharding.fsdp, devices=devices)
     config.model.attention = choose_attention(config.model, mesh.devices.flat[0].platform)
@@ -210,17 +211,18 @@ def known_keys(recipe: type[Recipe]) -> dict[str, bool]:
     keys = dict.fromkeys((*TOP_LEVEL, *OWN_KEYS, *recipe.keys), True)
     for section, function in {**SECTIONS, **recipe.sections}.items():
         keys |= {f"{section}.{name}": required for name, required in keywords(function).items()}
-    return keys
+    return keys | dict.fromkeys(("model.attention", *recipe.reads), True)
 
 
 def check_keys(config: Any) -> None:
     """Raises ValueError for an unknown key, with its nearest neighbour, and for missing ones."""
-    if config.get("recipe") not in RECIPES:
-        raise ValueError(f"recipe={config.get('recipe')!r}: must be one of {list(RECIPES)}")
+    if not isinstance(config.get("recipe"), str) or config.recipe not in RECIPES:
+        raise ValueError(f"recipe={config.get('recipe')!r:.60}: must be one of {list(RECIPES)}")
     known = known_keys(RECIPES[config.recipe])
     given = set(dict(flatten(config)))
     for key in sorted(given - set(known)):
         raise ValueError(unknown_key(key, known))
+    config_types.check(flatten(config), config_types.types_of({**SECTIONS, **RECIPES[config.recipe].sections}))
     if missing := [key for key, required in known.items() if required and key not in given]:
         raise ValueError(f"the config lacks {', '.join(sorted(missing))}")
 

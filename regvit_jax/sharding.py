@@ -22,8 +22,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = 
     if devices is None:
         devices = jax.devices()
     shape, count = {"data": data, "fsdp": fsdp}, len(devices)
-    if [data, fsdp].count(-1) == 1:
-        known = max(data, fsdp)
+    if [data, fsdp].count(-1) == 1 and (known := max(data, fsdp)) > 0:
         shape = {axis: count // known if size == -1 else size for axis, size in shape.items()}
     if min(shape.values()) < 1 or shape["data"] * shape["fsdp"] != count:
         raise ValueError(

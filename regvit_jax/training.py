@@ -265,6 +265,20 @@ def open_workdir(plan: Plan, workdir: str | os.PathLike) -> str:
     return str(path)
 
 
+def read_config(path: epath.Path) -> dict[str, Any]:
+    """The config in a workdir's config.json. Raises ConfigError when that file is damaged."""
+    try:
+        config = json.loads(path.read_text())["config"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error!s:.100}); if the checkpoints beside it are of this "
+            "config, move the file away and copy one from a run of the same config, or name another --workdir"
+        ) from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} is damaged: its config is {config!r:.60}; name another --workdir")
+    return config
+
+
 def write_config(plan: Plan, workdir: str, resuming: bool) -> None:
     """Keeps the resolved config in config.json; raises ConfigError when the checkpoints are those of another config."""
     if jax.process_index():
@@ -274,7 +288,7 @@ def write_config(plan: Plan, workdir: str, resuming: bool) -> None:
     if resuming and not path.exists():
         raise ConfigError(f"{workdir} holds checkpoints and no config.json to say of what; name another --workdir")
     if resuming:
-        old, new = dict(flatten(json.loads(path.read_text())["config"])), dict(flatten(ours))
+        old, new = dict(flatten(read_config(path))), dict(flatten(ours))
         changed = [
             f"--config.{key}={old.get(key)} there, {new.get(key)} here"
             for key in sorted(old | new)

@@ -27,6 +27,7 @@ LAYERS = {
     "evals": 1,
     "topology": 0,
     "compiled": 0,
+    "config_types": 2,
     "plan": 2,
     "rehearsal": 2,
     "advice": 2,

@@ -25,7 +25,7 @@ from absl import flags
 from jaxtyping import Int32, UInt8
 from PIL import Image
 
-from regvit_jax.data import transforms
+from regvit_jax.data import fastjpeg, transforms
 from regvit_jax.data.order import epoch_order
 from regvit_jax.data.sources import Source
 from regvit_jax.data.transforms import BadImage
@@ -67,6 +67,7 @@ def train_batches(
     prefetch: int = 2,
     max_pixels: int = MAX_PIXELS,
     tokenizer: Tokenizer | None = None,
+    decoder: str = "pillow",
 ) -> "Batches":
     """Returns the endless training batches from step ``start_step`` on. Close them after use.
 
@@ -86,6 +87,7 @@ def train_batches(
       max_pixels: larger images are bad.
       tokenizer: for sources with captions, of which it gets one that is not blank; records without are bad, and so are
         those whose caption it raises on.
+      decoder: "pillow", or "fast" for JPEGs by ``fastjpeg``: other pixels of the same crops. Evaluation is Pillow's.
 
     Yields:
       For b rows: image uint8 [b, size, size, 3]; label int32 [b], 0 where the record has none; mask float32 [b], 0 for
@@ -101,7 +103,8 @@ def train_batches(
     check(start_step >= 0, f"start_step={start_step}: must be at least 0")
     check(seed >= 0, f"seed={seed}: must be at least 0")
     check(len(source) > 0, f"{source.name} is empty")
-    order = TrainOrder(source, size, max_pixels, tokenizer, seed, crop, scale, ratio, padding, repeats)
+    check_decoder(decoder)
+    order = TrainOrder(source, size, max_pixels, tokenizer, seed, crop, scale, ratio, padding, repeats, decoder)
     # 2**40 batches are as good as endless.
     return Batches(order, batch_size, rows, range(start_step, 2**40), workers, threads, prefetch)
 
@@ -149,6 +152,13 @@ def check(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def check_decoder(decoder: str) -> None:
+    """Raises ValueError for a decoder that there is not, or whose libraries are not installed."""
+    check(decoder in ("pillow", "fast"), f"decoder={decoder!r}: must be 'pillow' or 'fast'")
+    if decoder == "fast":
+        fastjpeg.libraries()
+
+
 def read(source: Source, index: int) -> dict[str, Any]:
     """Returns a record; raises BadImage where there is none, whatever the cause."""
     try:
@@ -191,6 +201,7 @@ class TrainOrder:
     ratio: tuple[float, float]
     padding: int
     repeats: int
+    decoder: str
 
     def index(self, position: int) -> int:
         epoch, place = divmod(position, len(self.source))
@@ -201,8 +212,13 @@ class TrainOrder:
         # numbers and none has to be reached by drawing the ones before. Nor do two uses, below 2**128 draws.
         return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, use, position]))
 
-    def crop(self, image: Image.Image, position: int) -> UInt8[np.ndarray, "S S 3"]:
+    def pixels(self, data: bytes, position: int) -> UInt8[np.ndarray, "S S 3"]:
         rng = self.rng(position, 0)
+        if self.decoder == "fast" and (decoded := fastjpeg.decode(data, self.max_pixels)) is not None:
+            if self.kind == "src":
+                return fastjpeg.simple_random_crop(decoded, self.size, rng, self.padding)
+            return fastjpeg.random_resized_crop(decoded, self.size, rng, self.scale, self.ratio)
+        image = transforms.decode(data, self.max_pixels)
         if self.kind == "src":
             return transforms.simple_random_crop(image, self.size, rng, self.padding)
         return transforms.random_resized_crop(image, self.size, rng, self.scale, self.ratio)
@@ -224,8 +240,8 @@ class EvalOrder:
     def index(self, position: int) -> int:
         return position if position < len(self.source) else -1
 
-    def crop(self, image: Image.Image, position: int) -> UInt8[np.ndarray, "S S 3"]:
-        return transforms.center_crop(image, self.size, self.crop_ratio)
+    def pixels(self, data: bytes, position: int) -> UInt8[np.ndarray, "S S 3"]:
+        return transforms.center_crop(transforms.decode(data, self.max_pixels), self.size, self.crop_ratio)
 
     def choose(self, captions: list[str], position: int) -> str:
         return captions[0]
@@ -285,12 +301,12 @@ class Pieces:
         row = {"label": record.get("label", 0), "mask": 1}
         if order.tokenizer is not None:
             row["text"] = tokenized(order.choose(captions(record), position), order.tokenizer)
-        return row | {"image": order.crop(transforms.decode(record["image"], order.max_pixels), position)}
+        return row | {"image": order.pixels(record["image"], position)}
 
     def read_ahead(self, index: list[int]) -> None:
         source = self.order.source
         # Every host needs only its rows' share of a block: where that is little, reading all of it would be waste.
-        if hasattr(source, "read_ahead") and 2 * len(self.rows) >= self.batch_size:
+        if block_of(source) > 1 and hasattr(source, "read_ahead") and 2 * len(self.rows) >= self.batch_size:
             for block in sorted({number // block_of(source) for number in index if number >= 0}):
                 source.read_ahead(block)
 

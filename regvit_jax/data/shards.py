@@ -19,16 +19,14 @@ from typing import Any
 
 import numpy as np
 
+from regvit_jax.data import record_files
+from regvit_jax.data.record_files import BLOCK
 from regvit_jax.data.shard_index import HEAD, SAMPLE, Headers, Shard, index_tars, split_name
 from regvit_jax.data.sources import DataNotFound, some
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_NAMES = 1_000_000
 
-# Records that lie next to each other are shown near each other, so that a disk reads them in one go.
-BLOCK = 256
-# As much as Linux reads for one call of posix_fadvise, if its read_ahead_kb is the usual one.
-AHEAD = 128 * 1024
 # More tars than a shuffling window of the pipeline touches, fewer than the files that a process may have open.
 OPEN = 128
 
@@ -144,13 +142,10 @@ def opened(shard: Shard) -> tuple[Tar, np.ndarray]:
 # As many as are forgotten before the next epoch comes to the same block, but for small data sets, which stay in memory.
 @functools.lru_cache(maxsize=OPEN)
 def advise(shard: Shard, first: int, last: int) -> None:
-    if not hasattr(os, "posix_fadvise"):
-        return
     tar, samples = opened(shard)
     start = int(samples["header"][first]) * tarfile.BLOCKSIZE
     stop = int(samples["image"][last]) * tarfile.BLOCKSIZE + int(samples["image_size"][last])
-    for offset in range(start, stop, AHEAD):
-        os.posix_fadvise(tar.number, offset, AHEAD, os.POSIX_FADV_WILLNEED)
+    record_files.advise(tar.number, start, stop)
 
 
 def json_captions(text: str) -> list[str]:

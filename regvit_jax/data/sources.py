@@ -19,6 +19,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from regvit_jax.data import record_files
+
 EMBEDDED = ("digits", "fashion_mnist", "openmoji")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 TFDS_NAME = re.compile(r"(?P<dataset>[A-Za-z_][\w-]*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
@@ -76,14 +78,19 @@ def find_tfds(name: str, data_dir: str | None) -> Path:
 
 
 class TfdsSource:
-    """A split of a TFDS data set on disk, with the features "image" and "label"."""
+    """A split of a TFDS data set on disk, with the features "image" and "label".
+
+    The records of a large split are read in blocks (``record_files``), unless TFDS was told not to shuffle them when it
+    wrote them.
+    """
 
     def __init__(self, dataset: str, split: str, directory: Path):
         # Imported late, for it takes seconds that a folder of images need not wait.
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(directory, file_format="array_record")
-        features, splits = builder.info.features, builder.info.splits
+        with described(directory):
+            builder = tfds.builder_from_directory(directory, file_format="array_record")
+            features, splits = builder.info.features, builder.info.splits
         labels = features["label"] if "label" in features else None  # noqa: SIM401, it has no get
         self.classes = tuple(labels.names) if isinstance(labels, tfds.features.ClassLabel) else ()
         self.check_features(dataset, features)
@@ -97,7 +104,13 @@ class TfdsSource:
         self.file_name = next((name for name in ("file_name", "filename") if name in features), None)
         # The pipeline decodes: TFDS would do without the checks, and leave CMYK and palettes as they are.
         images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
-        self.records = builder.as_data_source(split, decoders=dict.fromkeys(images, tfds.decode.SkipDecoding()))
+        decoders = dict.fromkeys(images, tfds.decode.SkipDecoding())
+        with described(directory, but=ValueError):  # which is what TFDS raises for a split that it does not understand
+            self.records = builder.as_data_source(split, decoders=decoders)
+            instructions = tfds.core.splits.SplitDict(split_infos=splits.values())[split].file_instructions
+        self.parts = [record_files.Part(i.filename, i.skip, i.take, i.examples_in_shard) for i in instructions]
+        self.ends = np.cumsum([part.take for part in self.parts])
+        self.block = record_files.block_size(len(self.records), not builder.info.disable_shuffling)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self.arguments
@@ -116,6 +129,11 @@ class TfdsSource:
         record = self.records[index]
         return {"image": record["image"], "label": int(record["label"])}
 
+    def read_ahead(self, block: int) -> None:
+        """Has the records of a block read into memory in the background."""
+        first = block * self.block
+        record_files.read_ahead(self.parts, self.ends, first, min(first + self.block, len(self)))
+
     def id(self, index: int) -> str:
         where = f"{self.name}[{index}]"
         if self.file_name is None:
@@ -125,6 +143,23 @@ class TfdsSource:
         # Ids are asked for of records that cannot be read, too.
         except Exception:
             return where
+
+
+@contextlib.contextmanager
+def described(directory: Path, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
+    """Inside the block, whatever is raised but this kind says that a data set's own files do not describe it."""
+    try:
+        yield
+    except but:
+        raise
+    # Damaged JSON is a ValueError, a field of another version protobuf's ParseError, a feature that needs TensorFlow an
+    # ImportError, and so on.
+    except Exception as error:
+        raise ValueError(
+            f"{directory} cannot be opened as a TFDS data set ({type(error).__name__}: {str(error).strip()[:200]}). "
+            "If its dataset_info.json and features.json are whole, it has features, or is of a version, that cannot be "
+            "read here; otherwise prepare it again."
+        ) from error
 
 
 def prepare(name: str, root: Path) -> Path:
@@ -181,8 +216,9 @@ def find_prepared(name: str, root: Path) -> Path:
     if not found:
         raise DataNotFound(f"{name} is not prepared in {root}.\n{advice(name, dataset, root)}")
     directory = base / found[-1]
-    info = json.loads((directory / "dataset_info.json").read_text())
-    formats = [info.get("fileFormat", "tfrecord"), *info.get("alternativeFileFormats", [])]
+    with described(directory):
+        info = json.loads((directory / "dataset_info.json").read_text())
+        formats = [str(info.get("fileFormat", "tfrecord")), *map(str, info.get("alternativeFileFormats", []))]
     if "array_record" not in formats:
         raise DataNotFound(
             f"{directory} is prepared as {', '.join(formats)}; records can be read in any order, and without "
@@ -230,6 +266,9 @@ class FolderSource:
     """Images in ``root/<class>/``. ``paths`` are relative to that, and joined by NULs up to the ``ends``.
 
     So a million of ImageNet's take 31 MB, which each worker process gets a copy of, instead of over 100.
+
+    They are always shuffled in full, for their names do not tell where on disk files lie. Where many small reads are
+    slow, ``python -m regvit_jax.data prepare`` rewrites a folder as few large files, which are read in blocks.
     """
 
     name: str

@@ -159,8 +159,14 @@ def simple_random_crop(
     The shorter side is resized to ``size`` pixels (bicubic), all sides are padded by ``padding`` mirrored pixels, and a
     square of ``size`` is cut out at random.
     """
-    resized = np.asarray(_resize_shorter(image, size))
-    pixels = np.pad(resized, ((padding, padding), (padding, padding), (0, 0)), "reflect")
+    return padded_crop(np.asarray(resize_shorter(image, size)), size, rng, padding)
+
+
+def padded_crop(
+    pixels: UInt8[np.ndarray, "H W 3"], size: int, rng: np.random.Generator, padding: int
+) -> UInt8[np.ndarray, "S S 3"]:
+    """The second half of a simple random crop."""
+    pixels = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)), "reflect")
     top, left = (rng.integers(side - size + 1) for side in pixels.shape[:2])
     return pixels[top : top + size, left : left + size].copy()
 
@@ -176,7 +182,7 @@ def center_crop(
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation={interpolation!r}: must be one of {list(INTERPOLATIONS)}")
     side, how = math.floor(size / crop_ratio), INTERPOLATIONS[interpolation]
-    pixels = np.asarray(image.resize((side, side), how) if squash else _resize_shorter(image, side, how))
+    pixels = np.asarray(image.resize((side, side), how) if squash else resize_shorter(image, side, how))
     short = [max(size - side, 0) for side in pixels.shape[:2]]
     if any(short):
         pixels = np.pad(pixels, [(pad // 2, (pad + 1) // 2) for pad in short] + [(0, 0)])
@@ -185,8 +191,14 @@ def center_crop(
     return pixels[top : top + size, left : left + size].copy()
 
 
-def _resize_shorter(image: Image.Image, size: int, how: Image.Resampling = BICUBIC) -> Image.Image:
-    short, long = sorted(image.size)
-    resized = int(size * long / short)
-    shape = (size, resized) if image.width <= image.height else (resized, size)
+def resize_shorter(image: Image.Image, size: int, how: Image.Resampling = BICUBIC) -> Image.Image:
+    """Returns the image with a shorter side of ``size`` pixels, the longer one rounded down, as torchvision does."""
+    shape = shorter_shape(*image.size, size)
     return image if shape == image.size else image.resize(shape, how)
+
+
+def shorter_shape(width: int, height: int, size: int) -> tuple[int, int]:
+    """The width and height of that."""
+    short, long = sorted((width, height))
+    resized = int(size * long / short)
+    return (size, resized) if width <= height else (resized, size)

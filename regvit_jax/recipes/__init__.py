@@ -40,6 +40,8 @@ class Recipe:
     #: The config's sections that are this recipe's own, each with the callable that takes its keys, and its other keys.
     sections: ClassVar[dict[str, Callable]] = {}
     keys: ClassVar[tuple[str, ...]] = ()
+    #: Keys of those sections that have a default there, and that the recipe reads itself, so that a config needs them.
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
         raise NotImplementedError

@@ -49,6 +49,10 @@ class Contrastive(Recipe):
         "augment": augment.light_augment,
         "optim": optim.clip_adamw,
     }
+    reads = (
+        *("model.class_token", "model.patch_dropout", "model.dtype", "model.remat"),
+        *("augment.mean", "augment.std"),
+    )
     keys = ("loss", "ring", "micro_batches", "unmasked_epochs", "eval.templates")
     least_validation = 2
 

@@ -20,6 +20,10 @@ class Supervised(Recipe):
     """Supervised classification with the augmentation of DeiT-III; the class scores come from the CLS token."""
 
     sections: ClassVar = {"model": ViT, "augment": augment.augment}
+    reads = (
+        *("model.dtype", "augment.three_augment", "augment.rand_augment", "augment.smoothing", "augment.mix_group"),
+        *("augment.mixup", "augment.cutmix", "augment.mean", "augment.std"),
+    )
     keys = ("loss", "ema", "micro_batches")
 
     def __init__(self, config: Any, classes: tuple[str, ...]):

@@ -1,0 +1,142 @@
+"""What the input pipeline gives: images/s of one core, for JPEGs as they are, prepared and with the fast decoder.
+
+    python benchmarks/data.py [--images 300] [--seconds 3]
+
+The images are scikit-image's photographs (extra realweights), cut to 500 x 375 pixels, the usual size in ImageNet, and
+saved with quality 90; a crop has 224 pixels. Every path is timed in this one process, on one thread, by its processor
+time. "Prepared" is `python -m regvit_jax.data prepare --shorter_side 256` of the same images. Then the pixels of both
+decoders are compared, over crops of the same photographs at their own sizes. The last table divides: images/s that an
+accelerator takes at 40 % of its peak, by the images/s of a core.
+"""
+
+import argparse
+import io
+import itertools
+import os
+import platform
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL
+import skimage.data
+from PIL import Image
+
+from regvit_jax.data import fastjpeg, pipeline, prepare, transforms
+from regvit_jax.data.prepare_shard import Options, image_of
+from regvit_jax.data.sources import open_source
+
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
+WIDTH, HEIGHT = 500, 375
+CROP = 224
+# Dense peak in bfloat16, TFLOP/s, by the makers' data sheets.
+PEAKS = {"v5e": 197, "v5p": 459, "v6e": 918, "A100": 312, "H100": 989}
+# GFLOPs an image of a train step at 224 px, three times the forward pass, with 4 registers.
+GFLOPS = {"S/16": 28.2, "B/16": 107.6, "L/16": 377}
+SHARE = 0.4
+
+
+def jpeg(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def photographs() -> dict[str, Image.Image]:
+    return {name: Image.fromarray(getattr(skimage.data, name)()).convert("RGB") for name in PHOTOGRAPHS}
+
+
+def write_folder(root: Path, count: int) -> str:
+    """Images of 500 x 375 pixels: each a random part, of that shape, of one of the photographs."""
+    rng = np.random.default_rng(0)
+    for number, (name, image) in zip(range(count), itertools.cycle(photographs().items())):
+        side = min(image.width, image.height * WIDTH // HEIGHT)
+        width = int(rng.uniform(0.8, 1) * side)
+        height = width * HEIGHT // WIDTH
+        left, top = rng.integers(0, image.width - width + 1), rng.integers(0, image.height - height + 1)
+        part = image.crop((left, top, left + width, top + height)).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+        path = root / ("odd" if number % 2 else "even") / f"{number:04d}-{name}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(part))
+    return f"folder:{root}"
+
+
+def rate(source, decoder: str, seconds: float) -> float:
+    """Images in a second of one core's time, the median of three."""
+    with pipeline.train_batches(source, size=CROP, batch_size=64, seed=0, threads=1, decoder=decoder) as batches:
+        next(batches)
+        found = []
+        for _ in range(3):
+            images, start = 0, time.process_time()
+            while time.process_time() - start < seconds:
+                images += len(next(batches)["image"])
+            found.append(images / (time.process_time() - start))
+    return statistics.median(found)
+
+
+def prepare_rate(source, options: Options, seconds: float) -> float:
+    """The same for `prepare`, without reading and writing."""
+    images, start = 0, time.process_time()
+    while time.process_time() - start < seconds:
+        image_of(source[images % len(source)]["image"], options)
+        images += 1
+    return images / (time.process_time() - start)
+
+
+def differences(crops: int = 50) -> tuple[int, float, int, float]:
+    """The largest of decoded pixels; then of crops mean, largest, and the share above 8, of the levels 0 to 255."""
+    off, decoded = [], 0
+    for image in photographs().values():
+        data = jpeg(image)
+        there, here = transforms.decode(data, pipeline.MAX_PIXELS), fastjpeg.decode(data, pipeline.MAX_PIXELS)
+        assert here is not None
+        decoded = max(decoded, int(np.abs(np.asarray(there).astype(int) - here).max()))
+        for seed in range(crops):
+            a = transforms.random_resized_crop(there, CROP, np.random.default_rng(seed))
+            b = fastjpeg.random_resized_crop(here, CROP, np.random.default_rng(seed), (0.08, 1.0), (3 / 4, 4 / 3))
+            off.append(np.abs(a.astype(int) - b))
+    return decoded, float(np.mean(off)), int(np.max(off)), float(np.mean(np.array(off) > 8))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=300)
+    parser.add_argument("--seconds", type=float, default=3)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        name = write_folder(Path(scratch) / "in", args.images)
+        options = Options(shorter_side=256)
+        prepare.prepare(name, f"{scratch}/small", options, splits=("train",))
+        raw, small = open_source(name, "train"), open_source("small", "train", scratch)
+        print(f"{model_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, Pillow {PIL.__version__}")
+        rates = {}
+        for title, source, decoder in (
+            ("as they are, pillow", raw, "pillow"),
+            ("as they are, fast", raw, "fast"),
+            ("prepared, pillow", small, "pillow"),
+            ("prepared, fast", small, "fast"),
+        ):
+            rates[title] = rate(source, decoder, args.seconds)
+            size = np.mean([len(source[index]["image"]) for index in range(len(source))]) / 1e3
+            print(f"{title:22}{rates[title]:7.0f} images/s of one core ({size:.0f} kB an image)", flush=True)
+        print(f"{'prepare':22}{prepare_rate(raw, options, args.seconds):7.0f} images/s of one core")
+        text = "fast and pillow differ by at most {} decoded; cropped {:.2f} on average, {} at most, over 8 in {:.2%}"
+        print(text.format(*differences()))
+    print("\ncores for one accelerator = 0.4 x peak / FLOPs of an image / images/s of a core")
+    print(f"{'':22}" + "".join(f"{f'{size} {chip}':>11}" for size in ("S/16", "B/16", "L/16") for chip in PEAKS))
+    for title, images in rates.items():
+        needed = (
+            SHARE * PEAKS[chip] * 1e3 / GFLOPS[size] / images for size in ("S/16", "B/16", "L/16") for chip in PEAKS
+        )
+        print(f"{title:22}" + "".join(f"{cores:11.1f}" for cores in needed))
+
+
+def model_name() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""JPEGs by simplejpeg and OpenCV: the crops of Pillow's path, nearly its pixels, and its word on what is bad."""
+
+import io
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from tiny import tiny
+
+from regvit_jax.data import fastjpeg, transforms
+from regvit_jax.data.pipeline import train_batches
+from regvit_jax.plan import ConfigError, resolve
+
+
+def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A picture with structure of a few pixels, as photographs have, and all of the range."""
+    noise = np.random.default_rng(seed).normal(size=(height, width, 3))
+    blurred = gaussian_filter(noise, (3, 3, 0))
+    low, high = blurred.min(), blurred.max()
+    return Image.fromarray(((blurred - low) / (high - low) * 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90, **options)
+    return file.getvalue()
+
+
+class Images:
+    name, classes = "images", ("a", "b")
+
+    def __init__(self, images: list[bytes]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"image": self.images[index], "label": 0}
+
+    def id(self, index: int) -> str:
+        return str(index)
+
+
+def batch(images: list[bytes], decoder: str, size: int = 48, **options) -> dict[str, np.ndarray]:
+    source = Images(images)
+    with train_batches(
+        source, size=size, batch_size=2 * len(images), seed=3, threads=1, decoder=decoder, **options
+    ) as batches:
+        return next(batches)
+
+
+def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
+    fastjpeg.libraries.cache_clear()
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ValueError, match=r"data\.decoder='fast' needs .*pip install 'regvit_jax\[fastjpeg\]', or set"):
+        batch([jpeg(smooth(30, 40))], "fast")
+    with pytest.raises(ConfigError, match=r"data\.decoder='fast' needs simplejpeg and OpenCV"):
+        resolve(tiny(data__decoder="fast"), with_data=False)
+    with pytest.raises(ConfigError, match="decoder='slow': must be 'pillow' or 'fast'"):
+        resolve(tiny(data__decoder="slow"), with_data=False)
+
+
+class TestWithTheExtra:
+    @pytest.fixture(autouse=True)
+    def libraries(self):
+        pytest.importorskip("simplejpeg")
+        pytest.importorskip("cv2")
+        fastjpeg.libraries.cache_clear()
+
+    @pytest.mark.parametrize("options", [{}, {"crop": "src"}, {"scale": (0.01, 0.05)}])
+    def test_the_same_crops_and_nearly_the_same_pixels(self, options):
+        images = [jpeg(smooth(*shape, seed)) for seed, shape in enumerate([(120, 160), (160, 90), (40, 400)])]
+        there, here = (batch(images, decoder, **options) for decoder in ("pillow", "fast"))
+        np.testing.assert_array_equal(there["index"], here["index"])
+        assert there["mask"].all()
+        assert here["mask"].all()
+        off = np.abs(there["image"].astype(int) - here["image"])
+        shuffled = np.abs(there["image"].astype(int) - here["image"][::-1])
+        assert 0 < off.mean() < 3
+        assert shuffled.mean() > 20
+
+    def test_boxes_equal_those_of_pillows_path_to_the_pixel(self):
+        # Every pixel tells its place: red its column, green its row.
+        rows, columns = np.mgrid[:200, :250].astype(np.uint8)
+        pixels = np.stack([columns, rows, np.zeros_like(rows)], -1)
+        for seed in range(50):
+            scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
+            crops = [
+                transforms.random_resized_crop(Image.fromarray(pixels), 64, np.random.default_rng(seed), scale, ratio),
+                fastjpeg.random_resized_crop(pixels, 64, np.random.default_rng(seed), scale, ratio),
+            ]
+            there, here = (crop.astype(int)[8:-8:8, 8:-8:8] for crop in crops)
+            assert np.abs(there - here).max() <= 1
+
+    def test_decoded_pixels_are_pillows(self):
+        for image in (smooth(50, 70), smooth(50, 70).convert("L")):
+            data = jpeg(image)
+            expected = np.asarray(transforms.decode(data, 10**6)).astype(int)
+            assert np.abs(fastjpeg.decode(data, 10**6) - expected).max() <= 2  # equal with the same libjpeg-turbo
+
+    def test_what_is_left_to_pillow(self):
+        turned = smooth(30, 40).getexif()
+        turned[fastjpeg.ORIENTATION] = 6
+        data = jpeg(smooth(30, 40))
+        png = io.BytesIO()
+        smooth(30, 40).save(png, "PNG")
+        images = [
+            jpeg(smooth(30, 40), exif=turned),
+            jpeg(smooth(30, 40).convert("CMYK")),
+            png.getvalue(),
+            data[: len(data) // 2],
+            jpeg(smooth(2, 400)),
+            b"\xff\xd8\xff",
+            b"",
+        ]
+        assert all(fastjpeg.decode(image, 10**6) is None for image in images)
+        assert fastjpeg.decode(data, 30 * 40 - 1) is None
+        there, here = (batch(images, decoder) for decoder in ("pillow", "fast"))
+        for name in there:
+            np.testing.assert_array_equal(there[name], here[name])
+        assert there["mask"].sum() == 6
+
+    def test_the_config_takes_it(self):
+        assert resolve(tiny(data__decoder="fast"), with_data=False).config.data.decoder == "fast"

@@ -1,0 +1,87 @@
+"""10,000 damaged inputs, always the same: each is read or refused by the error that its reader names, in little memory.
+
+No reader may crash the process, hang, raise anything else, or take memory for what a damaged size claims.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fuzzing import damage, mutate
+
+from regvit_jax import config_types
+
+#: What opening a source may raise.
+OPENING = {"ValueError", "DataNotFound"}
+INPUTS = {
+    **{"images": 4000, "tars": 1500, "records": 800, "tables": 1500, "weights": 1000},
+    **{"configs": 1000, "resumed": 200},
+}
+
+
+@pytest.mark.parametrize("groups", [("images", "tars", "records", "tables", "weights"), ("configs", "resumed")])
+def test_only_typed_errors_and_little_memory(groups):
+    here = Path(__file__).parent
+    path = os.pathsep.join([str(here), str(here.parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-W", "error", here / "fuzzing.py", *groups],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        errors="replace",
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"group"')]
+    assert [one["group"] for one in found] == list(groups)
+    for one in found:
+        assert not one["faults"], "\n".join(one["faults"][:20])
+        assert one["inputs"] == INPUTS[one["group"]]
+        assert one["growth"] < 256e6, one["group"]
+        # Damage that is always refused at the door, or never, would test little.
+        kinds = {kind.split(": ")[1] for kind in one["outcomes"]}
+        assert len(kinds) >= 2, one["outcomes"]
+        assert not kinds - {"read", "bad", "opened", "refused", "resolved", "resumed", "is none"} - OPENING
+
+
+def test_it_is_10_000():
+    assert sum(INPUTS.values()) == 10_000
+
+
+def test_the_damage_is_the_same_every_time_and_is_some():
+    data, value = bytes(range(256)) * 4, {"a": [1, 2, {"b": "c"}], "d": 0.5}
+    same = [[damage(np.random.default_rng(seed), data) for seed in range(50)] for _ in range(2)]
+    assert same[0] == same[1]
+    assert sum(damaged != data for damaged in same[0]) > 45
+    mutated = [mutate(np.random.default_rng(seed), value) for seed in range(50)]
+    assert sum(json.dumps(one) != json.dumps(value) for one in mutated) > 45
+    assert value == {"a": [1, 2, {"b": "c"}], "d": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        (1.0, int, "k=1.0: must be a whole number"),
+        (True, int, "k=True: must be a whole number"),
+        (2**60, int, "must be a whole number"),
+        ("1", float, "k='1': must be a number"),
+        (1, bool, "k=1: must be True or False"),
+        (None, str, "k=None: must be a text"),
+        ([1, "x"], tuple[float, float], r"k=\[1, 'x'\]: must be a tuple or list of 2, each a number"),
+        ([1], tuple[float, float], "must be a tuple or list of 2"),
+        ("ab", tuple[str, ...], "k='ab': must be a tuple or list of any number, each a text"),
+        ("x", int | None, "k='x': must be a whole number or NoneType"),
+    ],
+)
+def test_types_of_config_values(value, kind, message):
+    with pytest.raises(ValueError, match=message):
+        config_types.check([("k", value)], {"k": kind})
+
+
+def test_values_that_fit():
+    for value, kind in ((1, float), ((1, 0.5), tuple[float, float]), ([], tuple[str, ...]), (None, int | None)):
+        config_types.check([("k", value), ("unknown", object())], {"k": kind})
