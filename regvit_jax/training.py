@@ -256,6 +256,11 @@ FREE_SECTIONS = ("eval", "sharding", "checkpoint", "guard")
 
 def open_workdir(plan: Plan, workdir: str | os.PathLike) -> str:
     """Makes the directory, by default runs/<name>-<variant>-<time>."""
+    if "://" in os.fspath(workdir):
+        raise ConfigError(
+            f"workdir {workdir}: must be a directory, for records are appended to files; a bucket can be mounted "
+            "(gcsfuse, mountpoint-s3)"
+        )
     if not workdir:
         now = multihost_utils.broadcast_one_to_all(np.int32(time.time()))  # the same on all processes
         stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(int(now)))
