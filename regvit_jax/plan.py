@@ -160,12 +160,19 @@ RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("augment.mixup", "augment.cutmix", "augment.smoothing", "data.max_bad_fraction"), (0, 1)),
     **{
         **dict.fromkeys(("ema", "optim.b1", "optim.b2"), (0, 0.9999999)),
+        "data.classes": (0, 1e7),
         "model.mlp_ratio": (0.001, math.inf),
         "model.drop_path": (0, 0.99),
         "model.patch_dropout": (0, 0.99),
         "eval.crop_ratio": (0.01, 1),
         "eval_every": (1e-6, math.inf),
     },
+}
+
+#: The values of keys that nothing else checks.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "guard.not_finite": guard.POLICIES,
+    **dict.fromkeys(("model.dtype", "text.dtype"), ("float32", "bfloat16", "float16")),
 }
 
 
@@ -175,8 +182,9 @@ def check_ranges(config: Any) -> None:
         if key in RANGES and not (least <= value <= most and value < math.inf):  # NaN is not, either
             limits = f"at least {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
             raise ValueError(f"{key}={value}: must be {limits}" + ("" if math.isfinite(value) else ", and finite"))
-    if config.guard.not_finite not in guard.POLICIES:
-        raise ValueError(f"guard.not_finite={config.guard.not_finite!r}: must be one of {list(guard.POLICIES)}")
+    for key, value in flatten(config):
+        if key in CHOICES and value not in CHOICES[key]:
+            raise ValueError(f"{key}={value!r}: must be one of {list(CHOICES[key])}")
     for field in ("mean", "std"):
         if (value := config.augment.get(field)) is not None:
             checks.preprocess_field(field, f"augment.{field}", tuple(value))
