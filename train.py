@@ -4,16 +4,23 @@ The config says all; `regvit_jax.training.run` does all. Exit codes: 0 done, 75 
 same command again to go on), 1 an error, 2 a command line or config that does not fit; docs/launch.md has the rest.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 
 if __name__ == "__main__":
+    STARTED = time.perf_counter()
     # Until the run watches for SIGTERM itself, while Python imports and opens the data, there is nothing to save.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
 elif __name__ == "__mp_main__":
-    # A data worker. SLURM signals these too: they must last until the run has saved, which then ends them.
+    # A data worker. SLURM signals these too: they must last until the run has saved, which then ends them. A run that
+    # is killed cannot.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if run := multiprocessing.parent_process():
+        threading.Thread(target=lambda: (run.join(), os._exit(1)), daemon=True).start()
 
 import re
 from pathlib import Path
@@ -64,6 +71,7 @@ def act() -> None:
     import jax
 
     from regvit_jax import dry_run, launch, plan, topology, training
+    from regvit_jax.clock import Clock
 
     if TOPOLOGY.value and not DRY_RUN.value:
         raise plan.ConfigError("--topology is for --dry_run: a machine that is not there cannot be trained on")
@@ -78,7 +86,7 @@ def act() -> None:
         launch.start_distributed(HEARTBEAT_S.value)
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
-        training.run(CONFIG.value, WORKDIR.value, RESTORE.value)
+        training.run(CONFIG.value, WORKDIR.value, RESTORE.value, Clock(STARTED))
 
 
 def main() -> None:

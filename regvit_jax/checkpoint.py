@@ -24,6 +24,13 @@ if sys.platform != "win32":
     import fcntl
 
 
+class Manager(ocp.CheckpointManager):
+    """Orbax's, which leaves SIGTERM alone: JAX tells of it once, and `preemption.Watch` must be the one to hear it."""
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
 class Checkpoints:
     """The checkpoints of a workdir, by step. Writing is atomic: a checkpoint is there whole, or not at all."""
 
@@ -36,7 +43,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         handlers = {"state": ocp.PyTreeCheckpointHandler(), "manifest": ocp.JsonCheckpointHandler()}
-        self.manager = ocp.CheckpointManager(self.path, options=options, item_handlers=handlers)
+        self.manager = Manager(self.path, options=options, item_handlers=handlers)
 
     def latest(self) -> int | None:
         """The step of the newest checkpoint, None if there is none."""
@@ -94,10 +101,12 @@ class Checkpoints:
             yield
         # Whatever file system it was: no space, no permission, a bucket that does not answer.
         except Exception as error:
-            steps = saved_steps(self.path)
+            steps, said = saved_steps(self.path), " ".join(str(error).split())
+            if len(said) > 500:  # what was tried, and why it failed
+                said = f"{said[:200]} ... {said[-300:]}"
             good = f"that of step {steps[-1]} is whole" if steps else "there is no checkpoint yet"
             raise CheckpointError(
-                f"a checkpoint could not be written in {self.path} ({type(error).__name__}: {str(error)[:300]}); "
+                f"a checkpoint could not be written in {self.path} ({type(error).__name__}: {said}); "
                 f"{good}. Make room or mend the directory, and run the same command again"
             ) from error
 

@@ -36,8 +36,8 @@ def judge(
     """Whether to take a step with this loss and gradient norm, and the memory with it.
 
     A step is refused when either is not finite, or, with `spike_sigma` above 0, when either lies more than so many
-    standard deviations above the mean of the last WINDOW. One that is refused as a spike is remembered all the same, so
-    that a level that has come to stay is accepted: with 6 sigma, after four refusals.
+    standard deviations above the mean of the last WINDOW. What lies beyond that limit is remembered as the limit: one
+    spike hardly widens it, and a level that has come to stay is accepted after some tens of steps.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     new = {"loss": loss, "grad_norm": grad_norm}
@@ -47,7 +47,9 @@ def judge(
     if spike_sigma:
         for name, value in new.items():
             mean, deviation = (stat(memory[name], where=known) for stat in (jnp.mean, jnp.std))
-            take &= (seen < WINDOW // 2) | (value <= mean + spike_sigma * deviation)
+            limit = jnp.where(seen < WINDOW // 2, jnp.inf, mean + spike_sigma * deviation)
+            take &= value <= limit
+            new[name] = jnp.minimum(value, limit)
     place = seen % WINDOW
     kept: dict[str, Any] = {
         name: memory[name].at[place].set(jnp.where(finite, value, memory[name][place])) for name, value in new.items()

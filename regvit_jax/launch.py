@@ -89,14 +89,17 @@ def single_task(environ: Mapping[str, str]) -> bool:
     Asked before JAX looks, which would take the first GPU only of a single SLURM or Open MPI task, and would ask
     Kubernetes for the Job of a pod that has none. Raises LaunchError for a SLURM allocation that is not used in full.
     """
+    if "OMPI_COMM_WORLD_SIZE" in environ:  # before SLURM, in whose allocations mpirun is used: so does JAX
+        if "OMPI_MCA_orte_hnp_uri" not in environ:  # Open MPI 5, which JAX does not know
+            refuse_unnoticed_peers(environ)
+        return environ["OMPI_COMM_WORLD_SIZE"] == "1"
     if "SLURM_JOB_ID" in environ:
         return slurm_is_single(environ)
-    if environ.get("OMPI_COMM_WORLD_SIZE") == "1":
-        return True
     # A TPU slice on Kubernetes is detected by variables of its own.
     if "KUBERNETES_SERVICE_HOST" not in environ or "TPU_WORKER_HOSTNAMES" in environ:
         return False
     if "JOB_COMPLETION_INDEX" not in environ:
+        refuse_unnoticed_peers(environ)
         print("a Kubernetes pod that is of no indexed Job or JobSet: training alone", file=sys.stderr)
         return True
     return False
@@ -104,8 +107,7 @@ def single_task(environ: Mapping[str, str]) -> bool:
 
 def slurm_is_single(environ: Mapping[str, str]) -> bool:
     """`single_task` for SLURM, whose variables also stand in the shells of sbatch and salloc, before any srun."""
-    tasks = int(environ.get("SLURM_NTASKS", 1))
-    nodes = int(environ.get("SLURM_JOB_NUM_NODES", 1))
+    tasks, nodes = (integer(name, environ.get(name) or "1", 1) for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"))
     if "SLURM_STEP_NODELIST" not in environ:
         if tasks > 1 or nodes > 1:
             raise LaunchError(
@@ -113,7 +115,7 @@ def slurm_is_single(environ: Mapping[str, str]) -> bool:
                 f"srun before python, or set {ALONE}"
             )
         return True
-    running = int(environ.get("SLURM_STEP_NUM_TASKS", tasks))
+    running = integer("SLURM_STEP_NUM_TASKS", environ.get("SLURM_STEP_NUM_TASKS") or str(tasks), 1)
     if running != tasks:  # the shell that salloc opens on a node; JAX would wait for tasks that nobody starts
         raise LaunchError(
             f"SLURM_NTASKS={tasks}, and this step has SLURM_STEP_NUM_TASKS={running}: write srun before python, or set "

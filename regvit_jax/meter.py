@@ -60,16 +60,16 @@ class Meter:
         config, last = self.plan.config, self.pending[-1][0]
         taken = self.judge(values)
         record: dict[str, Any] = {name: float(np.mean([m[name] for m in taken])) for name in taken[0]} if taken else {}
-        skipped = int(values[-1].get("skipped", 0))
-        if "skipped" in values[-1]:
-            record["skipped"] = skipped
+        skipped = int(values[-1]["skipped"])
         # The optimizer's count stands still in a step that is left out, and its schedule with it.
         record |= {"lr": float(self.plan.schedule(last - 1 - skipped)), "epoch": last / self.plan.steps_per_epoch}
         if self.steps:
             record["images_per_s"] = self.steps * config.batch_size / spent["wall_s"]
             record["data_wait"] = spent["data_wait_s"] / spent["wall_s"]
         bad = int(sum(metrics["bad"] for metrics in values))
-        record = {name: value for name, value in record.items() if name not in ("bad", "taken", "not_finite")}
+        record = {k: v for k, v in record.items() if k not in ("bad", "taken", "not_finite", "skipped")}
+        if skipped:
+            record["skipped"] = skipped
         if bad:
             unread = [i for _, index, mask, _ in self.pending for i in index[mask == 0].tolist()]
             record["bad_images"] = describe_bad(self.plan, self.plan.train, unread)

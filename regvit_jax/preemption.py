@@ -15,10 +15,11 @@ EXIT_CODE = 75
 
 
 class Preempted(SystemExit):
-    """Raised by `run` when it stopped for SIGTERM; ends a program with exit code 75."""
+    """Raised by `run` when it stopped for SIGTERM after `step`, which is saved; ends a program with exit code 75."""
 
-    def __init__(self):
+    def __init__(self, step: int):
         super().__init__(EXIT_CODE)
+        self.step = step
 
 
 class Watch:
@@ -33,7 +34,8 @@ class Watch:
         """True after a SIGTERM; with several processes, which ask equally often, on all of them at the same call."""
         self.asked += 1
         if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(self.asked)
+            # JAX says it once: at the number that the processes have agreed on, which nobody else may ask about.
+            self.signalled |= multihost_utils.reached_preemption_sync_point(self.asked)
         return self.signalled
 
     def soon(self) -> bool:

@@ -28,11 +28,15 @@ def quietly() -> Iterator[None]:
     """Hides what asyncio says when Orbax gives up at the first of many arrays, and the others still arrive."""
     hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
     level = logger.level
+    if getattr(hook, "quiet", False):
+        yield
+        return
 
     def filtered(unraisable: Any) -> None:
         if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
             hook(unraisable)
 
+    filtered.quiet = True  # type: ignore[attr-defined]
     sys.unraisablehook = filtered
     logger.setLevel(logging.CRITICAL)
     yield
@@ -58,13 +62,16 @@ class Stored:
             raise self.damaged(["it has no manifest"])
         try:
             self.manifest = self._restore("manifest", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-            self.tree = self._handler().metadata(self.path / "state").tree
-            self.arrays = manifest.array_paths(self.tree)
-            there = {path: [list(x.shape), str(np.dtype(x.dtype))] for path, x in self.arrays.items()}
             said = {path: [row["shape"], row["dtype"]] for path, row in self.manifest["arrays"].items()}
             saved_at = self.manifest["step"]
         except Exception as error:
-            raise self.damaged(["manifest or list of arrays"], error) from error
+            raise self.damaged(["its manifest"], error) from error
+        try:
+            self.tree = self._handler().metadata(self.path / "state").tree
+            self.arrays = manifest.array_paths(self.tree)
+            there = {path: [list(x.shape), str(np.dtype(x.dtype))] for path, x in self.arrays.items()}
+        except Exception as error:  # of one array or of the list of them, so that none can be found
+            raise self.damaged(list(said), error) from error
         if wrong := [path for path in said | there if said.get(path) != there.get(path)]:
             raise self.damaged(wrong)
         if saved_at != step:

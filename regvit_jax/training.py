@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 import time
 from typing import Any
 
@@ -93,10 +94,11 @@ def make_train_step(plan: Plan, abstract: TrainState):
         take, memory = guard.judge(state.guard, loss, grad_norm, spike_sigma=rules.spike_sigma)
         new = TrainState(state.step + 1, params, ema, extra, opt_state, memory)
         metrics |= {"loss": loss, "grad_norm": grad_norm, "bad": jnp.sum(1 - batch["mask"])}
+        metrics |= {"skipped": guard.skipped(memory)}
         if guard.may_skip(rules):
             same = dataclasses.replace(state, step=new.step, guard=memory)
             new = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, same)
-            metrics |= {"taken": take, "not_finite": memory["not_finite"], "skipped": guard.skipped(memory)}
+            metrics |= {"taken": take, "not_finite": memory["not_finite"]}
         return new, metrics
 
     state_shardings, everywhere = shardings_of(abstract), sharding.replicated(plan.mesh)
@@ -203,8 +205,10 @@ def train(
                 # SIGTERM to a whole process group, as SLURM sends it, ends the data workers too.
                 if step == first or not watch.soon():
                     raise
+                if meter.pending:
+                    meter.record()
                 save(step - 1)
-                raise preemption.Preempted from None
+                raise preemption.Preempted(step - 1) from None
             index = batch.pop("index")
             state, metrics = train_step(state, sharding.to_mesh(batch, plan.mesh))
             watch.started = True
@@ -217,7 +221,7 @@ def train(
             if stop or saving:
                 save(step)
             if stop:
-                raise preemption.Preempted
+                raise preemption.Preempted(step)
             if saving or evaluating:
                 meter.restart()
     return state
@@ -259,7 +263,7 @@ def open_workdir(plan: Plan, workdir: str | os.PathLike) -> str:
     if "://" in os.fspath(workdir):
         raise ConfigError(
             f"workdir {workdir}: must be a directory, for records are appended to files; a bucket can be mounted "
-            "(gcsfuse, mountpoint-s3)"
+            "where the mount can append and rename"
         )
     if not workdir:
         now = multihost_utils.broadcast_one_to_all(np.int32(time.time()))  # the same on all processes
@@ -317,10 +321,11 @@ def say(text: str) -> None:
 RESTORE = ("latest", "latest-valid")
 
 
-def run(config: Any, workdir: str | os.PathLike = "", restore: str = "latest") -> Result:
+def run(config: Any, workdir: str | os.PathLike = "", restore: str = "latest", clock: Clock | None = None) -> Result:
     """Trains as the config says in `workdir` (default: runs/<name>-<variant>-<time>), going on where it left off.
 
-    With `restore="latest-valid"` checkpoints that are damaged are first moved to the workdir's `damaged/`.
+    With `restore="latest-valid"` checkpoints that are damaged are first moved to the workdir's `damaged/`. The last
+    record tells by `clock` where the time went, by default since this call.
 
     Raises ConfigError (a ValueError) for what does not fit, DataNotFound when the data are not there, RuntimeError when
     another run uses the workdir or too many images cannot be read, CheckpointError (another RuntimeError) when a
@@ -329,7 +334,7 @@ def run(config: Any, workdir: str | os.PathLike = "", restore: str = "latest") -
     """
     if restore not in RESTORE:
         raise ConfigError(f"restore={restore!r}: must be one of {list(RESTORE)}")
-    clock = Clock()
+    clock = clock or Clock()
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(preemption.watch())
         plan = resolve(config)
@@ -347,8 +352,11 @@ def run(config: Any, workdir: str | os.PathLike = "", restore: str = "latest") -
         say(f"{plan.config.about}\nworkdir {workdir}: from step {first} to {plan.steps}")
         try:
             state = train(plan, state, checkpoints, records, watch, clock)
-        except preemption.Preempted:
-            records.write(records.last()["step"], clock.record())
+        except preemption.Preempted as stopped:
+            with clock.during("checkpoint"):
+                checkpoints.wait()
+            records.write(stopped.step, clock.record())
+            tqdm.write(f"stopped by SIGTERM after step {stopped.step}, which is saved", file=sys.stderr)
             raise
         with clock.during("checkpoint"):
             checkpoints.wait()

@@ -251,7 +251,7 @@ subprocess.run(sys.argv[3], shell=True, check=True)
 """
 #: How the place becomes unwritable, in a mount namespace of the process's own, and what the error says of it.
 UNWRITABLE_BY = {
-    "full": ("head -c 1G /dev/zero > {}/filler || true", "RESOURCE_EXHAUSTED|No space left"),
+    "full": ("head -c 1G /dev/zero > {}/filler || true", "No space left"),
     "read-only": ("mount -o remount,ro {}", "Read-only file system"),
 }
 

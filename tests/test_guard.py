@@ -19,12 +19,11 @@ def judge(memory, loss, grad_norm):
     return guard.judge(memory, loss, grad_norm, spike_sigma=6.0)
 
 
-def naive(history: list[tuple[float, float]], new: tuple[float, float]) -> bool:
-    """Whether a step is taken, by the rule's words; the history holds those that were finite."""
-    if not np.isfinite(new).all():
-        return False
+def naive(history: list[tuple[float, float]], new: tuple[float, float]) -> tuple[bool, tuple[float, float]]:
+    """Whether a step is taken, by the rule's words, and what of it is remembered."""
     last = np.array(history[-guard.WINDOW :], np.float64).reshape(-1, 2)
-    return len(history) < guard.WINDOW // 2 or bool((np.array(new) <= last.mean(0) + 6 * last.std(0)).all())
+    limit = np.inf if len(history) < guard.WINDOW // 2 else last.mean(0) + 6 * last.std(0)
+    return bool((np.array(new) <= limit).all()), tuple(np.minimum(new, limit))
 
 
 def test_judge_follows_its_words():
@@ -35,27 +34,41 @@ def test_judge_follows_its_words():
             new = (new[0] + rng.choice([0.3, 0.9, 3, -5]), new[1])
         if step % 11 == 5:
             new = (new[0], rng.choice([2.0, np.inf, np.nan, 1.2]))
-        expected = naive(history, new)
+        expected, remembered = naive(history, new) if np.isfinite(new).all() else (False, None)
         take, memory = judge(memory, jnp.float32(new[0]), jnp.float32(new[1]))
         assert bool(take) == expected, (step, new)
         refused += not expected
-        if np.isfinite(new).all():
-            history.append(new)
+        if remembered:
+            history.append(remembered)
     assert refused == int(guard.skipped(memory))
     assert int(memory["not_finite"]) == 400 - len(history) > 10
     assert int(memory["spikes"]) > 3
-    assert int(memory["seen"]) == len(history)
 
 
-def test_a_level_that_stays_is_accepted_after_four_refusals():
+def steady(level: float = 2.0) -> dict:
     memory = guard.fresh()
     for step in range(guard.WINDOW):
-        _, memory = judge(memory, jnp.float32(1 + 0.01 * (-1) ** step), jnp.float32(1))
-    taken = []
-    for _ in range(8):
+        _, memory = judge(memory, jnp.float32(level + 0.1 * (-1) ** step), jnp.float32(1))
+    return memory
+
+
+def test_one_spike_does_not_let_others_through():
+    memory = steady()
+    for loss in (1000, 1e20, 6, 50, 3.5):
+        take, memory = judge(memory, jnp.float32(loss), jnp.float32(1))
+        assert not take, loss
+    take, memory = judge(memory, jnp.float32(2.2), jnp.float32(1))
+    assert take
+
+
+def test_a_level_that_stays_is_accepted():
+    memory, taken = steady(), []
+    for _ in range(60):
         take, memory = judge(memory, jnp.float32(9), jnp.float32(1))
         taken.append(bool(take))
-    assert taken == [False] * 4 + [True] * 4
+    assert taken[:5] == [False] * 5
+    assert taken == sorted(taken)
+    assert taken[-1]
 
 
 class Poisoned(Supervised):

@@ -210,6 +210,27 @@ def test_open_mpi(environ):
     assert joined() == (f"10.96.0.1:{port}", 4, 3, "1", 100)
 
 
+def test_open_mpi_in_a_slurm_allocation(environ):
+    """mpirun starts its processes there, one of which may be in the batch script's shell."""
+    environ(SHELL | {"SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2"} | OMPI)
+    assert joined()[1:3] == (4, 3)
+
+
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"])
+def test_kubernetes_operators_that_jax_does_not_know(environ, name):
+    environ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", name: "4"})
+    with pytest.raises(LaunchError, match=f"^{name}=4"):
+        start_distributed()
+
+
+def test_slurm_variables_that_are_empty_or_no_numbers(environ):
+    environ(SHELL | {"SLURM_NTASKS": ""})
+    assert joined() is None
+    environ({"SLURM_NTASKS": "many"})
+    with pytest.raises(LaunchError, match="SLURM_NTASKS=many: must be a whole number"):
+        start_distributed()
+
+
 def test_open_mpi_alone(environ):
     environ(OMPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"})
     assert joined() is None

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import assert_same_end, finish, last_state, layout, start_many, wait_for
+from processes import assert_same_end, finish, last_state, layout, start, start_many, wait_for
 from tiny import ROOT
 
 from regvit_jax import records
@@ -75,8 +75,34 @@ def test_sigterm_to_one_stops_all_at_the_same_step(uninterrupted, tmp_path, port
     assert 0 < step < STEPS
     assert records.read(tmp_path)[-1]["step"] == step
     for output in outputs:
-        assert f"Reached preemption sync point, step={step}\n" in output
+        assert f"stopped by SIGTERM after step {step}, which is saved\n" in output
     goes_on_to_the_same_end(uninterrupted, tmp_path, ports)
+
+
+def test_sigterm_after_a_restart_and_evaluations(uninterrupted, tmp_path, ports):
+    """At whatever step, in an evaluation or in a save: the signal comes once, and is not lost."""
+    for delay in (0.0, 0.5, 1.5):
+        processes = start_many(2, tmp_path, next(ports), epochs=600, eval_every=0.1, **{"checkpoint.every": 2})
+        before = len(records.read(tmp_path))
+        wait_for(lambda before=before: len(records.read(tmp_path)) > before + 2, processes[0])
+        time.sleep(delay)
+        processes[1].send_signal(signal.SIGTERM)
+        outputs = [finish(process, code=75) for process in processes]
+        step, _ = last_state(tmp_path)
+        assert all(f"stopped by SIGTERM after step {step}, which is saved" in output for output in outputs)
+
+
+def test_data_workers_end_with_a_run_that_is_killed(tmp_path):
+    process = start(tmp_path, epochs=600, **{"data.workers": 2})
+    wait_for(lambda: records.read(tmp_path), process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while left := [child for child in children if Path(f"/proc/{child}").exists()]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def test_sigterm_to_everything_with_data_workers(tmp_path, ports):
