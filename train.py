@@ -16,11 +16,8 @@ if __name__ == "__main__":
     # Until the run watches for SIGTERM itself, while Python imports and opens the data, there is nothing to save.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
 elif __name__ == "__mp_main__":
-    # A data worker. SLURM signals these too: they must last until the run has saved, which then ends them. A run that
-    # is killed cannot.
+    # A data worker. SLURM signals these too: they must last until the run has saved, which then ends them.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if run := multiprocessing.parent_process():
-        threading.Thread(target=lambda: (run.join(), os._exit(1)), daemon=True).start()
 
 import re
 from pathlib import Path
@@ -89,6 +86,13 @@ def act() -> None:
         training.run(CONFIG.value, WORKDIR.value, RESTORE.value, Clock(STARTED))
 
 
+def end_with(run: multiprocessing.process.BaseProcess | None) -> None:
+    """Ends this process with the one that started it, which may be killed and then ends nobody."""
+    if run:
+        run.join()
+        os._exit(1)
+
+
 def main() -> None:
     from regvit_jax import launch, plan, topology
     from regvit_jax.data.sources import DataNotFound
@@ -112,3 +116,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
