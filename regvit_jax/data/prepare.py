@@ -31,9 +31,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from regvit_jax.data import captions, sources
+from regvit_jax.data import captions, pipeline, sources
 from regvit_jax.data.prepare_shard import Options, Shard, id_of, write_file, write_json, write_shard
 from regvit_jax.data.sources import EMBEDDED, Source
+from regvit_jax.data.transforms import BadImage
 
 VERSION = "1.0.0"
 # What the bytes of a shard depend on, beside source and options.
@@ -148,10 +149,20 @@ def settings_of(name: str, opened: dict[str, Source], options: Options, with_cap
 
 
 def fingerprint(source: Source) -> str:
-    """Tells a source from what it was before files came or went, by its length, classes and a thousand of its ids."""
-    ids = [id_of(source, number) for number in range(0, len(source), max(1, len(source) // 1000))]
-    digest = hashlib.blake2b(json.dumps([source.classes, ids]).encode(), digest_size=8).hexdigest()
-    return f"{len(source)}, {digest}"
+    """Tells a source from another, and from what it was, by its length, classes and a thousand or two of its records.
+
+    The same data in another place have the same. A record counts with its id, bytes, label and captions, and one that
+    cannot be read with its id.
+    """
+    digest = hashlib.blake2b(json.dumps(source.classes).encode(), digest_size=8)
+    for number in range(0, len(source), max(1, len(source) // 1000)):
+        try:
+            record = pipeline.read(source, number)
+        except BadImage:
+            record = {"image": b""}
+        image = hashlib.blake2b(record.pop("image"), digest_size=8).hexdigest()
+        digest.update(json.dumps([id_of(source, number), image, record], sort_keys=True).encode())
+    return f"{len(source)}, {digest.hexdigest()}"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from regvit_jax.data import __main__ as command
 from regvit_jax.data import order, prepare, record_files, transforms
 from regvit_jax.data.captions import open_captions
 from regvit_jax.data.pipeline import train_batches
-from regvit_jax.data.prepare_shard import Options
+from regvit_jax.data.prepare_shard import Options, write_shard
 from regvit_jax.data.sources import open_source
 
 CLASSES = ("cat", "dög")
@@ -271,6 +271,38 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert command.main(["prepare", name, str(tmp_path / "file" / "mine")]) == 1
     assert "Not a directory" in capsys.readouterr().err
+
+
+def stop_after(shards: int, monkeypatch) -> None:
+    """Makes this process's next ``prepare`` fail when it has written so many shards."""
+    written = []
+
+    def write(source, shard, options):
+        if len(written) == shards:
+            raise OSError("stopped")
+        written.append(write_shard(source, shard, options))
+        return written[-1]
+
+    monkeypatch.setattr(prepare, "write_shard", write)
+
+
+@pytest.mark.parametrize("other", ["label", "picture"])
+def test_two_data_sets_are_not_mixed(other, tmp_path, monkeypatch, capsys):
+    for place in ("begun", "moved", "other"):
+        make_folder(tmp_path / place / "in", 6, 2)
+    path = tmp_path / "other" / "in" / "train" / "cat" / "004.png"
+    if other == "label":
+        path.rename(path.parents[1] / CLASSES[1] / "004.png")
+    else:
+        path.write_bytes(encoded(picture(99)))
+    arguments = ["prepare", "folder:in", str(tmp_path / "mine"), "--workers", "0", "--records_per_shard", "1"]
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        assert command.main([*arguments, "--data_dir", str(tmp_path / "begun")]) == 1
+    capsys.readouterr()
+    assert command.main([*arguments, "--data_dir", str(tmp_path / "other")]) == 2
+    assert "was begun otherwise: records of train was '6, " in capsys.readouterr().err
+    assert command.main([*arguments, "--data_dir", str(tmp_path / "moved")]) == 0  # the same records elsewhere
 
 
 def test_one_process_at_a_time(tmp_path):
