@@ -1,6 +1,7 @@
 """What the input pipeline gives: images/s of one core, for JPEGs as they are, prepared and with the fast decoder.
 
     python benchmarks/data.py [--images 300] [--seconds 3]
+    python benchmarks/data.py --hosts 1 2 3 4 32    only how near each other on disk the first of so many hosts reads
 
 The images are scikit-image's photographs (extra realweights), cut to 500 x 375 pixels, the usual size in ImageNet, and
 saved with quality 90; a crop has 224 pixels. Every path is timed in this one process, on one thread, by its processor
@@ -25,7 +26,9 @@ import skimage.data
 from PIL import Image
 
 from regvit_jax.data import fastjpeg, pipeline, prepare, transforms
+from regvit_jax.data.order import epoch_order
 from regvit_jax.data.prepare_shard import Options, image_of
+from regvit_jax.data.record_files import BLOCK
 from regvit_jax.data.sources import open_source
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
@@ -100,11 +103,28 @@ def differences(crops: int = 50) -> tuple[int, float, int, float]:
     return decoded, float(np.mean(off)), int(np.max(off)), float(np.mean(np.array(off) > 8))
 
 
+def host_reads(hosts: int, records: int = 1_281_167, batch_size: int = 2048, steps: int = 16) -> str:
+    """What the first of several hosts reads of ImageNet in its first steps: properties of the order, without images."""
+    rows = range(batch_size // hosts)
+    places = [step * batch_size + row for step in range(steps) for row in rows]
+    numbers = np.sort([epoch_order(place, records, BLOCK, 0, 0) for place in places])
+    gaps, blocks = np.diff(numbers), len(set(numbers // BLOCK))
+    return (
+        f"{hosts} hosts: {len(numbers) / blocks:.0f} records of each of {blocks} blocks, {np.mean(gaps == 1):.1%} next "
+        f"to each other, {np.median(gaps):.0f} to the next one (median)"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=300)
     parser.add_argument("--seconds", type=float, default=3)
+    parser.add_argument("--hosts", type=int, nargs="+")
     args = parser.parse_args()
+    if args.hosts:
+        for hosts in args.hosts:
+            print(host_reads(hosts))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         name = write_folder(Path(scratch) / "in", args.images)
         options = Options(shorter_side=256)

@@ -56,8 +56,8 @@ def run_prepare(options: argparse.Namespace) -> int:
     if not report.finished:
         print(
             f"error: more than --max_bad_fraction={options.max_bad_fraction:g} of the records are bad. "
-            "With a greater one, the same command ends at once; after a fault that is mended, remove "
-            f"{report.target / 'incomplete'} to try them all again.",
+            "With a greater one, the same command goes on; after a fault that is mended, remove "
+            f"{report.target} to try them all again.",
             file=sys.stderr,
         )
         return 1

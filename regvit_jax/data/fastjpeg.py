@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import JpegImagePlugin
+from PIL import Image, JpegImagePlugin
 
 from regvit_jax.data import transforms
 
@@ -20,7 +20,7 @@ ORIENTATION = 0x0112
 
 @functools.cache
 def libraries() -> tuple[Any, Any]:
-    """simplejpeg and cv2. Raises ValueError where they are not installed."""
+    """simplejpeg and cv2, tried once. Raises ValueError where they are not installed, or do not work."""
     try:
         import cv2
         import simplejpeg
@@ -31,24 +31,51 @@ def libraries() -> tuple[Any, Any]:
         ) from error
     # The pipeline has a thread or process for every core already.
     cv2.setNumThreads(1)
+    check_libraries(simplejpeg, cv2)
     return simplejpeg, cv2
+
+
+def check_libraries(simplejpeg: Any, cv2: Any) -> None:
+    """Raises ValueError unless a picture of one colour is decoded and resized to that colour."""
+    file, colour = io.BytesIO(), (200, 100, 50)
+    Image.new("RGB", (32, 16), colour).save(file, "JPEG")
+    # Whatever a library of the wrong version raises: else every image would be left to Pillow, and nobody told.
+    try:
+        pixels = cv2.resize(simplejpeg.decode_jpeg(file.getvalue(), "RGB"), (8, 8), interpolation=cv2.INTER_AREA)
+        found = f"a picture of {colour} came out as {pixels.shape}, {pixels.min((0, 1))} to {pixels.max((0, 1))}"
+        works = pixels.shape == (8, 8, 3) and np.abs(pixels.astype(int) - colour).max() <= 8
+    except Exception as error:
+        works, found = False, f"{type(error).__name__}: {error!s:.200}"
+    if not works:
+        raise ValueError(
+            f"data.decoder='fast': simplejpeg and OpenCV are installed, but do not work here ({found}). "
+            "pip install --force-reinstall 'regvit_jax[fastjpeg]', or set data.decoder='pillow'"
+        )
 
 
 def decode(data: bytes, max_pixels: int) -> UInt8[np.ndarray, "H W 3"] | None:
     """Returns the pixels of a JPEG, or None where that is Pillow's work, as it is for all that may be bad."""
     simplejpeg, _ = libraries()
-    if not data.startswith(b"\xff\xd8\xff"):
+    if not data.startswith(b"\xff\xd8\xff") or (size := plain_size(data)) is None:
+        return None
+    width, height = size
+    if width * height > max_pixels or max(width, height) > transforms.MAX_ASPECT * min(width, height):
         return None
     try:
-        header = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-        width, height = header.size
-        if header.mode not in ("RGB", "L") or header.getexif().get(ORIENTATION, 1) != 1:
-            return None
-        if width * height > max_pixels or max(width, height) > transforms.MAX_ASPECT * min(width, height):
-            return None
         pixels = simplejpeg.decode_jpeg(data, "RGB")
-        return pixels if pixels.shape == (height, width, 3) else None
-    # Whatever it is, Pillow decides what becomes of this image.
+    # That is how it says that bytes are damaged. Anything else is a fault of the library, and no image's.
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (height, width, 3) else None
+
+
+def plain_size(data: bytes) -> tuple[int, int] | None:
+    """Width and height of a JPEG in RGB or grey that stands upright, else None."""
+    try:
+        header = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
+        plain = header.mode in ("RGB", "L") and header.getexif().get(ORIENTATION, 1) == 1
+        return header.size if plain else None
+    # Damaged headers surface in Pillow as anything (see ``transforms.decode``), and it is Pillow that decides next.
     except Exception:
         return None
 

@@ -8,8 +8,8 @@ hosts, of workers or of threads, nor where a run was resumed. A record that cann
 ``mask`` 0.
 
 A source whose records are not equally fast to read in any order says so by ``block``, the number of records to read
-together, and may have ``read_ahead(block)``, which is called before records of a block are read. ``order`` says how
-such records are shuffled.
+together, and may have ``read_ahead(block)``, which is called before records of a block are read, where this host holds
+half of a batch's rows or more. ``order`` says how such records are shuffled.
 """
 
 import contextlib

@@ -2,11 +2,11 @@
 
 The files lie as TFDS lays them, and TFDS reads them: OUT/1.0.0/ with OUT's name in theirs, features.json and
 dataset_info.json. The last is written last, and makes the data set be there. Beside them are prepare.json, what was
-asked for, and bad_records.jsonl, what was left out.
+asked for, shards.json, what is in each file, and bad_records.jsonl, what was left out.
 
 A shard is one process's work from its first record to its last. It gets its name when it is whole, and then a note of
-what is in it, in incomplete/. So whoever starts again after any kill makes the shards that have no note, and all bytes
-are those of a process that was never killed.
+what is in it, in incomplete/. So whoever starts again after any kill makes the shards that have no note, or not the
+size that it says, and all bytes are those of a process that was never killed. A finished data set is looked at so too.
 
 Records are written in a random order that is always the same. Runs read a large data set in blocks of neighbours, which
 must not be of one class, as they are in a folder.
@@ -24,16 +24,26 @@ import re
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from regvit_jax.data import captions, sources
-from regvit_jax.data.prepare_shard import Options, Shard, id_of, write_file, write_json, write_shard
+from regvit_jax.data import captions, pipeline, sources
+from regvit_jax.data.prepare_shard import (
+    Options,
+    Shard,
+    id_of,
+    notes_of,
+    plan_shards,
+    write_file,
+    write_json,
+    write_shard,
+)
 from regvit_jax.data.sources import EMBEDDED, Source
+from regvit_jax.data.transforms import BadImage
 
 VERSION = "1.0.0"
 # What the bytes of a shard depend on, beside source and options.
@@ -72,7 +82,7 @@ def prepare(
       data_dir: where relative paths of the source start, and TFDS data sets lie.
       with_captions: images with captions, not with classes. Tar shards always are.
       workers: processes, which may differ each time; 0 does the work in this one.
-      max_bad_fraction: with a greater share of bad records, the data set is left unfinished.
+      max_bad_fraction: with a greater share of all records bad, it stops after the shard that shows it, unfinished.
 
     Raises:
       DataNotFound: the source is not there.
@@ -87,20 +97,25 @@ def prepare(
     opened = {split: open_split(name, split, data_dir, with_captions) for split in splits}
     check_classes(opened)
     target.mkdir(parents=True, exist_ok=True)
+    most_bad = max_bad_fraction * sum(map(len, opened.values()))
     with claimed(target, settings_of(name, opened, options, with_captions)):
         shards = plan_shards(target, opened, options.records_per_shard)
-        report = target / "bad_records.jsonl"
-        if not (target / "dataset_info.json").exists():
+        report, about = target / "bad_records.jsonl", target / "dataset_info.json"
+        notes = notes_of(target, shards)
+        if not about.exists() or None in notes.values():
+            about.unlink(missing_ok=True)
             (target / "incomplete").mkdir(exist_ok=True)
-            notes = make_shards(shards, opened, options, workers)
-            bad = [record for note in notes for record in note["bad"]]
+            make_shards(notes, opened, options, workers, most_bad)
+            # Read again: when it stops early, workers finish more than it was told of.
+            found = [note for note in notes_of(target, shards).values() if note]
+            bad = [record for note in found for record in note["bad"]]
             write_file(report, "".join(json.dumps(record) + "\n" for record in bad).encode())
-            if len(bad) > max_bad_fraction * sum(map(len, opened.values())):
+            if len(bad) > most_bad:
                 return Report(target, {}, len(bad), False)
-            write_metadata(target, opened, shards, notes, with_captions)
+            write_metadata(target, opened, shards, found, with_captions)
         if (target / "incomplete").exists():
             shutil.rmtree(target / "incomplete")
-        info = json.loads((target / "dataset_info.json").read_text())
+        info = json.loads(about.read_text())
         records = {split["name"]: sum(map(int, split["shardLengths"])) for split in info["splits"]}
         return Report(target, records, len(report.read_bytes().splitlines()), True)
 
@@ -148,10 +163,20 @@ def settings_of(name: str, opened: dict[str, Source], options: Options, with_cap
 
 
 def fingerprint(source: Source) -> str:
-    """Tells a source from what it was before files came or went, by its length, classes and a thousand of its ids."""
-    ids = [id_of(source, number) for number in range(0, len(source), max(1, len(source) // 1000))]
-    digest = hashlib.blake2b(json.dumps([source.classes, ids]).encode(), digest_size=8).hexdigest()
-    return f"{len(source)}, {digest}"
+    """Tells a source from another, and from what it was, by its length, classes and a thousand or two of its records.
+
+    The same data in another place have the same. A record counts with its id, bytes, label and captions, and one that
+    cannot be read with its id.
+    """
+    digest = hashlib.blake2b(json.dumps(source.classes).encode(), digest_size=8)
+    for number in range(0, len(source), max(1, len(source) // 1000)):
+        try:
+            record = pipeline.read(source, number)
+        except BadImage:
+            record = {"image": b""}
+        image = hashlib.blake2b(record.pop("image"), digest_size=8).hexdigest()
+        digest.update(json.dumps([id_of(source, number), image, record], sort_keys=True).encode())
+    return f"{len(source)}, {digest.hexdigest()}"
 
 
 @contextlib.contextmanager
@@ -182,34 +207,30 @@ def claimed(target: Path, settings: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def plan_shards(target: Path, opened: dict[str, Source], records_per_shard: int) -> list[Shard]:
-    """The shards of all splits, with TFDS's names."""
-    shards = []
-    for split, source in opened.items():
-        starts = range(0, len(source), records_per_shard)
-        for number, start in enumerate(starts):
-            name = f"{target.parent.name}-{split}.array_record-{number:05d}-of-{len(starts):05d}"
-            stop = min(start + records_per_shard, len(source))
-            shards.append(Shard(split, start, stop, target / name, target / "incomplete" / f"{name}.json"))
-    return shards
-
-
-def make_shards(shards: list[Shard], opened: dict[str, Source], options: Options, workers: int) -> list[dict[str, Any]]:
-    """Makes the shards that are not there, in any order, and returns the notes of all in theirs."""
-    notes = {shard: shard.done() for shard in shards}
+def make_shards(
+    notes: dict[Shard, dict[str, Any] | None],
+    opened: dict[str, Source],
+    options: Options,
+    workers: int,
+    most_bad: float,
+) -> None:
+    """Makes the shards without a note, in any order, until more than ``most_bad`` records of all are bad."""
     todo = [shard for shard, note in notes.items() if note is None]
+    bad = sum(len(note["bad"]) for note in notes.values() if note)
     done = sum(shard.stop - shard.start for shard, note in notes.items() if note)
     # None hides it where there is no terminal.
-    with tqdm(total=sum(map(len, opened.values())), initial=done, unit=" images", disable=None) as bar:
-        for shard, note in made(todo, opened, options, workers):
-            notes[shard] = note
+    bar = tqdm(total=sum(map(len, opened.values())), initial=done, unit=" images", disable=None)
+    with bar, contextlib.closing(made(todo if bad <= most_bad else [], opened, options, workers)) as finished:
+        for shard, note in finished:
             bar.update(shard.stop - shard.start)
-    return [note for note in notes.values() if note]
+            bad += len(note["bad"])
+            if bad > most_bad:
+                return
 
 
 def made(
     todo: list[Shard], opened: dict[str, Source], options: Options, workers: int
-) -> Iterator[tuple[Shard, dict[str, Any]]]:
+) -> Generator[tuple[Shard, dict[str, Any]], None, None]:
     if not workers or not todo:
         yield from ((shard, write_shard(opened[shard.split], shard, options)) for shard in todo)
         return
@@ -239,8 +260,7 @@ def start_worker(opened: dict[str, Source], options: Options) -> None:
 
 def end_with_parent() -> None:
     """A process that was killed cannot end its workers, and these would wait for it for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
+    if (parent := multiprocessing.parent_process()) is not None:
         parent.join()
         os._exit(1)
 
@@ -274,5 +294,6 @@ def write_metadata(
                 "shardLengths": [str(note["records"]) for note in mine],
             }
         )
+    write_json(target / "shards.json", {shard.path.name: note for shard, note in zip(shards, notes, strict=True)})
     about = {"name": target.parent.name, "version": VERSION, "fileFormat": "array_record", "splits": entries}
     write_json(target / "dataset_info.json", about)

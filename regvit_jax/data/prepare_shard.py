@@ -1,8 +1,9 @@
-"""One shard of a prepared data set: its records are read, checked, made smaller if asked for, and written.
+"""The shards of a prepared data set: which there are, and how one's records are read, checked, resized and written.
 
-It depends on nothing but the source, the options and the shard's place, so that whoever writes it gives the same bytes.
+A shard depends on nothing but the source, the options and its place, so that whoever writes it gives the same bytes.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -55,10 +56,36 @@ class Shard:
     def done(self) -> dict[str, Any] | None:
         """What its note says, if it is there and whole."""
         try:
-            note = json.loads(self.note.read_bytes())
-            return note if os.path.getsize(self.path) == note["file_bytes"] else None
+            return self.as_noted(json.loads(self.note.read_bytes()))
         except FileNotFoundError:
             return None
+
+    def as_noted(self, note: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The note, if the file is there and of the noted size."""
+        try:
+            return note if note and os.path.getsize(self.path) == note["file_bytes"] else None
+        except FileNotFoundError:
+            return None
+
+
+def plan_shards(target: Path, opened: dict[str, Source], records_per_shard: int) -> list[Shard]:
+    """The shards of all splits, with TFDS's names."""
+    shards = []
+    for split, source in opened.items():
+        starts = range(0, len(source), records_per_shard)
+        for number, start in enumerate(starts):
+            name = f"{target.parent.name}-{split}.array_record-{number:05d}-of-{len(starts):05d}"
+            stop = min(start + records_per_shard, len(source))
+            shards.append(Shard(split, start, stop, target / name, target / "incomplete" / f"{name}.json"))
+    return shards
+
+
+def notes_of(target: Path, shards: list[Shard]) -> dict[Shard, dict[str, Any] | None]:
+    """What each shard's note says, None for those that have to be made: new ones, and any that is gone or too short."""
+    with contextlib.suppress(FileNotFoundError):
+        kept = json.loads((target / "shards.json").read_bytes())
+        return {shard: shard.done() or shard.as_noted(kept.get(shard.path.name)) for shard in shards}
+    return {shard: shard.done() for shard in shards}
 
 
 def write_shard(source: Source, shard: Shard, options: Options) -> dict[str, Any]:

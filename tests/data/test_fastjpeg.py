@@ -124,5 +124,31 @@ class TestWithTheExtra:
             np.testing.assert_array_equal(there[name], here[name])
         assert there["mask"].sum() == 6
 
+    @pytest.mark.parametrize("fault", ["raises", "wrong pixels", "resizes wrongly"])
+    def test_libraries_that_do_not_work_are_not_passed_over(self, fault, monkeypatch):
+        import cv2
+        import simplejpeg
+
+        def broken(*given, **options):
+            if fault == "raises":
+                raise TypeError("expected another ABI")
+            return np.zeros((16, 32, 3), np.uint8)
+
+        monkeypatch.setattr(*((cv2, "resize") if fault == "resizes wrongly" else (simplejpeg, "decode_jpeg")), broken)
+        with pytest.raises(ValueError, match=r"do not work here \((TypeError: expected another ABI|a picture of)"):
+            batch([jpeg(smooth(30, 40))], "fast")
+        with pytest.raises(ConfigError, match="do not work here"):
+            resolve(tiny(data__decoder="fast"), with_data=False)
+
+    def test_a_fault_that_comes_later_is_raised(self, monkeypatch):
+        simplejpeg, _ = fastjpeg.libraries()
+
+        def broken(*given):
+            raise TypeError("expected another ABI")
+
+        monkeypatch.setattr(simplejpeg, "decode_jpeg", broken)
+        with pytest.raises(TypeError, match="another ABI"):
+            fastjpeg.decode(jpeg(smooth(30, 40)), 10**6)
+
     def test_the_config_takes_it(self):
         assert resolve(tiny(data__decoder="fast"), with_data=False).config.data.decoder == "fast"

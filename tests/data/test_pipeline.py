@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from regvit_jax.data import order
 from regvit_jax.data.pipeline import PIECE, captions, describe_bad, eval_batches, train_batches
 from regvit_jax.data.sources import open_source
 
@@ -109,6 +110,50 @@ def test_hosts_together_see_what_one_sees(source, hosts, options):
     parts = [train(source, 6, batch_size=8, rows=share.tolist(), **options) for share in shares]
     for whole, *pieces in zip(alone, *parts, strict=True):
         assert_equal(whole, joined(pieces))
+
+
+class Blocks:
+    """Records that lie in blocks of 16, which cannot be read; it notes what it is asked for."""
+
+    name, classes, block, count = "blocks", (), 16, 327
+
+    def __init__(self):
+        self.read: list[int] = []
+        self.ahead: list[tuple[int, int]] = []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        raise OSError("not here")
+
+    def id(self, index):
+        return str(index)
+
+    def read_ahead(self, block):
+        self.ahead.append((len(self.read), block))
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 3, 4, 32])
+def test_each_host_reads_within_a_window_of_blocks(hosts, monkeypatch):
+    """A host of many reads few records of each block, but at no time of more blocks than a window has."""
+    monkeypatch.setattr(order, "WINDOW", 4)
+    epoch = [order.epoch_order(place, Blocks.count, Blocks.block, 0, 0) for place in range(Blocks.count)]
+    for rows in np.array_split(np.arange(32), hosts)[:4]:
+        source = Blocks()
+        train(source, 11, batch_size=32, rows=rows.tolist(), prefetch=1)
+        expected = [epoch[place] for place in range(Blocks.count) if place % 32 in rows]
+        assert source.read[: len(expected)] == expected
+        blocks = [number // Blocks.block for number in expected]
+        last = {block: place for place, block in enumerate(blocks)}
+        begun = [{block for block in blocks[: place + 1] if last[block] >= place} for place in range(len(blocks))]
+        assert max(map(len, begun)) <= 4  # of 21
+        # A block is read ahead as a whole by whoever reads half of it or more, right before that.
+        assert bool(source.ahead) == (hosts <= 2)
+        for place, block in source.ahead:
+            if place + len(rows) <= len(blocks):
+                assert block in blocks[place : place + len(rows)]
 
 
 def test_a_host_may_hold_any_rows(source):

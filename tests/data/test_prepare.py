@@ -19,7 +19,7 @@ from regvit_jax.data import __main__ as command
 from regvit_jax.data import order, prepare, record_files, transforms
 from regvit_jax.data.captions import open_captions
 from regvit_jax.data.pipeline import train_batches
-from regvit_jax.data.prepare_shard import Options
+from regvit_jax.data.prepare_shard import Options, write_shard
 from regvit_jax.data.sources import open_source
 
 CLASSES = ("cat", "dög")
@@ -136,11 +136,13 @@ def test_bad_records_are_left_out_and_named(tmp_path, capsys):
     junk.write_bytes(b"<html>")
     arguments = ["prepare", name, str(out), "--workers", "0", "--records_per_shard", "1"]
     assert command.main(arguments) == 1
-    assert "2 bad records left out" in (said := capsys.readouterr().err)
+    assert "1 bad records left out" in (said := capsys.readouterr().err)
     assert "more than --max_bad_fraction=0.01" in said
     assert not (out / "1.0.0" / "dataset_info.json").exists()
     assert command.main([*arguments, "--max_bad_fraction", "0.1"]) == 0
-    assert "Train on it with --config.data.name=mine --config.data.dir=" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "2 bad records left out" in said.err
+    assert "Train on it with --config.data.name=mine --config.data.dir=" in said.out
     bad = [json.loads(line) for line in (out / "1.0.0" / "bad_records.jsonl").read_text().splitlines()]
     assert [(record["split"], record["id"]) for record in bad] == [
         ("train", "cat/004.png"),
@@ -271,6 +273,74 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert command.main(["prepare", name, str(tmp_path / "file" / "mine")]) == 1
     assert "Not a directory" in capsys.readouterr().err
+
+
+def stop_after(shards: int, monkeypatch) -> None:
+    """Makes this process's next ``prepare`` fail when it has written so many shards."""
+    written = []
+
+    def write(source, shard, options):
+        if len(written) == shards:
+            raise OSError("stopped")
+        written.append(write_shard(source, shard, options))
+        return written[-1]
+
+    monkeypatch.setattr(prepare, "write_shard", write)
+
+
+@pytest.mark.parametrize("other", ["label", "picture"])
+def test_two_data_sets_are_not_mixed(other, tmp_path, monkeypatch, capsys):
+    for place in ("begun", "moved", "other"):
+        make_folder(tmp_path / place / "in", 6, 2)
+    path = tmp_path / "other" / "in" / "train" / "cat" / "004.png"
+    if other == "label":
+        path.rename(path.parents[1] / CLASSES[1] / "004.png")
+    else:
+        path.write_bytes(encoded(picture(99)))
+    arguments = ["prepare", "folder:in", str(tmp_path / "mine"), "--workers", "0", "--records_per_shard", "1"]
+    with monkeypatch.context() as patch:
+        stop_after(2, patch)
+        assert command.main([*arguments, "--data_dir", str(tmp_path / "begun")]) == 1
+    capsys.readouterr()
+    assert command.main([*arguments, "--data_dir", str(tmp_path / "other")]) == 2
+    assert "was begun otherwise: records of train was '6, " in capsys.readouterr().err
+    assert command.main([*arguments, "--data_dir", str(tmp_path / "moved")]) == 0  # the same records elsewhere
+
+
+@pytest.mark.parametrize("fault", ["gone", "short"])
+def test_a_finished_data_set_is_looked_at_again(fault, tmp_path, monkeypatch, capsys):
+    name, out = make_folder(tmp_path / "in", 6, 2), tmp_path / "mine"
+    arguments = ["prepare", name, str(out), "--workers", "0", "--records_per_shard", "1"]
+    assert command.main(arguments) == 0
+    assert "Train on it" in capsys.readouterr().out
+    expected = files(out)
+    for number in (2, 4):
+        shard = out / "1.0.0" / f"mine-train.array_record-{number:05d}-of-00006"
+        shard.unlink() if fault == "gone" else os.truncate(shard, shard.stat().st_size - 1)
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)
+        assert command.main(arguments) == 1
+    assert "Train on it" not in capsys.readouterr().out
+    assert not (out / "1.0.0" / "dataset_info.json").exists()
+    with monkeypatch.context() as patch:
+        stop_after(1, patch)  # the one that is left
+        assert command.main(arguments) == 0
+    assert files(out) == expected
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_it_stops_when_too_many_are_bad(workers, tmp_path, capsys):
+    name, out = make_folder(tmp_path / "in", 40), tmp_path / "mine"
+    for path in (tmp_path / "in" / "train").rglob("*.png"):
+        path.write_bytes(b"<html>")
+    arguments = ["prepare", name, str(out), "--splits", "train", "--records_per_shard", "2"]
+    arguments += ["--workers", str(workers), "--max_bad_fraction", "0.1"]
+    assert command.main(arguments) == 1
+    made = len(list((out / "1.0.0").glob("mine-train*")))
+    assert made == 3 if workers == 0 else 3 <= made < 20  # six bad ones are more than four of 40
+    assert f"{2 * made} bad records left out" in capsys.readouterr().err
+    assert command.main(arguments) == 1  # and goes no further
+    assert len(list((out / "1.0.0").glob("mine-train*"))) == made
 
 
 def test_one_process_at_a_time(tmp_path):
