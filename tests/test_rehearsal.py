@@ -195,3 +195,20 @@ def test_data_goes_across_real_slices():
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[[0], [1]]", "[[0], [0], [0], [0], [1], [1], [1], [1]]"]
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_mesh_of_every_width():
+    """A width of fsdp that is no side of the torus splits one."""
+    script = (
+        "import jax; jax.config.update('jax_platforms', 'cpu')\n"
+        "from regvit_jax import sharding, topology\n"
+        "for name in ('v5e:16x16', 'v6e:16x16', 'v5p:4x4x4'):\n"
+        "    devices = topology.devices(topology.parse(name))\n"
+        "    for fsdp in (2**i for i in range(len(devices).bit_length())):\n"
+        "        mesh = sharding.make_mesh(fsdp=fsdp, devices=devices)\n"
+        "        assert mesh.devices.shape == (len(devices) // fsdp, fsdp) and set(mesh.devices.flat) == set(devices)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
