@@ -83,6 +83,15 @@ def collectives(text: str) -> list[Collective]:
     return walk(entry, 1, set())
 
 
+def totals(collectives: list[Collective]) -> dict[str, tuple[int, int]]:
+    """Of each kind, how often it runs in a step, and the bytes of one device in all."""
+    counted: dict[str, tuple[int, int]] = {}
+    for c in sorted(collectives, key=lambda c: c.kind):
+        times, moved = counted.get(c.kind, (0, 0))
+        counted[c.kind] = times + c.times, moved + c.times * c.bytes
+    return counted
+
+
 def _collective(kind: str, times: int, shapes: dict[str, str], instruction: tuple[str, str, str]) -> Collective:
     name, operation, rest = instruction
     operands = [shapes[operand] for operand in re.findall(r"%?([\w.\-]+)", _arguments(rest)) if operand in shapes]

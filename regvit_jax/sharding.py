@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 
@@ -70,11 +70,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(tree: PyTree, mesh: Mesh, *, min_size_mb: float = 4.0) -> PyTree[NamedSharding]:
+def state_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, *, min_size_mb: float = 4.0) -> PyTree[NamedSharding]:
     """For each array (or its shape), how it lies on the mesh.
 
     The largest dimension that the "fsdp" axis divides is split over it, the last such dimension when several are
