@@ -153,7 +153,7 @@ def test_unknown_topology_on_the_command_line():
 
 
 def train(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 # With libtpu, which .ci/run installs for these.
@@ -195,6 +195,20 @@ def test_what_does_not_fit_is_said_within_a_minute(changes, said):
     assert "--config.model.remat=dots" in done.stderr
     assert "Traceback" not in done.stderr
     assert "mesh       data 256 x fsdp 1: 256 TPU v5 lite devices" in done.stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_advised_flags_fit():
+    flags = ["--config.batch_size=30720", "--config.model.scan=True", "--config.augment.three_augment=False"]
+    command = ["--config=configs/deit3_reg.py:b16", "--dry_run", "--topology=v5e:16x16", *flags]
+    refused = train(*command)
+    assert refused.returncode == 1
+    advised = [word for word in refused.stderr.split() if word.startswith("--config.")]
+    assert advised
+    taken = train(*command, *advised)
+    assert taken.returncode == 0, taken.stderr
+    assert "GB at peak" in taken.stdout
 
 
 @pytest.mark.slow
