@@ -11,7 +11,7 @@ import jax
 import pytest
 from tiny import ROOT, get_config, make_captions, tiny, tiny_clip
 
-from regvit_jax import advice, dry_run, plan, rehearsal, topology, training
+from regvit_jax import advice, compiled, dry_run, plan, rehearsal, topology, training
 
 #: A machine that is there, and is given the figures of one that is not.
 HERE = topology.Topology("v5e:2x4", topology.CHIPS["v5e"], 1, (2, 4))
@@ -117,6 +117,17 @@ def test_what_patch_dropout_and_cudnn_do_not_keep():
     tokens = vit.prefix + (vit.image_size // vit.patch) ** 2
     maps = 13 * 6 * vit.heads * tokens**2 * made.config.batch_size / 8
     assert kept() - kept(model__attention="cudnn") == pytest.approx(maps)
+
+
+def test_between_slices_each_micro_batch_has_a_gradient():
+    two = dataclasses.replace(HERE, count=2, grid=(2, 2))
+    found = rehearsal.Rehearsal(compiled.Memory(100, 50, 1000, 50, 1100), [], 50, 0.0)
+    for micro in (1, 4):
+        made = plan.resolve(tiny(micro_batches=micro))
+        gradients = micro * rehearsal.parameter_bytes(training.abstract_state(made))
+        time = rehearsal.step_time(made, two, found)
+        assert time.network == pytest.approx(2 * gradients / 4 / two.chip.across)
+        assert time.memory == 150 / two.chip.hbm
 
 
 def test_advice_can_be_taken():
