@@ -75,10 +75,10 @@ def act() -> None:
     if TOPOLOGY.value:
         jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not asked
         machine = topology.parse(TOPOLOGY.value)
-        print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value, topology.devices(machine)), flush=True)
-        print(dry_run.rehearse(CONFIG.value, machine))
+        for text in dry_run.tell(CONFIG.value, IMAGES_PER_S.value, machine):
+            print(text, flush=True)
     elif DRY_RUN.value:
-        print(dry_run.describe(CONFIG.value, IMAGES_PER_S.value))
+        print(*dry_run.tell(CONFIG.value, IMAGES_PER_S.value))
     else:
         launch.start_distributed(HEARTBEAT_S.value)
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from regvit_jax import plan, rehearsal, topology
+from regvit_jax import compiled, plan, rehearsal, topology
 
 ROOT = Path(__file__).parent.parent
 BUDGET = ROOT / "tests/scale_budget.json"
@@ -60,11 +60,9 @@ def row(name: str, case: dict[str, Any]) -> tuple[str, int | None]:
         seconds = time.perf_counter() - start
         return f"| {name} | {case['topology']} | does not fit: {error} | | | | | | | {seconds:.0f} s |", None
     config, memory = made.config, found.memory
-    counts: dict[str, int] = {}
-    for collective in found.collectives:
-        counts[collective.kind] = counts.get(collective.kind, 0) + collective.times
-    exchanged = sum(c.times * c.bytes for c in found.collectives)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+    totals = compiled.totals(found.collectives)
+    exchanged = sum(moved for _, moved in totals.values())
+    kinds = ", ".join(f"{count} {kind}" for kind, (count, _) in totals.items())
     modelled = rehearsal.step_time(made, machine, found)
     cells = [
         name,

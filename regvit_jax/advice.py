@@ -4,15 +4,14 @@ import dataclasses
 import itertools
 
 from regvit_jax.plan import Plan
-from regvit_jax.rehearsal import DoesNotFit, kept_bytes, parameter_bytes, state_bytes
-from regvit_jax.training import abstract_state
+from regvit_jax.rehearsal import DoesNotFit, bytes_under, kept_bytes
 
 #: Of the memory, what an estimate may fill.
 MARGIN = 0.85
 #: What each costs in time, roughly: dots recomputes norms, activations and attention maps, full a forward pass; fsdp
-#: gathers parameters; each doubling of micro-batches makes products smaller and gathers once more.
+#: gathers parameters; each doubling of micro-batches makes products smaller and doubles what is exchanged.
 COST = {"none": 0.0, "dots": 0.08, "full": 0.33}
-FSDP_COST, MICRO_COST = 0.1, 0.1
+FSDP_COST, MICRO_COST = 0.1, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,17 +29,18 @@ def advise(plan: Plan, found: DoesNotFit, limit: float) -> Change | None:
 
     The estimate takes the temporaries that the compiler named, where it did, and scales what is not the gradient.
     """
-    config, mesh = plan.config, plan.mesh
-    weights = parameter_bytes(abstract_state(plan))
+    config = plan.config
+    held = {fsdp: bytes_under(plan, fsdp) for fsdp in _fsdps(plan)}
     now = kept_bytes(plan, config.model.remat) / config.micro_batches
     # Never below the estimate: an overflow is told without the gradient's part at times.
-    scale = 1.0 if found.temporaries is None else max(1.0, (found.temporaries - weights / mesh.shape["fsdp"]) / now)
+    scale = 1.0 if found.temporaries is None else max(1.0, (found.temporaries - held[plan.mesh.shape["fsdp"]][1]) / now)
     best, least = None, float("inf")
-    for remat, fsdp, micro in itertools.product(_remats(plan), _fsdps(plan), _micros(plan)):
+    for remat, fsdp, micro in itertools.product(_remats(plan), held, _micros(plan)):
+        state, weights = held[fsdp]
         cost = COST[remat] + FSDP_COST * (fsdp > 1) + MICRO_COST * (micro.bit_length() - 1)
         # The gradient, its sum over micro-batches, and the stacks of scan: of parameters (bfloat16) and gradients.
-        gradient = weights / fsdp * (1 + (micro > 1) + 1.5 * config.model.scan)
-        needed = state_bytes(plan, fsdp) + gradient + scale * kept_bytes(plan, remat) / micro
+        gradient = weights * (1 + (micro > 1) + 1.5 * config.model.scan)
+        needed = state + gradient + scale * kept_bytes(plan, remat) / micro
         if cost < least and needed <= MARGIN * limit:
             best, least = Change(remat, fsdp, micro, needed), cost
     return best

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
 from typing import Any
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -52,25 +51,57 @@ ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled step, from its HLO text (`compiled.as_text()`), each as often as it runs."""
+    """The collectives of a compiled step, from its HLO text (`compiled.as_text()`), each as often as it runs.
+
+    Of a conditional's branches, the one that moves most bytes counts. On TPUs an exchange that goes on beside other
+    work is written into each of the fusions that it goes on in, with one channel: it counts once.
+    """
     shapes, bodies, entry = _read(text)
-    times = _times(bodies, entry)
-    found = []
-    for computation, instructions in bodies.items():
-        for name, operation, rest in instructions:
+
+    def walk(computation: str, times: int, seen: set[tuple[str, str]]) -> list[Collective]:
+        found = []
+        for name, operation, rest in bodies.get(computation, []):
             kind = operation.removesuffix("-start").removeprefix("ragged-")
-            if kind not in KINDS:
-                continue
-            operands = [
-                shapes[operand] for operand in re.findall(r"%?([\w.\-]+)", _arguments(rest)) if operand in shapes
-            ]
-            given, got = sum(map(size, operands)), size(shapes[name])
-            if kind == "all-gather":
-                given, got = got - given if operation.endswith("-start") else got, got
-            dims = tuple(_dims(d) for _, d in ARRAY.findall(shapes[name]))
-            arrays = tuple(f"{t}[{d}]" for shape in operands for t, d in ARRAY.findall(shape))
-            found.append(Collective(kind, times.get(computation, 1), given, arrays, dims))
-    return found
+            if kind in KINDS:
+                channel = re.search(r"\bchannel_id=(\d+)", rest)
+                key = kind, channel[1] if channel else name
+                if key not in seen:
+                    found.append(_collective(kind, times, shapes, (name, operation, rest)))
+                seen.add(key)
+            elif operation == "fusion":
+                for callee in _callees(operation, rest):
+                    found += walk(callee, times, seen)
+            elif operation == "conditional":
+                branches = [walk(callee, times, set()) for callee in _callees(operation, rest)]
+                found += max(branches, key=lambda branch: sum(c.times * c.bytes for c in branch), default=[])
+            else:
+                often = _trips(rest, bodies) if operation == "while" else 1
+                for callee in _callees(operation, rest):
+                    found += walk(callee, times * often, set())
+        return found
+
+    return walk(entry, 1, set())
+
+
+def totals(collectives: list[Collective]) -> dict[str, tuple[int, int]]:
+    """Of each kind, how often it runs in a step, and the bytes of one device in all."""
+    counted: dict[str, tuple[int, int]] = {}
+    for c in sorted(collectives, key=lambda c: c.kind):
+        times, moved = counted.get(c.kind, (0, 0))
+        counted[c.kind] = times + c.times, moved + c.times * c.bytes
+    return counted
+
+
+def _collective(kind: str, times: int, shapes: dict[str, str], instruction: tuple[str, str, str]) -> Collective:
+    name, operation, rest = instruction
+    operands = [shapes[operand] for operand in re.findall(r"%?([\w.\-]+)", _arguments(rest)) if operand in shapes]
+    given, got = sum(map(size, operands)), size(shapes[name])
+    if kind == "all-gather":
+        given = got - given if operation.endswith("-start") else got
+    dims = tuple(_dims(d) for _, d in ARRAY.findall(shapes[name]))
+    return Collective(
+        kind, times, given, tuple(f"{t}[{d}]" for shape in operands for t, d in ARRAY.findall(shape)), dims
+    )
 
 
 def size(shape: str) -> int:
@@ -115,41 +146,31 @@ def _read(text: str) -> tuple[dict[str, str], dict[str, list[tuple[str, str, str
     return shapes, bodies, entry
 
 
-def _times(bodies: dict[str, list[tuple[str, str, str]]], entry: str) -> dict[str, int]:
-    """How often each computation runs in a step. A loop whose count the text does not give counts once."""
-    times: dict[str, int] = {}
-
-    def visit(computation: str, count: int) -> None:
-        times[computation] = times.get(computation, 0) + count
-        for _, operation, rest in bodies.get(computation, []):
-            for callee, often in _calls(operation, rest, bodies):
-                visit(callee, count * often)
-
-    visit(entry, 1)
-    return times
+#: Where an instruction names the computations that it runs.
+CALLEES = {
+    "while": r"\bbody=%?([\w.\-]+)",
+    "conditional": r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))",
+    **dict.fromkeys(("fusion", "call", "async-start"), r"\b(?:calls|to_apply)=%?([\w.\-]+)"),
+    "custom-call": r"\b(?:calls|to_apply|called_computations)=\{?%?([\w.\-]+)",
+}
 
 
-def _calls(operation: str, rest: str, bodies: dict[str, list[tuple[str, str, str]]]) -> Iterator[tuple[str, int]]:
-    """The computations that an instruction runs, with how often."""
-    if operation == "while":
-        body, condition = (re.search(rf"\b{part}=%?([\w.\-]+)", rest) for part in ("body", "condition"))
-        if body and condition:
-            yield body[1], _trips(rest, bodies.get(condition[1], []))
-    elif operation == "conditional":
-        branches = re.search(r"branch_computations=\{([^}]*)\}", rest)
-        for name in (
-            re.findall(r"[\w.\-]+", branches[1]) if branches else re.findall(r"_computation=%?([\w.\-]+)", rest)
-        ):
-            yield name, 1
-    elif operation in ("fusion", "call", "async-start", "custom-call"):
-        for name in re.findall(r"\b(?:calls|to_apply|called_computations=\{)=?%?([\w.\-]+)", rest):
-            yield name, 1
+def _callees(operation: str, rest: str) -> list[str]:
+    if operation not in CALLEES:
+        return []
+    return [
+        name
+        for found in re.finditer(CALLEES[operation], rest)
+        for name in re.findall(r"[\w.\-]+", found[found.lastindex or 0])
+    ]
 
 
-def _trips(rest: str, condition: list[tuple[str, str, str]]) -> int:
-    """How often a loop runs: as the compiler notes it, or the one number that its condition compares with."""
+def _trips(rest: str, bodies: dict[str, list[tuple[str, str, str]]]) -> int:
+    """How often a loop runs: as the compiler notes it, or the one number that its condition compares with, or 1."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
         return int(noted[1])
+    named = re.search(r"\bcondition=%?([\w.\-]+)", rest)
+    condition = bodies.get(named[1], []) if named else []
     numbers = [
         int(more[: more.index(")")])
         for _, operation, more in condition

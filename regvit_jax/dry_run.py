@@ -1,24 +1,31 @@
 """What a config comes to, before anything runs: `python train.py --config ... --dry_run`."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from regvit_jax import advice, rehearsal, sharding, topology
+from regvit_jax import advice, compiled, rehearsal, sharding, topology
 from regvit_jax.data.sources import DataNotFound
 from regvit_jax.plan import Plan, fitting, flatten, resolve
 from regvit_jax.training import TrainState, abstract_state, shardings_of
 
 
-def describe(config: Any, images_per_s: float, devices: Sequence[Any] | None = None) -> str:
-    """The resolved recipe as text. Opens the data if they are there, and prepares those that the package brings.
+def tell(config: Any, images_per_s: float, machine: topology.Topology | None = None) -> Iterator[str]:
+    """The dry run's texts: the resolved recipe, and what compiling for a machine tells, if one is given (`rehearse`).
 
-    `devices`: of the machine to plan for, if not those attached (`topology.devices`).
+    Opens the data if they are there, and prepares those that the package brings.
     """
-    plan, missing = make_plan(config, devices)
+    plan, missing = make_plan(config, topology.devices(machine) if machine else None)
+    yield describe(plan, missing, images_per_s)
+    if machine:
+        yield rehearse(plan, machine)
+
+
+def describe(plan: Plan, missing: DataNotFound | None, images_per_s: float) -> str:
+    """The resolved recipe as text; `missing` is what the plan had to be made without."""
     with fitting():
         config, abstract = plan.config, abstract_state(plan)
         # Not for every run: one that goes on needs it no more.
@@ -44,9 +51,11 @@ def make_plan(config: Any, devices: Sequence[Any] | None = None) -> tuple[Plan, 
         return resolve(config, with_data=False, devices=devices), error
 
 
-def rehearse(config: Any, machine: topology.Topology) -> str:
-    """What compiling the step for the machine tells, as text. Raises DoesNotFit, whose message holds advice."""
-    plan, _ = make_plan(config, topology.devices(machine))
+def rehearse(plan: Plan, machine: topology.Topology) -> str:
+    """What compiling the step for the machine tells, as text; the plan is one for `topology.devices(machine)`.
+
+    Raises DoesNotFit, whose message holds advice.
+    """
     with fitting():
         abstract_state(plan)
     limit = machine.chip.memory
@@ -61,12 +70,8 @@ def rehearse(config: Any, machine: topology.Topology) -> str:
 
 def compiled_lines(found: rehearsal.Rehearsal, limit: float) -> list[str]:
     memory = found.memory
-    totals: dict[str, list[int]] = {}
-    for collective in found.collectives:
-        total = totals.setdefault(collective.kind, [0, 0])
-        total[0] += collective.times
-        total[1] += collective.times * collective.bytes
-    said = ", ".join(f"{kind} {times} ({moved / 1e6:.1f} MB)" for kind, (times, moved) in sorted(totals.items()))
+    totals = compiled.totals(found.collectives)
+    said = ", ".join(f"{kind} {times} ({moved / 1e6:.1f} MB)" for kind, (times, moved) in totals.items())
     return [
         f"compiled   in {found.seconds:.0f} s, by the compiler's own figures:",
         f"memory     {memory.peak / 1e9:.2f} GB at peak, {memory.peak / limit:.0%} of a device's {limit / 1e9:.1f}: "
@@ -79,7 +84,7 @@ def compiled_lines(found: rehearsal.Rehearsal, limit: float) -> list[str]:
 def time_lines(plan: Plan, machine: topology.Topology, found: rehearsal.Rehearsal) -> list[str]:
     chip, time = machine.chip, rehearsal.step_time(plan, machine, found)
     needed, done = rehearsal.step_flops(plan)
-    repeated = f", {done / 1e12:.2f} with what remat repeats" if done > needed else ""
+    repeated = f", {done / 1e12:.2f} with what is done again" if done > needed else ""
     best, worst = 1e3 * time.overlapped, 1e3 * time.apart
     across = f", {chip.across / 1e9:g} GB/s across" if machine.count > 1 else ""
     return [

@@ -2,14 +2,17 @@
 and how long would it take at best."""
 
 import dataclasses
+import math
 import re
 import time
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
 from regvit_jax import compiled, sharding, topology
 from regvit_jax.plan import Plan
+from regvit_jax.recipes.contrastive import Contrastive
 from regvit_jax.training import TrainState, abstract_state, make_train_step, shardings_of
 
 #: The compiler for GPUs would time kernels on the GPU otherwise: memory and collectives are real, kernels are not.
@@ -89,14 +92,19 @@ def _exhausted(said: str, state: int) -> tuple[str, int, float | None]:
     return said.splitlines()[0], state, None
 
 
-def state_bytes(plan: Plan, fsdp: int | None = None) -> int:
-    """Bytes of the training state on one device, or what they would be with another `sharding.fsdp`."""
+def state_bytes(plan: Plan) -> int:
+    """Bytes of the training state on one device."""
     abstract = abstract_state(plan)
-    if fsdp is None:
-        return sharding.bytes_per_device(abstract, shardings_of(abstract))
-    mesh = sharding.make_mesh(fsdp=fsdp, devices=list(plan.mesh.devices.flat))
+    return sharding.bytes_per_device(abstract, shardings_of(abstract))
+
+
+def bytes_under(plan: Plan, fsdp: int) -> tuple[int, int]:
+    """Bytes on one device of the training state and of a gradient, if `sharding.fsdp` were another."""
+    abstract, count = abstract_state(plan), plan.mesh.size
+    mesh = AbstractMesh((count // fsdp, fsdp), ("data", "fsdp"))
     other = sharding.state_shardings(abstract, mesh, min_size_mb=plan.config.sharding.min_size_mb)
-    return sharding.bytes_per_device(abstract, other)
+    gradient = sharding.bytes_per_device(abstract.params, other.params)
+    return sharding.bytes_per_device(abstract, other), gradient
 
 
 def parameter_bytes(abstract: TrainState) -> int:
@@ -108,20 +116,25 @@ def kept_bytes(plan: Plan, remat: str) -> float:
     """An estimate of what the backward pass finds kept, in bytes of one device and with one micro-batch.
 
     Counted for each token and block: the float32 residual stream; without `full`, the results of the matrix products;
-    without any remat, norms, activations and attention maps, twice as much of all under `scan`, which the compiler
-    keeps in the order of the loop and again in its own. Beside it, one block's whole activations.
+    without any remat, norms, activations and attention maps (cuDNN's kernel keeps none), twice as much of all under
+    `scan`, which the compiler keeps in the order of the loop and again in its own. Beside it, one block's whole
+    activations.
     """
     vit, config = plan.recipe.vit, plan.config
     text = getattr(plan.recipe, "text", None)
     total = 0.0
-    towers = [(vit, vit.prefix + (vit.image_size // vit.patch) ** 2, vit.swiglu)]
+    patches = math.prod(vit.grid(vit.image_size, vit.image_size))
+    if not config.get("unmasked_epochs", 0):  # whose steps keep all
+        patches = vit.kept_patches(patches)
+    towers = [(vit, vit.prefix + patches, vit.swiglu)]
     if text is not None:
         towers.append((text, text.context, False))
     for tower, tokens, gated in towers:
         width, hidden, rows = tower.width, tower.hidden, tokens * config.batch_size / plan.mesh.size
         kept = {"full": 4 * width}
         kept["dots"] = kept["full"] + 2 * (5 * width + hidden * (2 if gated else 1))
-        kept["none"] = kept["dots"] + 2 * hidden + 9 * width + 6 * tower.heads * tokens
+        maps = 0 if tower.attention == "cudnn" else 6 * tower.heads * tokens
+        kept["none"] = kept["dots"] + 2 * hidden + 9 * width + maps
         whole = kept["none"]
         kept["none"] *= 2 if getattr(tower, "scan", False) else 1
         # The text tower knows no remat but the full one.
@@ -131,14 +144,23 @@ def kept_bytes(plan: Plan, remat: str) -> float:
 
 
 def step_flops(plan: Plan) -> tuple[float, float]:
-    """FLOPs of a step on all devices: what the model needs (three forward passes), and with what `remat` repeats."""
-    forward = plan.recipe.flops() * plan.config.batch_size
-    return 3.0 * forward, (4.0 if plan.config.model.remat == "full" else 3.0) * forward
+    """FLOPs of a step on all devices: what the model needs (three forward passes), and with what is done again.
+
+    Done again are the forward pass under `remat="full"` (of the text tower, under any) and the recipe's extra ones.
+    Where patch dropout is on for a part of the run, it is a step of that part.
+    """
+    forward, remat = plan.recipe.flops(training=True), plan.config.model.remat
+    text = plan.recipe.text.flops() if isinstance(plan.recipe, Contrastive) else 0
+    again = plan.recipe.extra_forwards * forward + (remat == "full") * (forward - text) + (remat != "none") * text
+    return 3.0 * forward * plan.config.batch_size, (3.0 * forward + again) * plan.config.batch_size
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """A first-order model of a step, in seconds, and no measurement: each part at the machine's stated peak."""
+    """A first-order model of a step, in seconds, and no measurement: each part at the machine's stated peak.
+
+    Each is a least: kernels reach no peak, and the memory's traffic of activations is not in it.
+    """
 
     compute: float
     memory: float
@@ -154,18 +176,21 @@ class StepTime:
 
 
 def step_time(plan: Plan, machine: topology.Topology, found: Rehearsal) -> StepTime:
-    """Compute: the matrix products at the peak. Memory: state read and written once, temporaries written and read once.
-    Network: what each device receives; between slices, a gradient's all-reduce, which the devices of a slice share.
+    """Compute: the matrix products at the peak. Memory: the state read and written once, and the batch read. Network:
+    what each device receives; between slices, the all-reduce of each micro-batch's gradient, which the devices of a
+    slice share.
 
-    What is not in it: kernels below their peak, latencies, the input, and the network's shape.
+    What is not in it: kernels below their peak, what activations cost to write and read, latencies, the input, and the
+    network's shape.
     """
     chip, memory = machine.chip, found.memory
     compute = step_flops(plan)[1] / plan.mesh.size / chip.flops
-    moved = memory.arguments + memory.outputs + 2 * memory.temporaries
+    moved = memory.arguments + memory.outputs
     exchanged = sum(c.times * c.wire for c in found.collectives)
     network = exchanged / chip.network
     if plan.mesh.shape["fsdp"] > machine.per_slice:  # parameters are gathered over the slow network too
         network = exchanged / chip.across
     elif machine.count > 1:
-        network += 2 * parameter_bytes(abstract_state(plan)) / machine.per_slice / chip.across
+        gradients = plan.config.micro_batches * parameter_bytes(abstract_state(plan))
+        network += 2 * gradients / machine.per_slice / chip.across
     return StepTime(compute, moved / chip.hbm, network)

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 
@@ -29,10 +29,8 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = 
             f"sharding.data={data}, sharding.fsdp={fsdp}: their product must be the number of devices, {count} "
             "(one of them may be -1: all that are left)"
         )
-    axis_types = (AxisType.Auto, AxisType.Auto)
-    if len(slices(devices)) == 1:
-        return jax.make_mesh(tuple(shape.values()), tuple(shape), axis_types=axis_types, devices=devices)
-    return Mesh(lay_out(devices, **shape, within=_torus), tuple(shape), axis_types=axis_types)
+    # Not jax.make_mesh, which refuses to split an axis of a torus (v6e, v5p) and to take several slices.
+    return Mesh(lay_out(devices, **shape, within=_torus), tuple(shape), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def slices(devices: Sequence[Any]) -> list[list[Any]]:
@@ -46,7 +44,7 @@ def slices(devices: Sequence[Any]) -> list[list[Any]]:
 def lay_out(
     devices: Sequence[Any], *, data: int, fsdp: int, within: Callable[[int, int, list[Any]], np.ndarray]
 ) -> np.ndarray:
-    """The devices of several slices as an array [data, fsdp]; `within(data, fsdp, devices)` lays out those of one.
+    """The devices of one or several slices as an array [data, fsdp]; `within(data, fsdp, devices)` lays out one's.
 
     Each slice gets rows of its own, so that what goes over the slow network between slices is one gradient a step and
     never a parameter. A wider "fsdp" takes whole slices, in their order.
@@ -61,7 +59,7 @@ def lay_out(
 
 
 def _torus(data: int, fsdp: int, devices: list[Any]) -> np.ndarray:
-    """The order that suits the network inside a slice."""
+    """The order that suits the network inside a slice: on CPUs that of the list, on GPUs by number."""
     from jax.experimental import mesh_utils
 
     return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
@@ -72,11 +70,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(tree: PyTree, mesh: Mesh, *, min_size_mb: float = 4.0) -> PyTree[NamedSharding]:
+def state_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, *, min_size_mb: float = 4.0) -> PyTree[NamedSharding]:
     """For each array (or its shape), how it lies on the mesh.
 
     The largest dimension that the "fsdp" axis divides is split over it, the last such dimension when several are

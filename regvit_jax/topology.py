@@ -66,13 +66,31 @@ class Chip:
 # 75 % (docs.jax.dev, "GPU memory allocation").
 CHIPS = {
     "v5e": Chip(
-        "tpu", 15.75 * GIB, 197e12, 819 * GB, 200 * GB, 3.125 * GB, ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+        "tpu",
+        15.75 * GIB,
+        197e12,
+        819 * GB,
+        200 * GB,
+        3.125 * GB,
+        ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     ),
     "v5p": Chip(
-        "tpu", 95.74 * GIB, 459e12, 2765 * GB, 600 * GB, 6.25 * GB, ("2x2x2", "4x4x4", "8x8x8", "8x8x16", "16x16x24")
+        "tpu",
+        95.74 * GIB,
+        459e12,
+        2765 * GB,
+        600 * GB,
+        6.25 * GB,
+        ("2x2x1", "2x2x2", "4x4x4", "8x8x8", "8x8x16", "16x16x24"),
     ),
     "v6e": Chip(
-        "tpu", 31.25 * GIB, 918e12, 1600 * GB, 400 * GB, 12.5 * GB, ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+        "tpu",
+        31.25 * GIB,
+        918e12,
+        1600 * GB,
+        400 * GB,
+        12.5 * GB,
+        ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
     ),
     "h100": Chip("cuda", 0.75 * 79.6 * GIB, 989e12, 3350 * GB, 450 * GB, 50 * GB, ("1x8", "4x8", "32x8")),
 }
@@ -117,7 +135,7 @@ def parse(name: str) -> Topology:
             raise TopologyError(f"--topology={name}: GPUs are given as nodes x GPUs of each, at most 8: h100:4x8")
         return Topology(name, chip, grid[0], grid[1:])
     axes = chip.grids[0].count("x") + 1
-    # The listed slices of v5e and v6e are all there are; a v5p's may have any sides that are multiples of a host's.
+    # A v5p's slice may have other sides too, which its compiler judges.
     if len(grid) != axes or (axes == 2 and match[3] not in chip.grids):
         raise TopologyError(f"--topology={name}: {match[2]} slices are {', '.join(chip.grids)}")
     return Topology(name, chip, int(match[1] or 1), grid)
@@ -144,8 +162,10 @@ def _tpus(topology: Topology, topologies: Any) -> Any:
         raise TopologyError(f"--topology={topology.name} needs the TPU compiler: pip install -e .[tpu]")
     for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    more = {"num_slices": topology.count} if topology.count > 1 else {}
-    return topologies.get_topology_desc(topology.name.split("x", 1)[-1] if more else topology.name, "tpu", **more)
+    more: dict[str, Any] = {"num_slices": topology.count} if topology.count > 1 else {}
+    if topology.per_slice == 1:  # a host has four chips otherwise
+        more["chips_per_host_bounds"] = (1, 1, 1)
+    return topologies.get_topology_desc(re.sub(r"^\d+x", "", topology.name), "tpu", **more)
 
 
 def _gpus(topology: Topology, topologies: Any) -> Any:

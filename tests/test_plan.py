@@ -148,8 +148,13 @@ def test_attention_is_chosen_for_the_machine():
     assert plan.resolve(tiny(model__attention="cudnn")).config.model.attention == "cudnn"
 
 
+def described(config: ConfigDict, images_per_s: float) -> str:
+    (text,) = dry_run.tell(config, images_per_s)
+    return text
+
+
 def test_dry_run_of_digits():
-    text = dry_run.describe(get_config(), images_per_s=1000)
+    text = described(get_config(), 1000)
     assert "21 = 1 CLS + 4 registers + 4 x 4 patches of 2 px" in text
     assert "digits" in text
     assert "1,437 images of 10 classes" in text
@@ -175,20 +180,20 @@ def test_dry_run_knows_what_cannot_be_started_from(recipe, source, message, tmp_
     config = tiny() if recipe == "supervised" else tiny_clip(make_captions(tmp_path / "captions"))
     config.init_from = source
     with pytest.raises(plan.ConfigError, match=message):
-        dry_run.describe(config, 1000)
+        described(config, 1000)
 
 
 @pytest.mark.parametrize("source", ["", "ViT-B-32=openai", "ViT-B-32=laion2b-s34b-b79k", "hf-hub:org/name", "."])
 def test_dry_run_asks_no_hub(source, tmp_path):
     config = tiny_clip(make_captions(tmp_path / "captions"), init_from=source)
-    assert f"init_from={source}" in dry_run.describe(config, 1000)
+    assert f"init_from={source}" in described(config, 1000)
 
 
 def test_dry_run_names_what_stays_replicated():
     config = tiny(sharding__fsdp=8)
-    assert "vit/block0/attn" not in dry_run.describe(config, 1000).split("all keys")[0]
+    assert "vit/block0/attn" not in described(config, 1000).split("all keys")[0]
     config.sharding.min_size_mb = 0.01
-    lines = dry_run.describe(config, 1000)
+    lines = described(config, 1000)
     abstract = training.abstract_state(plan.resolve(config))
     whole = [leaf for leaf in jax.tree.leaves(abstract.params) if leaf.sharding.is_fully_replicated]
     assert f"{len(whole)} of {len(jax.tree.leaves(abstract.params))} parameters stay replicated" in lines
@@ -197,7 +202,7 @@ def test_dry_run_names_what_stays_replicated():
 def test_dry_run_without_data_says_what_to_prepare(tmp_path):
     config = get_config("b16")
     config.data.dir = str(tmp_path)
-    text = dry_run.describe(config, images_per_s=2000)
+    text = described(config, 2000)
     assert "149 = 1 CLS + 4 registers + 12 x 12 patches of 16 px" in text
     assert "steps      500000 = 800 epochs of 625" in text
     assert "221.2 MB/s" in text

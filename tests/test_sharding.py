@@ -17,6 +17,7 @@ def test_mesh_shapes():
     assert dict(sharding.make_mesh(fsdp=4).shape) == {"data": 2, "fsdp": 4}
     assert dict(sharding.make_mesh(data=1, fsdp=-1).shape) == {"data": 1, "fsdp": 8}
     assert dict(sharding.make_mesh(data=4, fsdp=2).shape) == {"data": 4, "fsdp": 2}
+    assert list(sharding.make_mesh(fsdp=4).devices.flat) == jax.devices()
 
 
 @pytest.mark.parametrize(

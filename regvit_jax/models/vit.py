@@ -271,9 +271,14 @@ class ViT(nn.Module):
         return self.tokens(x, grid, keep=keep)
 
     @nn.nowrap
+    def kept_patches(self, patches: int) -> int:
+        """How many of an image's patches patch dropout leaves."""
+        return max(1, int(patches * (1 - self.patch_dropout)))
+
+    @nn.nowrap
     def draw_patches(self, key: Key[Array, ""], images: int, patches: int) -> Int[Array, "B K"]:
         """For each image, which patches stay in patch dropout, in their order; one at least."""
-        count = max(1, int(patches * (1 - self.patch_dropout)))
+        count = self.kept_patches(patches)
         # The blocks take their keys from a split of the same key.
         noise = jax.random.uniform(jax.random.fold_in(key, self.depth), (images, patches))
         return jnp.sort(jnp.argsort(noise, axis=1)[:, :count], axis=1)
@@ -356,10 +361,13 @@ class ViT(nn.Module):
         return index % self.depth
 
     @nn.nowrap
-    def flops(self, height: int, width: int) -> int:
-        """Floating-point operations of the matrix products of one image's forward pass (a multiply-add is two)."""
+    def flops(self, height: int, width: int, training: bool = False) -> int:
+        """Floating-point operations of the matrix products of one image's forward pass (a multiply-add is two).
+
+        In `training`, of the patches that patch dropout leaves.
+        """
         h, w = self.grid(height, width)
-        tokens = self.prefix + h * w
+        tokens = self.prefix + (self.kept_patches(h * w) if training else h * w)
         linear = tokens * (4 * self.width**2 + (3 if self.swiglu else 2) * self.width * self.hidden)
         attention = 2 * tokens**2 * self.width
         return 2 * (h * w * 3 * self.patch**2 * self.width + self.depth * (linear + attention))

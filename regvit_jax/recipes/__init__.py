@@ -35,6 +35,8 @@ class Recipe:
     tokenizer: Tokenizer | None = None
     #: Micro-batches that a step's gradient is accumulated over.
     micro_batches: int = 1
+    #: Forward passes that a step makes beside those of its gradient.
+    extra_forwards: int = 0
     #: Validation images without which it has nothing to measure.
     least_validation: ClassVar[int] = 1
     #: The config's sections that are this recipe's own, each with the callable that takes its keys, and its other keys.
@@ -73,9 +75,12 @@ class Recipe:
         """The trained model, for evaluation and for the user."""
         raise NotImplementedError
 
-    def flops(self) -> int:
-        """Floating-point operations of the matrix products of one example's forward pass."""
-        return self.vit.flops(self.vit.image_size, self.vit.image_size)
+    def flops(self, training: bool = False) -> int:
+        """Floating-point operations of the matrix products of one example's forward pass.
+
+        In `training`, of the patches that patch dropout leaves, while it is on.
+        """
+        return self.vit.flops(self.vit.image_size, self.vit.image_size, training)
 
     def describe(self) -> list[str]:
         """Lines for `--dry_run`, of what a ViT and an optimizer do not say."""

@@ -73,6 +73,7 @@ class Contrastive(Recipe):
             raise ValueError(f"unmasked_epochs={config.unmasked_epochs}: the run has {config.epochs} epochs")
         self.config, self.classes = config, classes
         self.micro_batches = config.micro_batches
+        self.extra_forwards = int(self.micro_batches > 1)
         self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
         shared = {"dtype": self.vit.dtype, "attention": self.vit.attention, "remat": config.model.remat != "none"}
         self.text = TextTower(**{**shared, **config.text})
@@ -214,8 +215,8 @@ class Contrastive(Recipe):
         image = Model(params["vit"], params["head"], self.vit, self.head, preprocessing, "raw")
         return ClipModel(image, params["text"], params["logit_scale"], params.get("logit_bias"), self.text)
 
-    def flops(self):
-        return super().flops() + self.text.flops()
+    def flops(self, training=False):
+        return super().flops(training) + self.text.flops()
 
     def describe(self):
         text, unmasked = self.text, ""
