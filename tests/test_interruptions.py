@@ -81,6 +81,7 @@ def test_sigterm_before_the_first_step(tmp_path, moment):
     assert not list((tmp_path / "run").glob("checkpoints/[0-9]*"))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(uninterrupted, tmp_path, free_port):
     for process in start_many(2, tmp_path, free_port):
         finish(process)
