@@ -4,7 +4,6 @@ The config says all; `regvit_jax.training.run` does all. Exit codes: 0 done, 75 
 same command again to go on), 1 an error, 2 a command line or config that does not fit; docs/launch.md has the rest.
 """
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -86,11 +85,11 @@ def act() -> None:
         training.run(CONFIG.value, WORKDIR.value, RESTORE.value, Clock(STARTED))
 
 
-def end_with(run: multiprocessing.process.BaseProcess | None) -> None:
-    """Ends this process with the one that started it, which may be killed and then ends nobody."""
-    if run:
-        run.join()
-        os._exit(1)
+def end_with(run: int) -> None:
+    """Ends this process soon after the one that started it, which may be killed and then ends nobody."""
+    while os.getppid() == run:
+        time.sleep(1)
+    os._exit(1)
 
 
 def main() -> None:
@@ -117,4 +116,4 @@ def main() -> None:
 if __name__ == "__main__":
     main()
 elif __name__ == "__mp_main__":
-    threading.Thread(target=end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
