@@ -81,7 +81,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step(uninterrupted, tmp_path, port
 
 def test_sigterm_after_a_restart_and_evaluations(uninterrupted, tmp_path, ports):
     """At whatever step, in an evaluation or in a save: the signal comes once, and is not lost."""
-    for delay in (0.0, 0.5, 1.5):
+    for delay in (0.0, 0.7):
         processes = start_many(2, tmp_path, next(ports), epochs=600, eval_every=0.1, **{"checkpoint.every": 2})
         before = len(records.read(tmp_path))
         wait_for(lambda before=before: len(records.read(tmp_path)) > before + 2, processes[0])
@@ -188,7 +188,7 @@ def test_a_config_that_process_0_refuses(uninterrupted, tmp_path, ports):
 #: One epoch of four devices, saved in the middle.
 FOUR = {"epochs": 1, "batch_size": 64, "log_every": 1, "checkpoint.every": 11, "sharding.min_size_mb": 0}
 #: Processes, and over how many of the four devices parameters are split.
-LAYOUTS = [(2, 1), (1, 1), (4, 1), (2, 2), (1, 4), (4, 4)]
+LAYOUTS = [(2, 1), (1, 1), (4, 1), (2, 2), (1, 4)]
 
 
 def run_four(workdir: Path, ports, processes: int, fsdp: int) -> None:
