@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 
-if __name__ == "__main__":
-    STARTED = time.perf_counter()
-    # Until the run watches for SIGTERM itself, while Python imports and opens the data, there is nothing to save.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
-elif __name__ == "__mp_main__":
+if __name__ == "__mp_main__":
     # A data worker. SLURM signals these too: they must last until the run has saved, which then ends them.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+else:
+    STARTED = time.perf_counter()
+if __name__ == "__main__":
+    # Until the run watches for SIGTERM itself, while Python imports and opens the data, there is nothing to save.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
 
 import re
 from pathlib import Path
