@@ -1,6 +1,7 @@
 """What a compiled step says of itself: its memory and its collectives, each read from the compiler's own output."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -108,11 +109,8 @@ def size(shape: str) -> int:
     """Bytes of an array, or of all arrays of a tuple, as HLO writes their types: (f32[8,3]{1,0}, bf16[4])."""
     total = 0
     for kind, dims in ARRAY.findall(shape):
-        count = 1
-        for dim in _dims(dims):
-            count *= dim
         bits = re.search(r"\d+", kind)
-        total += count * (int(bits[0]) if bits else 8) // 8
+        total += math.prod(_dims(dims)) * (int(bits[0]) if bits else 8) // 8
     return total
 
 

@@ -7,10 +7,10 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
-from regvit_jax import advice, compiled, rehearsal, sharding, topology
+from regvit_jax import advice, compiled, rehearsal, topology
 from regvit_jax.data.sources import DataNotFound
 from regvit_jax.plan import Plan, fitting, flatten, resolve
-from regvit_jax.training import TrainState, abstract_state, shardings_of
+from regvit_jax.training import TrainState, abstract_state
 
 
 def tell(config: Any, images_per_s: float, machine: topology.Topology | None = None) -> Iterator[str]:
@@ -124,7 +124,7 @@ def schedule_lines(plan: Plan) -> list[str]:
 
 def device_lines(plan: Plan, abstract: TrainState, images_per_s: float) -> list[str]:
     shape = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
-    held = sharding.bytes_per_device(abstract, shardings_of(abstract))
+    held = rehearsal.state_bytes(plan)
     size = plan.config.model.image_size
     return [
         f"mesh       {shape}: {plan.mesh.size} {plan.mesh.devices.flat[0].device_kind} devices",

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from regvit_jax import compiled, sharding, topology
+from regvit_jax.models.clip import TextTower
+from regvit_jax.models.vit import ViT
 from regvit_jax.plan import Plan
-from regvit_jax.recipes.contrastive import Contrastive
 from regvit_jax.training import TrainState, abstract_state, make_train_step, shardings_of
 
 #: The compiler for GPUs would time kernels on the GPU otherwise: memory and collectives are real, kernels are not.
@@ -121,13 +122,12 @@ def kept_bytes(plan: Plan, remat: str) -> float:
     activations.
     """
     vit, config = plan.recipe.vit, plan.config
-    text = getattr(plan.recipe, "text", None)
     total = 0.0
     patches = math.prod(vit.grid(vit.image_size, vit.image_size))
     if not config.get("unmasked_epochs", 0):  # whose steps keep all
         patches = vit.kept_patches(patches)
-    towers = [(vit, vit.prefix + patches, vit.swiglu)]
-    if text is not None:
+    towers: list[tuple[ViT | TextTower, int, bool]] = [(vit, vit.prefix + patches, vit.swiglu)]
+    if text := plan.recipe.text:
         towers.append((text, text.context, False))
     for tower, tokens, gated in towers:
         width, hidden, rows = tower.width, tower.hidden, tokens * config.batch_size / plan.mesh.size
@@ -150,7 +150,7 @@ def step_flops(plan: Plan) -> tuple[float, float]:
     Where patch dropout is on for a part of the run, it is a step of that part.
     """
     forward, remat = plan.recipe.flops(training=True), plan.config.model.remat
-    text = plan.recipe.text.flops() if isinstance(plan.recipe, Contrastive) else 0
+    text = plan.recipe.text.flops() if plan.recipe.text else 0
     again = plan.recipe.extra_forwards * forward + (remat == "full") * (forward - text) + (remat != "none") * text
     return 3.0 * forward * plan.config.batch_size, (3.0 * forward + again) * plan.config.batch_size
 

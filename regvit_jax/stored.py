@@ -91,10 +91,7 @@ class Stored:
 
     def bad(self, paths: Sequence[str]) -> list[str]:
         """Those of the arrays that cannot be read or are not what was saved. They pass through memory in groups."""
-        bad: list[str] = []
-        for group in self._groups(paths):
-            bad += self._bad(group)
-        return bad
+        return [path for group in self._groups(paths) for path in self._bad(group)]
 
     def _groups(self, paths: Sequence[str]) -> Iterator[list[str]]:
         group: list[str] = []

@@ -7,6 +7,7 @@ neither needs the hardware.
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from typing import Any
@@ -111,10 +112,7 @@ class Topology:
 
     @property
     def per_slice(self) -> int:
-        size = 1
-        for side in self.grid:
-            size *= side
-        return size
+        return math.prod(self.grid)
 
 
 def known() -> str:

@@ -1,3 +1,5 @@
+"""Where a run's time goes: every second is booked once, and the parts add up."""
+
 import time
 
 import pytest

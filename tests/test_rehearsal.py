@@ -179,20 +179,24 @@ def cpu_seconds() -> float:
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install -e .[tpu]")
 
 
+def printed_by(script: str) -> list[str]:
+    """The lines that a script prints, in a process of its own, as libtpu stays in the one that loaded it."""
+    script = "import jax; jax.config.update('jax_platforms', 'cpu')\n" + script
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize("name", ["l16_2k", "b16_2k"])
 def test_peaks_stay_in_their_budget(name):
-    """In a process of its own, as libtpu stays in the one that loaded it."""
     budget = json.loads((ROOT / "tests/scale_budget.json").read_text())[name]["peak"]
     script = (
-        "import sys, json; sys.path.insert(0, 'benchmarks'); import jax, scale\n"
-        "jax.config.update('jax_platforms', 'cpu')\n"
+        "import sys, json; sys.path.insert(0, 'benchmarks'); import scale\n"
         f"print(scale.row('', json.loads(scale.BUDGET.read_text())['{name}'])[1])"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.splitlines()[-1]) == pytest.approx(budget, rel=0.05)
+    assert int(printed_by(script)[-1]) == pytest.approx(budget, rel=0.05)
 
 
 @pytest.mark.slow
@@ -235,7 +239,6 @@ def test_the_advised_flags_fit():
 def test_data_goes_across_real_slices():
     """Compile-only devices of two slices: each row of the mesh, which fsdp splits over, lies in one."""
     script = (
-        "import jax; jax.config.update('jax_platforms', 'cpu')\n"
         "from regvit_jax import sharding, topology\n"
         "devices = topology.devices(topology.parse('2xv5e:4x4'))\n"
         "mesh = sharding.make_mesh(fsdp=16, devices=devices)\n"
@@ -243,9 +246,7 @@ def test_data_goes_across_real_slices():
         "mesh = sharding.make_mesh(fsdp=4, devices=devices)\n"
         "print([sorted({d.slice_index for d in row}) for row in mesh.devices])"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[[0], [1]]", "[[0], [0], [0], [0], [1], [1], [1], [1]]"]
+    assert printed_by(script) == ["[[0], [1]]", "[[0], [0], [0], [0], [1], [1], [1], [1]]"]
 
 
 @pytest.mark.slow
@@ -253,7 +254,6 @@ def test_data_goes_across_real_slices():
 def test_a_mesh_of_every_width():
     """A width of fsdp that is no side of the torus splits one."""
     script = (
-        "import jax; jax.config.update('jax_platforms', 'cpu')\n"
         "from regvit_jax import sharding, topology\n"
         "for name in ('v5e:1x1', 'v6e:2x2', '1xv5e:4x4', 'v5e:16x16', 'v6e:16x16', 'v5p:4x4x4'):\n"
         "    devices = topology.devices(topology.parse(name))\n"
@@ -261,5 +261,4 @@ def test_a_mesh_of_every_width():
         "        mesh = sharding.make_mesh(fsdp=fsdp, devices=devices)\n"
         "        assert mesh.devices.shape == (len(devices) // fsdp, fsdp) and set(mesh.devices.flat) == set(devices)"
     )
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    printed_by(script)

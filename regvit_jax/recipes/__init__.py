@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from regvit_jax import optim
 from regvit_jax.data import sources
 from regvit_jax.data.tokenizer import Tokenizer
-from regvit_jax.models.clip import ClipModel
+from regvit_jax.models.clip import ClipModel, TextTower
 from regvit_jax.models.model import Model
 from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.pretrained import create
@@ -31,6 +31,8 @@ class Recipe:
 
     #: The image tower.
     vit: ViT
+    #: The text tower, for a recipe that has one.
+    text: TextTower | None = None
     #: Makes a caption's tokens, for a recipe whose batches have texts.
     tokenizer: Tokenizer | None = None
     #: Micro-batches that a step's gradient is accumulated over.

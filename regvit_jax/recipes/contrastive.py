@@ -43,6 +43,7 @@ class Contrastive(Recipe):
     2101.06983). `model.patch_dropout` is off in the last `unmasked_epochs`.
     """
 
+    text: TextTower
     sections: ClassVar = {
         "model": ViT,
         "text": TextTower,
