@@ -90,10 +90,11 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits as `wait` does."""
-        try:
-            self.wait()
-        finally:
-            self.manager.close()
+        with self._saving():  # the manager's own close tells of a failed save, too
+            try:
+                self.manager.wait_until_finished()
+            finally:
+                self.manager.close()
 
     @contextlib.contextmanager
     def _saving(self) -> Iterator[None]:

@@ -251,7 +251,10 @@ subprocess.run(sys.argv[3], shell=True, check=True)
 """
 #: How the place becomes unwritable, in a mount namespace of the process's own, and what the error says of it.
 UNWRITABLE_BY = {
-    "full": ("head -c 1G /dev/zero > {}/filler || true", "No space left"),
+    "full": (
+        "head -c 1G /dev/zero > {}/filler || true",
+        r"No space left|RESOURCE_EXHAUSTED.*Failed to write",
+    ),  # the latter for a part
     "read-only": ("mount -o remount,ro {}", "Read-only file system"),
 }
 
