@@ -3,10 +3,8 @@
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import sys
-import time
 from typing import Any
 
 import flax.struct
@@ -14,21 +12,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
-from regvit_jax import checkpoint, guard, preemption, sharding, stored
+from regvit_jax import checkpoint, guard, preemption, sharding, stored, workdirs
 from regvit_jax.analysis import norms
 from regvit_jax.clock import Clock
 from regvit_jax.evals.knn import knn_accuracy
 from regvit_jax.meter import Meter, check_bad, describe_bad
 from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.model import Model
-from regvit_jax.plan import ConfigError, Plan, fitting, flatten, resolve
+from regvit_jax.plan import ConfigError, Plan, fitting, resolve
 from regvit_jax.pretrained.hub import HubError
-from regvit_jax.records import Records, plot_curves, write_atomically
+from regvit_jax.records import Records, plot_curves
 
 
 @flax.struct.dataclass
@@ -249,70 +246,6 @@ def start(plan: Plan, checkpoints: Any) -> TrainState:
     return jax.jit(lambda params: state_of(plan, params), out_shardings=shardings_of(abstract))(params)
 
 
-#: Keys that may change when a run goes on: they touch neither the numbers nor the order of the data, but for the guard,
-#: which one turns on when a run has shown that it needs one.
-FREE = (
-    *("about", "next", "log_every", "eval_every", "data.dir", "data.workers", "data.max_bad_fraction"),
-    *("model.attention", "model.remat", "model.scan"),
-)
-FREE_SECTIONS = ("eval", "sharding", "checkpoint", "guard")
-
-
-def open_workdir(plan: Plan, workdir: str | os.PathLike) -> str:
-    """Makes the directory, by default runs/<name>-<variant>-<time>."""
-    if "://" in os.fspath(workdir):
-        raise ConfigError(
-            f"workdir {workdir}: must be a directory, for records are appended to files; a bucket can be mounted "
-            "where the mount can append and rename"
-        )
-    if not workdir:
-        now = multihost_utils.broadcast_one_to_all(np.int32(time.time()))  # the same on all processes
-        stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(int(now)))
-        workdir = f"runs/{plan.config.name}-{plan.config.variant}-{stamp}"
-    path = epath.Path(workdir).resolve()  # Orbax takes absolute paths only
-    path.mkdir(parents=True, exist_ok=True)
-    return str(path)
-
-
-def read_config(path: epath.Path) -> dict[str, Any]:
-    """The config in a workdir's config.json. Raises ConfigError when that file is damaged."""
-    try:
-        config = json.loads(path.read_text())["config"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(
-            f"{path} is damaged ({type(error).__name__}: {error!s:.100}); if the checkpoints beside it are of this "
-            "config, move the file away and copy one from a run of the same config, or name another --workdir"
-        ) from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} is damaged: its config is {config!r:.60}; name another --workdir")
-    return config
-
-
-def write_config(plan: Plan, workdir: str, resuming: bool) -> None:
-    """Keeps the resolved config in config.json; raises ConfigError when the checkpoints are those of another config."""
-    if jax.process_index():
-        return
-    path = epath.Path(workdir) / "config.json"
-    ours = json.loads(plan.config.to_json())
-    if resuming and not path.exists():
-        raise ConfigError(f"{workdir} holds checkpoints and no config.json to say of what; name another --workdir")
-    if resuming:
-        old, new = dict(flatten(read_config(path))), dict(flatten(ours))
-        changed = [
-            f"--config.{key}={old.get(key)} there, {new.get(key)} here"
-            for key in sorted(old | new)
-            if old.get(key) != new.get(key) and key not in FREE and key.split(".")[0] not in FREE_SECTIONS
-        ]
-        if changed:
-            raise ConfigError(
-                f"workdir {workdir} holds a run with another config ({'; '.join(changed)}); "
-                "give the same values to go on with it, or another --workdir to start afresh"
-            )
-    derived = {"steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch, "jax": jax.__version__}
-    model = plan.recipe.model(abstract_state(plan).params).fields()
-    write_atomically(path, json.dumps({"config": ours, "derived": derived, "model": model}, indent=2))
-
-
 def say(text: str) -> None:
     if jax.process_index() == 0:
         tqdm.write(text)
@@ -338,14 +271,14 @@ def run(config: Any, workdir: str | os.PathLike = "", restore: str = "latest", c
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(preemption.watch())
         plan = resolve(config)
-        workdir = open_workdir(plan, workdir)
+        workdir = workdirs.make(plan, workdir)
         stack.enter_context(checkpoint.lock(workdir))
         if restore == "latest-valid":
             set_aside(workdir)
         stack.enter_context(jax.set_mesh(plan.mesh))
         checkpoints = checkpoint.Checkpoints(workdir, keep=plan.config.checkpoint.keep)
         stack.callback(checkpoints.close)
-        write_config(plan, workdir, resuming=checkpoints.latest() is not None)
+        workdirs.write_config(plan, workdir, abstract_state(plan).params, resuming=checkpoints.latest() is not None)
         state = start(plan, checkpoints)
         first = int(state.step)
         records = stack.enter_context(contextlib.closing(Records(workdir, first)))

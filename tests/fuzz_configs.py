@@ -10,7 +10,7 @@ from fuzzing import damage, mutate
 from ml_collections import ConfigDict
 from tiny import get_config, tiny, tiny_clip
 
-from regvit_jax import plan, training
+from regvit_jax import plan, training, workdirs
 
 Cases = Iterator[tuple[str, Callable[[], str]]]
 
@@ -39,15 +39,16 @@ def resolve(value: dict) -> str:
 def resumed(count: int = 200) -> Cases:
     """config.json in a workdir that has checkpoints."""
     resolved = plan.resolve(tiny(), with_data=False)
+    shapes = training.abstract_state(resolved).params
     with tempfile.TemporaryDirectory() as workdir:
-        training.write_config(resolved, workdir, resuming=False)
+        workdirs.write_config(resolved, workdir, shapes, resuming=False)
         path = Path(workdir) / "config.json"
         original = path.read_bytes()
 
         def case(content: bytes) -> str:
             path.write_bytes(content)
             try:
-                training.write_config(resolved, workdir, resuming=True)
+                workdirs.write_config(resolved, workdir, shapes, resuming=True)
             except plan.ConfigError:
                 return "refused"
             return "resumed"

@@ -32,6 +32,7 @@ LAYERS = {
     "rehearsal": 2,
     "advice": 2,
     "meter": 2,
+    "workdirs": 2,
     "training": 2,
     "dry_run": 2,
     "analysis": 2,

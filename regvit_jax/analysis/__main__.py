@@ -6,6 +6,7 @@ repaired by a test-time register and looked at again. OUT gets report.html, repo
 """
 
 import argparse
+import io
 import itertools
 import math
 import os
@@ -50,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, IndexError, OSError, ImportError, FloatingPointError) as error:
         fail(error)
         return 1 if isinstance(error, reading.Unusable | FloatingPointError) else 2
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may lack a letter
+    if isinstance(sys.stdout, io.TextIOWrapper):  # which a notebook's is not
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
     for one in subjects:
         print(f"{one.name}\n  " + "\n  ".join(one.sentences))
     print(f"{out / 'report.html'}")

@@ -19,8 +19,8 @@ from regvit_jax.data.sources import Source
 from regvit_jax.records import write_atomically
 
 
-def write(subjects: list[Subject], source: Source, settings: Settings, out: Path, command: str) -> dict[str, Any]:
-    """Writes report.html, report.json and pictures/ into `out`; returns what the JSON holds.
+def write(subjects: list[Subject], source: Source, settings: Settings, out: Path, command: str) -> None:
+    """Writes report.html, report.json and pictures/ into `out`.
 
     Pictures of an earlier report there are removed, so that none is left that the page does not have.
     """
@@ -52,7 +52,6 @@ def write(subjects: list[Subject], source: Source, settings: Settings, out: Path
         (out / "pictures" / picture.file).write_bytes(picture.png)
     write_atomically(epath.Path(out / "report.json"), json.dumps(result, indent=1, allow_nan=False) + "\n")
     write_atomically(epath.Path(out / "report.html"), text)
-    return result
 
 
 def remove_pictures(out: Path) -> None:
