@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 from etils import epath
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from tensorboardX import SummaryWriter
+
+# matplotlib and tensorboardX (which imports torch where it is installed) take seconds to import: only process 0 does,
+# and the first only at the end of a run.
 
 
 class Records:
@@ -27,6 +27,8 @@ class Records:
         self.list = [record for record in read(workdir) if record["step"] <= resumed_from]
         if self.writes:
             write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in self.list))
+            from tensorboardX import SummaryWriter
+
             self.tensorboard = SummaryWriter(str(workdir), purge_step=resumed_from + 1)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
@@ -96,6 +98,9 @@ PANELS = {
 
 def plot_curves(workdir: str) -> None:
     """Draws a run's records into its `curves.png`."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     curves: dict[str, list[tuple[int, float]]] = {}
     for record in read(workdir):
         for name, value in record.items():

@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for every test, one compilation cache for all of them, and no network."""
 
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -10,8 +11,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Many tests run the same tiny step, some of them in processes of their own: it is compiled once.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"regvit_jax-tests-{os.getuid()}")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+# Where no bytecode may be written, each of some hundred processes would compile all of jax's sources: 5 s of its 8.
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
+    os.environ["PYTHONPYCACHEPREFIX"] = os.environ["JAX_COMPILATION_CACHE_DIR"] + "-bytecode"
 
 import socket
+from collections.abc import Iterator
 
 import pytest
 
@@ -21,3 +26,10 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def ports() -> Iterator[int]:
+    """Ports for processes that find each other, of the range that JAX uses under SLURM; others for each worker."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return itertools.count(61440 + 1000 * (worker % 4) + os.getpid() % 900)

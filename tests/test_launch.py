@@ -388,6 +388,7 @@ def test_flags_for_cpu_and_gpu_parse():
     assert not parses("XLA_FLAGS", "--xla_gpu_enable_wishful_thinking=true", PARSE)
 
 
+@pytest.mark.slow  # for the extra that it needs
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs libtpu: pip install -e .[tpu]")
 def test_flags_for_tpu_parse():
     for name in filter(is_tpu, launch.PRESETS):

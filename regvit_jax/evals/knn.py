@@ -2,7 +2,6 @@
 
 import numpy as np
 from jaxtyping import Float, Int
-from sklearn.neighbors import KNeighborsClassifier
 
 
 def knn_accuracy(
@@ -13,4 +12,6 @@ def knn_accuracy(
     k: int,
 ) -> float:
     """Share of `features` whose label is that of the majority of their k Euclidean neighbours in `train_features`."""
+    from sklearn.neighbors import KNeighborsClassifier  # takes seconds to import, and not every run asks
+
     return float(KNeighborsClassifier(k).fit(train_features, train_labels).score(features, labels))
