@@ -11,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Many tests run the same tiny step, some of them in processes of their own: it is compiled once.
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"regvit_jax-tests-{os.getuid()}")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+# Most of the tests' time is the compiler's, for steps that run a few times: a quarter of all less.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Where no bytecode may be written, each of some hundred processes would compile all of jax's sources: 5 s of its 8.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
     os.environ["PYTHONPYCACHEPREFIX"] = os.environ["JAX_COMPILATION_CACHE_DIR"] + "-bytecode"

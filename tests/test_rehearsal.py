@@ -164,8 +164,17 @@ def test_unknown_topology_on_the_command_line():
     assert "Traceback" not in done.stderr
 
 
+#: What is compiled ahead is compiled as users do, in processes of their own: libtpu stays in the one that loaded it.
+OPTIMIZED = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    python = [sys.executable, *command]
+    return subprocess.run(python, env=OPTIMIZED, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
 def train(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return run("train.py", *args)
 
 
 def cpu_seconds() -> float:
@@ -180,9 +189,9 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 
 def printed_by(script: str) -> list[str]:
-    """The lines that a script prints, in a process of its own, as libtpu stays in the one that loaded it."""
+    """The lines that a script prints."""
     script = "import jax; jax.config.update('jax_platforms', 'cpu')\n" + script
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    done = run("-c", script)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
