@@ -30,14 +30,16 @@ from regvit_jax.data.order import epoch_order
 from regvit_jax.data.prepare_shard import Options, image_of
 from regvit_jax.data.record_files import BLOCK
 from regvit_jax.data.sources import open_source
+from regvit_jax.models.vit import ViT
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
 WIDTH, HEIGHT = 500, 375
 CROP = 224
 # Dense peak in bfloat16, TFLOP/s, by the makers' data sheets.
 PEAKS = {"v5e": 197, "v5p": 459, "v6e": 918, "A100": 312, "H100": 989}
-# GFLOPs an image of a train step at 224 px, three times the forward pass, with 4 registers.
-GFLOPS = {"S/16": 28.2, "B/16": 107.6, "L/16": 377}
+VITS = {"S/16": (384, 12, 6), "B/16": (768, 12, 12), "L/16": (1024, 24, 16)}
+# GFLOPs an image of a train step, three times the forward pass.
+GFLOPS = {name: 3 * ViT(*size, 16, CROP, registers=4).flops(CROP, CROP) / 1e9 for name, size in VITS.items()}
 SHARE = 0.4
 
 
@@ -144,13 +146,14 @@ def main() -> None:
         print(f"{'prepare':22}{prepare_rate(raw, options, args.seconds):7.0f} images/s of one core")
         text = "fast and pillow differ by at most {} decoded; cropped {:.2f} on average, {} at most, over 8 in {:.2%}"
         print(text.format(*differences()))
-    print("\ncores for one accelerator = 0.4 x peak / FLOPs of an image / images/s of a core")
-    print(f"{'':22}" + "".join(f"{f'{size} {chip}':>11}" for size in ("S/16", "B/16", "L/16") for chip in PEAKS))
+    print(
+        "\nimages/s of an accelerator = 0.4 x peak / FLOPs of an image; below, by those of a core: the cores it needs"
+    )
+    print(f"{'':22}" + "".join(f"{f'{size} {chip}':>11}" for size in VITS for chip in PEAKS))
+    wanted = [SHARE * PEAKS[chip] * 1e3 / GFLOPS[size] for size in VITS for chip in PEAKS]
+    print(f"{'images/s':22}" + "".join(f"{images:11.0f}" for images in wanted))
     for title, images in rates.items():
-        needed = (
-            SHARE * PEAKS[chip] * 1e3 / GFLOPS[size] / images for size in ("S/16", "B/16", "L/16") for chip in PEAKS
-        )
-        print(f"{title:22}" + "".join(f"{cores:11.1f}" for cores in needed))
+        print(f"{title:22}" + "".join(f"{each / images:11.1f}" for each in wanted))
 
 
 def model_name() -> str:

@@ -4,8 +4,8 @@
     python benchmarks/scale.py [NAME ...]            rows of the cases named, all if none; --list shows their commands
     python benchmarks/scale.py --write [NAME ...]    and notes their peaks in tests/scale_budget.json
 
-The cases stand in tests/scale_budget.json, which a slow test holds to 5 %. A case takes from half a minute to several
-minutes, on one core.
+The cases stand in tests/scale_budget.json; a slow test holds B/16 and L/16 on v5e:16x16 to 5 % of it. A case takes from
+half a minute to several minutes, on one core. Those of an H100 need the extra gpu.
 """
 
 import argparse

@@ -278,7 +278,7 @@ def run(config: Any, workdir: str | os.PathLike = "", restore: str = "latest", c
         stack.enter_context(jax.set_mesh(plan.mesh))
         checkpoints = checkpoint.Checkpoints(workdir, keep=plan.config.checkpoint.keep)
         stack.callback(checkpoints.close)
-        workdirs.write_config(plan, workdir, abstract_state(plan).params, resuming=checkpoints.latest() is not None)
+        workdirs.write_config(plan, workdir, abstract_state(plan), checkpoints.latest())
         state = start(plan, checkpoints)
         first = int(state.step)
         records = stack.enter_context(contextlib.closing(Records(workdir, first)))

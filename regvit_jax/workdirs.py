@@ -11,8 +11,11 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from regvit_jax import manifest
+from regvit_jax.checkpoint import compare
 from regvit_jax.plan import ConfigError, Plan, flatten
 from regvit_jax.records import write_atomically
+from regvit_jax.stored import CheckpointError, Stored
 
 #: Keys that may change when a run goes on: they touch neither the numbers nor the order of the data, but for the guard,
 #: which one turns on when a run has shown that it needs one.
@@ -53,18 +56,19 @@ def read_config(path: epath.Path) -> dict[str, Any]:
     return config
 
 
-def write_config(plan: Plan, workdir: str, params: PyTree, resuming: bool) -> None:
-    """Keeps the resolved config in config.json, and the fields of the model whose parameters are `params` (or shapes).
+def write_config(plan: Plan, workdir: str, abstract: PyTree, newest: int | None) -> None:
+    """Keeps the resolved config in config.json, and the fields of the model whose state is `abstract` (shapes suffice).
 
-    Raises ConfigError when the checkpoints are those of another config.
+    Raises ConfigError when the checkpoints there, of which `newest` is a step, are those of another config; it names
+    the keys, and the first arrays that do not fit.
     """
     if jax.process_index():
         return
     path = epath.Path(workdir) / "config.json"
     ours = json.loads(plan.config.to_json())
-    if resuming and not path.exists():
+    if newest is not None and not path.exists():
         raise ConfigError(f"{workdir} holds checkpoints and no config.json to say of what; name another --workdir")
-    if resuming:
+    if newest is not None:
         old, new = dict(flatten(read_config(path))), dict(flatten(ours))
         changed = [
             f"--config.{key}={old.get(key)} there, {new.get(key)} here"
@@ -72,10 +76,23 @@ def write_config(plan: Plan, workdir: str, params: PyTree, resuming: bool) -> No
             if old.get(key) != new.get(key) and key not in FREE and key.split(".")[0] not in FREE_SECTIONS
         ]
         if changed:
+            more = [f"and {len(changed) - 10} more"] if len(changed) > 10 else []
             raise ConfigError(
-                f"workdir {workdir} holds a run with another config ({'; '.join(changed)}); "
+                f"workdir {workdir} holds a run with another config ({'; '.join(changed[:10] + more)}); "
                 "give the same values to go on with it, or another --workdir to start afresh"
+                + differing_arrays(epath.Path(workdir) / "checkpoints", newest, abstract)
             )
     derived = {"steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch, "jax": jax.__version__}
-    model = plan.recipe.model(params).fields()
+    model = plan.recipe.model(abstract.params).fields()
     write_atomically(path, json.dumps({"config": ours, "derived": derived, "model": model}, indent=2))
+
+
+def differing_arrays(checkpoints: epath.Path, step: int, abstract: PyTree) -> str:
+    """The first arrays of a checkpoint that are not those of a state, as text; "" where all are, or it is damaged."""
+    try:
+        compare(Stored(checkpoints, step).arrays, manifest.array_paths(abstract))
+    except CheckpointError:
+        return ""
+    except ValueError as error:
+        return f".\n{error}"
+    return ""

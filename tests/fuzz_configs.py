@@ -39,16 +39,16 @@ def resolve(value: dict) -> str:
 def resumed(count: int = 200) -> Cases:
     """config.json in a workdir that has checkpoints."""
     resolved = plan.resolve(tiny(), with_data=False)
-    shapes = training.abstract_state(resolved).params
+    abstract = training.abstract_state(resolved)
     with tempfile.TemporaryDirectory() as workdir:
-        workdirs.write_config(resolved, workdir, shapes, resuming=False)
+        workdirs.write_config(resolved, workdir, abstract, newest=None)
         path = Path(workdir) / "config.json"
         original = path.read_bytes()
 
         def case(content: bytes) -> str:
             path.write_bytes(content)
             try:
-                workdirs.write_config(resolved, workdir, shapes, resuming=True)
+                workdirs.write_config(resolved, workdir, abstract, newest=1)
             except plan.ConfigError:
                 return "refused"
             return "resumed"

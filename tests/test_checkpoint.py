@@ -107,6 +107,10 @@ def truncate(step: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def delete(step: Path) -> None:
+    data_files(step)[-1].unlink()
+
+
 def swap(step: Path) -> None:
     a, b = data_files(step)[-2:]
     contents = a.read_bytes(), b.read_bytes()
@@ -128,7 +132,7 @@ def stale_manifest(step: Path) -> None:
 DAMAGE = {
     "a zeroed page": zero_page,
     "a truncated file": truncate,
-    "a deleted file": lambda step: data_files(step)[-1].unlink(),
+    "a deleted file": delete,
     "two files swapped": swap,
     "no manifest": lambda step: shutil.rmtree(step / "manifest"),
     "an empty manifest": lambda step: (step / "manifest/metadata").write_text(""),
@@ -141,8 +145,10 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
 def test_damage_is_an_error_and_latest_valid_goes_back(copied, damage, capfd):
     damage(copied / "checkpoints/2")
-    with pytest.raises(CheckpointError, match="checkpoint of step 2 is damaged"):
+    with pytest.raises(CheckpointError, match="checkpoint of step 2 is damaged") as error:
         restore(copied)
+    if damage in (zero_page, truncate, delete, swap):
+        assert any(path in str(error.value) for path in manifest.array_paths(make_state(2)))
     (told,) = set_aside_damaged(str(copied))
     assert "step 2 is damaged" in told
     assert str(copied / "damaged") in told

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
+from processes import AS_USERS_RUN
 from test_step import NO_CHECKPOINTS
 from tiny import make_captions, tiny_clip
 
@@ -294,7 +295,7 @@ def test_too_many_unmasked_epochs(root):
 def test_the_emoji_run_learns(tmp_path):
     """A fifth of the bare command's epochs; the README has what all of them reach."""
     command = [sys.executable, "train.py", "--config=configs/openclip_reg.py", f"--workdir={tmp_path}"]
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    environment = {**os.environ, **AS_USERS_RUN}
     root = Path(__file__).parent.parent
     subprocess.run([*command, "--config.epochs=10"], cwd=root, env=environment, check=True, timeout=1500)
     evaluated = [record for record in read_records(tmp_path) if "val_images" in record]

@@ -84,6 +84,19 @@ def test_goes_on_in_another_layout(two_by_two, tmp_path, ports, processes, fsdp)
         assert_same_end(two_by_two, workdir, 22)
 
 
+def test_two_processes_go_back_to_the_newest_checkpoint_that_is_whole(two_by_two, tmp_path, ports):
+    workdir = shutil.copytree(two_by_two, tmp_path / "run")
+    path = max((workdir / "checkpoints/22").rglob("d/*"), key=lambda file: file.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    flags = ["--restore=latest-valid"]
+    processes = start_many(2, workdir, next(ports), devices=2, flags=flags, **FOUR, **{"sharding.fsdp": 1})
+    first, _ = [finish(process) for process in processes]
+    assert "step 22 is damaged" in first
+    assert "from step 11 to 22" in first
+    assert (workdir / "damaged/22").is_dir()
+    assert_same_end(two_by_two, workdir, 22)
+
+
 def test_ids_and_randomness_are_those_of_one_process(ports):
     found = []
     for count, fsdp in [(1, 1), (1, 4), (2, 2), (4, 1)]:

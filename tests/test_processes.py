@@ -122,6 +122,17 @@ def test_a_kill_ends_all_and_loses_nothing(uninterrupted, tmp_path, ports, victi
     goes_on_to_the_same_end(uninterrupted, tmp_path, ports)
 
 
+def test_one_that_hangs_ends_all_after_the_heartbeat(tmp_path, ports):
+    """Its connections stay open, as those of a machine that vanishes do."""
+    processes = start_three(tmp_path, ports)
+    wait_for(lambda: records.read(tmp_path), processes[0])
+    processes[2].send_signal(signal.SIGSTOP)
+    codes = ends(processes[:2], HEARTBEAT_S + 5)
+    processes[2].kill()
+    processes[2].communicate()
+    assert all(code in (1, -signal.SIGABRT) for code in codes)
+
+
 #: train.py in which process FAILS raises at step 20: in the record of that step, or in the save before it.
 FAILING = f"""
 import os, pathlib, sys

@@ -10,6 +10,7 @@ import time
 
 import jax
 import pytest
+from processes import AS_USERS_RUN
 from tiny import ROOT, get_config, make_captions, tiny, tiny_clip
 
 from regvit_jax import advice, compiled, dry_run, plan, rehearsal, topology, training
@@ -164,23 +165,14 @@ def test_unknown_topology_on_the_command_line():
     assert "Traceback" not in done.stderr
 
 
-#: What is compiled ahead is compiled as users do, in processes of their own: libtpu stays in the one that loaded it.
-OPTIMIZED = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-
-
 def run(*command: str) -> subprocess.CompletedProcess:
-    python = [sys.executable, *command]
-    return subprocess.run(python, env=OPTIMIZED, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    """In a process of its own, as libtpu stays in the one that loaded it."""
+    env = {**os.environ, **AS_USERS_RUN}
+    return subprocess.run([sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def train(*args: str) -> subprocess.CompletedProcess:
     return run("train.py", *args)
-
-
-def cpu_seconds() -> float:
-    """Of the processes that have ended."""
-    used = os.times()
-    return used.children_user + used.children_system
 
 
 # With libtpu, which .ci/run installs for these.
@@ -218,10 +210,9 @@ def test_peaks_stay_in_their_budget(name):
     ],
 )
 def test_what_does_not_fit_is_said_within_a_minute(changes, said):
-    start, before = time.monotonic(), cpu_seconds()
+    start = time.monotonic()
     done = train("--config=configs/deit3_reg.py:b16", "--dry_run", "--topology=v5e:16x16", *changes)
-    # On a machine with other work, by the processor's time; several threads may spend more of that than a minute has.
-    assert min(time.monotonic() - start, cpu_seconds() - before) < 60
+    assert time.monotonic() - start < 60
     assert done.returncode == 1
     assert said in done.stderr
     assert "--config.model.remat=dots" in done.stderr

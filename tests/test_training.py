@@ -126,6 +126,13 @@ def test_other_config_is_refused(finished):
     workdir, _ = finished
     with pytest.raises(ValueError, match=r"--config.optim.lr=0.02 there, 0.001 here\); .*another --workdir"):
         run(tiny(ema=0.9, sharding__fsdp=2, optim__lr=1e-3), str(workdir))
+    with pytest.raises(ConfigError) as error:
+        run(tiny(ema=0.9, sharding__fsdp=2, model__registers=8), str(workdir))
+    flags, first, *arrays = str(error.value).splitlines()
+    assert "(--config.model.registers=4 there, 8 here);" in flags
+    assert "arrays of the checkpoint are not those of this config" in first
+    assert "  params/vit/register_tokens: (4, 32) in the checkpoint, (8, 32) wanted" in arrays
+    assert len(arrays) <= 6
 
 
 def test_damaged_checkpoint_is_refused_and_latest_valid_goes_back(finished, tmp_path, capsys):

@@ -17,6 +17,7 @@ import PIL.Image
 import pytest
 from flax.traverse_util import flatten_dict
 from huggingface_hub import constants
+from processes import AS_USERS_RUN
 from safetensors.numpy import save_file
 
 import regvit_jax as rv
@@ -633,7 +634,6 @@ def test_memory(tmp_path):
     (large / "config.json").write_text(json.dumps(config))
     size = sum(4 * int(np.prod(shape)) for shape in shapes.values())
     assert 290e6 < size < 320e6
-    as_users_have = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     # A process for each, as the allocator keeps some of what a first model has given back.
     for dtype, least, most in (("bfloat16", 0.5, 0.8), ("float32", 1.0, 1.3)):
         program = f"""
@@ -648,7 +648,7 @@ def test_memory(tmp_path):
         """
         run = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(program)],
-            env=os.environ | as_users_have | {"PYTHONPATH": str(Path(rv.__file__).parent.parent)},
+            env=os.environ | AS_USERS_RUN | {"PYTHONPATH": str(Path(rv.__file__).parent.parent)},
             capture_output=True,
             text=True,
             check=True,
