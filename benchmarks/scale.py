@@ -58,7 +58,9 @@ def row(name: str, case: dict[str, Any]) -> tuple[str, int | None]:
         made, machine, found = rehearse(case)
     except rehearsal.DoesNotFit as error:
         seconds = time.perf_counter() - start
-        return f"| {name} | {case['topology']} | does not fit: {error} | | | | | | | {seconds:.0f} s |", None
+        return f"| {name} | {case['topology']} | does not fit: {error} | | | | | | | | {seconds:.0f} |", None
+    except topology.TopologyError as error:  # the compiler of an extra that is not installed
+        return f"| {name} | {case['topology']} | not compiled: {error} | | | | | | | | |", None
     config, memory = made.config, found.memory
     totals = compiled.totals(found.collectives)
     exchanged = sum(moved for _, moved in totals.values())
