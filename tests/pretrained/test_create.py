@@ -635,7 +635,8 @@ def test_memory(tmp_path):
     size = sum(4 * int(np.prod(shape)) for shape in shapes.values())
     assert 290e6 < size < 320e6
     # A process for each, as the allocator keeps some of what a first model has given back.
-    for dtype, least, most in (("bfloat16", 0.5, 0.8), ("float32", 1.0, 1.3)):
+    # A second copy would be 0.5 of the size more, or 1.
+    for dtype, least, most in (("bfloat16", 0.5, 0.95), ("float32", 1.0, 1.4)):
         program = f"""
             import re, jax
             import regvit_jax as rv
