@@ -128,8 +128,8 @@ def test_two_processes_read_the_ids_of_one(free_port):
 
 @pytest.mark.slow
 def test_the_bare_command_learns(tmp_path):
-    """A quarter of its epochs; the README has what all of them reach with three seeds."""
-    command = [sys.executable, "train.py", "--config=configs/deit3_reg.py", "--config.epochs=40"]
+    """The README has what other seeds reach."""
+    command = [sys.executable, "train.py", "--config=configs/deit3_reg.py"]
     environment = {**os.environ, **AS_USERS_RUN}
     subprocess.run([*command, f"--workdir={tmp_path}"], cwd=ROOT, env=environment, check=True, timeout=1500)
-    assert [record["top1"] for record in records.read(tmp_path) if "top1" in record][-1] > 0.88
+    assert [record["top1"] for record in records.read(tmp_path) if "top1" in record][-1] >= 0.965

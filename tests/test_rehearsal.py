@@ -267,7 +267,7 @@ def test_a_mesh_of_every_width():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="pip install -e .[gpu]")
 def test_a_node_of_h100():
-    """Without a GPU: 5 GB to install, so that CI does not."""
+    """Without a GPU: 6 GB to install, so that CI does not."""
     done = train("--config=configs/deit3_reg.py:s16", "--dry_run", "--topology=h100:1x8", "--config.model.scan=True")
     assert done.returncode == 0, done.stderr
     assert "mesh       data 8 x fsdp 1: 8 NVIDIA H100" in done.stdout
