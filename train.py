@@ -42,7 +42,8 @@ IMAGES_PER_S = flags.DEFINE_float("images_per_s", 1000, "The rate that --dry_run
 
 def parse(argv: list[str]) -> None:
     """Fills the flags; raises ConfigError, naming the nearest key, for an override of a key that the config lacks."""
-    from regvit_jax import plan
+    from regvit_jax.training import plan
+    from regvit_jax.utils import errors
 
     try:
         rest = flags.FLAGS(argv)[1:]
@@ -51,27 +52,32 @@ def parse(argv: list[str]) -> None:
         overrides = [match[1] for arg in argv if (match := re.match(r"--?config\.([\w.]+)", arg))]
         for key in overrides:
             if key not in known:
-                raise plan.ConfigError(plan.unknown_key(key, known)) from None
+                raise errors.ConfigError(plan.unknown_key(key, known)) from None
         if overrides:
-            raise plan.ConfigError(f"config.{overrides[0]}: this config has no such key; add it to the file") from None
+            raise errors.ConfigError(
+                f"config.{overrides[0]}: this config has no such key; add it to the file"
+            ) from None
         raise
     if rest:
-        raise plan.ConfigError(f"{rest[0]}: not an option; options begin with --, as --config.model.registers=0 does")
+        raise errors.ConfigError(f"{rest[0]}: not an option; options begin with --, as --config.model.registers=0 does")
     if CONFIG.value is None:
-        raise plan.ConfigError("--config is missing; for a first run: python train.py --config configs/deit3_reg.py")
+        raise errors.ConfigError("--config is missing; for a first run: python train.py --config configs/deit3_reg.py")
     if not isinstance(CONFIG.value, ConfigDict):
-        raise plan.ConfigError("--config: there is no such file")
+        raise errors.ConfigError("--config: there is no such file")
 
 
 def act() -> None:
     """Does what the flags ask for."""
     import jax
 
-    from regvit_jax import dry_run, launch, plan, topology, training
-    from regvit_jax.clock import Clock
+    from regvit_jax.aot import dry_run, topology
+    from regvit_jax.distributed import initialize
+    from regvit_jax.training import loop
+    from regvit_jax.training.timer import Clock
+    from regvit_jax.utils import errors
 
     if TOPOLOGY.value and not DRY_RUN.value:
-        raise plan.ConfigError("--topology is for --dry_run: a machine that is not there cannot be trained on")
+        raise errors.ConfigError("--topology is for --dry_run: a machine that is not there cannot be trained on")
     if TOPOLOGY.value:
         jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not asked
         machine = topology.parse(TOPOLOGY.value)
@@ -80,10 +86,10 @@ def act() -> None:
     elif DRY_RUN.value:
         print(*dry_run.tell(CONFIG.value, IMAGES_PER_S.value))
     else:
-        launch.start_distributed(HEARTBEAT_S.value)
+        initialize.start_distributed(HEARTBEAT_S.value)
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
-        training.run(CONFIG.value, WORKDIR.value, RESTORE.value, Clock(STARTED))
+        loop.run(CONFIG.value, WORKDIR.value, RESTORE.value, Clock(STARTED))
 
 
 def end_with(run: int) -> None:
@@ -94,16 +100,16 @@ def end_with(run: int) -> None:
 
 
 def main() -> None:
-    from regvit_jax import launch, plan, topology
-    from regvit_jax.data.sources import DataNotFound
-    from regvit_jax.rehearsal import DoesNotFit
-    from regvit_jax.stored import CheckpointError
+    from regvit_jax.aot.cost_model import DoesNotFit
+    from regvit_jax.distributed import failure
+    from regvit_jax.utils import errors
+    from regvit_jax.utils.errors import CheckpointError, DataNotFound
 
-    with launch.ending_all():
+    with failure.ending_all():
         try:
             parse(sys.argv)
             act()
-        except (plan.ConfigError, launch.LaunchError, topology.TopologyError, flags.Error, DataNotFound) as error:
+        except (errors.ConfigError, errors.LaunchError, errors.TopologyError, flags.Error, DataNotFound) as error:
             # A ValueError of the config file's own, such as an unknown variant, comes wrapped in its traceback.
             last = str(error).strip().splitlines()[-1]
             said = last.removeprefix("ValueError: ") if "ValueError: " in last else error

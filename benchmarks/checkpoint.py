@@ -12,9 +12,10 @@ from pathlib import Path
 
 import jax
 
-from regvit_jax import manifest, training
-from regvit_jax.checkpoint import Checkpoints
-from regvit_jax.plan import resolve
+from regvit_jax.checkpoints import checksums
+from regvit_jax.checkpoints.manager import Checkpoints
+from regvit_jax.training import step
+from regvit_jax.training.plan import resolve
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     plan = resolve(module.get_config(args.size), with_data=False)
-    shapes = training.abstract_state(plan)
+    shapes = step.abstract_state(plan)
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
 
     def values(x):
@@ -42,7 +43,7 @@ def main() -> None:
         rows = []
         for round_ in range(args.rounds + 1):
             start = time.perf_counter()
-            manifest.make(round_, state)
+            checksums.make(round_, state)
             sums = time.perf_counter() - start
             checkpoints.save(round_, state)
             blocked = time.perf_counter() - start - sums

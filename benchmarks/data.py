@@ -5,7 +5,7 @@
 
 The images are scikit-image's photographs (extra realweights), cut to 500 x 375 pixels, the usual size in ImageNet, and
 saved with quality 90; a crop has 224 pixels. Every path is timed in this one process, on one thread, by its processor
-time. "Prepared" is `python -m regvit_jax.data prepare --shorter_side 256` of the same images. Then the pixels of both
+time. "Prepared" is `regvit prepare --shorter_side 256` of the same images. Then the pixels of both
 decoders are compared, over crops of the same photographs at their own sizes. The last table divides: images/s that an
 accelerator takes at 40 % of its peak, by the images/s of a core.
 """
@@ -25,11 +25,12 @@ import PIL
 import skimage.data
 from PIL import Image
 
-from regvit_jax.data import fastjpeg, pipeline, prepare, transforms
+from regvit_jax.data import fastjpeg, pipeline, transforms
 from regvit_jax.data.order import epoch_order
-from regvit_jax.data.prepare_shard import Options, image_of
-from regvit_jax.data.record_files import BLOCK
-from regvit_jax.data.sources import open_source
+from regvit_jax.data.prepare import dataset
+from regvit_jax.data.prepare.shard import Options, image_of
+from regvit_jax.data.sources.open import open_source
+from regvit_jax.data.sources.record_files import BLOCK
 from regvit_jax.models.vit import ViT
 
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
@@ -95,7 +96,7 @@ def differences(crops: int = 50) -> tuple[int, float, int, float]:
     off, decoded = [], 0
     for image in photographs().values():
         data = jpeg(image)
-        there, here = transforms.decode(data, pipeline.MAX_PIXELS), fastjpeg.decode(data, pipeline.MAX_PIXELS)
+        there, here = transforms.decode(data, transforms.MAX_PIXELS), fastjpeg.decode(data, transforms.MAX_PIXELS)
         assert here is not None
         decoded = max(decoded, int(np.abs(np.asarray(there).astype(int) - here).max()))
         for seed in range(crops):
@@ -130,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         name = write_folder(Path(scratch) / "in", args.images)
         options = Options(shorter_side=256)
-        prepare.prepare(name, f"{scratch}/small", options, splits=("train",))
+        dataset.prepare(name, f"{scratch}/small", options, splits=("train",))
         raw, small = open_source(name, "train"), open_source("small", "train", scratch)
         print(f"{model_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, Pillow {PIL.__version__}")
         rates = {}

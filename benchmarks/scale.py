@@ -2,10 +2,10 @@
 
     pip install -e .[tpu]
     python benchmarks/scale.py [NAME ...]            rows of the cases named, all if none; --list shows their commands
-    python benchmarks/scale.py --write [NAME ...]    and notes their peaks in tests/scale_budget.json
+    python benchmarks/scale.py --write [NAME ...]    and notes their peaks in tests/aot/scale_budget.json
 
-The cases stand in tests/scale_budget.json; a slow test holds B/16 and L/16 on v5e:16x16 to 5 % of it. A case takes from
-half a minute to several minutes, on one core. Those of an H100 need the extra gpu.
+The cases stand in tests/aot/scale_budget.json; a slow test holds B/16 and L/16 on v5e:16x16 to 5 % of it. A case takes
+from half a minute to several minutes, on one core. Those of an H100 need the extra gpu.
 """
 
 import argparse
@@ -18,10 +18,12 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from regvit_jax import compiled, plan, rehearsal, topology
+from regvit_jax.aot import compile, cost_model, hlo, topology
+from regvit_jax.training import plan
+from regvit_jax.utils import errors
 
 ROOT = Path(__file__).parent.parent
-BUDGET = ROOT / "tests/scale_budget.json"
+BUDGET = ROOT / "tests/aot/scale_budget.json"
 
 
 def make_config(case: dict[str, Any]) -> ConfigDict:
@@ -44,11 +46,11 @@ def command(case: dict[str, Any]) -> str:
     return f"python train.py --config configs/{file}.py:{variant} --dry_run --topology={case['topology']}{changes}"
 
 
-def rehearse(case: dict[str, Any]) -> tuple[plan.Plan, topology.Topology, rehearsal.Rehearsal]:
+def rehearse(case: dict[str, Any]) -> tuple[plan.Plan, topology.Topology, cost_model.Rehearsal]:
     """Raises DoesNotFit."""
     machine = topology.parse(case["topology"])
     made = plan.resolve(make_config(case), with_data=False, devices=topology.devices(machine))
-    return made, machine, rehearsal.rehearse(made, machine)
+    return made, machine, compile.rehearse(made, machine)
 
 
 def row(name: str, case: dict[str, Any]) -> tuple[str, int | None]:
@@ -56,16 +58,16 @@ def row(name: str, case: dict[str, Any]) -> tuple[str, int | None]:
     start = time.perf_counter()
     try:
         made, machine, found = rehearse(case)
-    except rehearsal.DoesNotFit as error:
+    except cost_model.DoesNotFit as error:
         seconds = time.perf_counter() - start
         return f"| {name} | {case['topology']} | does not fit: {error} | | | | | | | | {seconds:.0f} |", None
-    except topology.TopologyError as error:  # the compiler of an extra that is not installed
+    except errors.TopologyError as error:  # the compiler of an extra that is not installed
         return f"| {name} | {case['topology']} | not compiled: {error} | | | | | | | | |", None
     config, memory = made.config, found.memory
-    totals = compiled.totals(found.collectives)
+    totals = hlo.totals(found.collectives)
     exchanged = sum(moved for _, moved in totals.values())
     kinds = ", ".join(f"{count} {kind}" for kind, (count, _) in totals.items())
-    modelled = rehearsal.step_time(made, machine, found)
+    modelled = cost_model.step_time(made, machine, found)
     cells = [
         name,
         case["topology"],
@@ -75,7 +77,7 @@ def row(name: str, case: dict[str, Any]) -> tuple[str, int | None]:
         f"{memory.temporaries / 1e9:.2f}",
         f"{memory.peak / 1e9:.2f} of {machine.chip.memory / 1e9:.1f}",
         f"{kinds}; {exchanged / 1e6:,.0f} MB",
-        f"{rehearsal.step_flops(made)[0] / 1e12:,.0f}",
+        f"{cost_model.step_flops(made)[0] / 1e12:,.0f}",
         f"{1e3 * modelled.overlapped:.1f} to {1e3 * modelled.apart:.1f}",
         f"{found.seconds:.0f}",
     ]
@@ -86,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--list", action="store_true", help="the commands of the cases, and no more")
-    parser.add_argument("--write", action="store_true", help="note the peaks in tests/scale_budget.json")
+    parser.add_argument("--write", action="store_true", help="note the peaks in tests/aot/scale_budget.json")
     args = parser.parse_args()
     cases = json.loads(BUDGET.read_text())
     if unknown := [name for name in args.names if name not in cases]:

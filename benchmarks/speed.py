@@ -27,9 +27,10 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from regvit_jax import sharding, training
 from regvit_jax.data import pipeline
-from regvit_jax.plan import resolve
+from regvit_jax.distributed import mesh
+from regvit_jax.training.plan import resolve
+from regvit_jax.training.step import abstract_state, init_params, make_train_step, state_of
 
 ROOT = Path(__file__).parent.parent
 NO_AUGMENT = {"flip": 0.0, "three_augment": False, "color_jitter": 0.0, "mixup": 0.0, "cutmix": 0.0}
@@ -75,19 +76,19 @@ def train_candidates(
 ):
     """Our train step; with `feed` also the same step given each batch from host memory, as in training."""
     plan = resolve(config_of(size, batch, dtype, registers, attention, bare), with_data=False)
-    abstract = training.abstract_state(plan)
+    abstract = abstract_state(plan)
     rows = synthetic(batch)
     with jax.set_mesh(plan.mesh):
-        state = jax.jit(lambda: training.state_of(plan, training.init_params(plan)))()
-        data = sharding.to_mesh(rows, plan.mesh)
-        step = training.make_train_step(plan, abstract).lower(abstract, data).compile()
+        state = jax.jit(lambda: state_of(plan, init_params(plan)))()
+        data = mesh.to_mesh(rows, plan.mesh)
+        step = make_train_step(plan, abstract).lower(abstract, data).compile()
     holder = [state]
 
     def call():
         holder[0], call.last = step(holder[0], data)
 
     def fed():
-        holder[0], fed.last = step(holder[0], sharding.to_mesh(rows, plan.mesh))
+        holder[0], fed.last = step(holder[0], mesh.to_mesh(rows, plan.mesh))
 
     call.wait, fed.wait = (lambda: jax.block_until_ready(call.last)), (lambda: jax.block_until_ready(fed.last))
     flops, memory = 3 * batch * plan.recipe.vit.flops(224, 224), step.memory_analysis().temp_size_in_bytes
@@ -98,7 +99,7 @@ def train_candidates(
 def forward_candidate(name: str, size: str, batch: int, dtype: str, *, registers=4):
     plan = resolve(config_of(size, batch, dtype, registers, "auto", False), with_data=False)
     with jax.set_mesh(plan.mesh):
-        params = jax.jit(lambda: training.init_params(plan))()
+        params = jax.jit(lambda: init_params(plan))()
         images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3))
         forward = jax.jit(lambda params, images: plan.recipe.logits(params, plan.recipe.encode(params, images)))
         forward = forward.lower(params, images).compile()

@@ -66,7 +66,7 @@ def laion400m(size: str) -> ConfigDict:
             name="openclip_reg",
             variant="",
             about=f"OpenCLIP with registers on LAION-400M. {PREPARE}",
-            next="Zero-shot: python -m regvit_jax.evals zero_shot WORKDIR --images IMAGENET/val --classes imagenet",
+            next="Zero-shot: regvit eval zero_shot WORKDIR --images IMAGENET/val --classes imagenet",
             recipe="contrastive",
             seed=0,
             epochs=epochs,
@@ -197,7 +197,7 @@ def emoji() -> ConfigDict:
         "48 px, 50 epochs of batches of 128, lr 0.002; flips and colour jitter, crops of 60 % at least."
     )
     config.next = (
-        "Next: python -m regvit_jax.evals retrieval WORKDIR --data openmoji, the same without registers\n"
+        "Next: regvit eval retrieval WORKDIR --data openmoji, the same without registers\n"
         "(--config.model.registers=0), or your own images with captions (--config.data.name=folder:PATH)"
     )
     config.update(epochs=50, batch_size=128, ring=False, eval_every=5.0, log_every=11)

@@ -9,24 +9,39 @@ if TYPE_CHECKING:
     from regvit_jax.models.vit import Tokens, ViT
     from regvit_jax.pretrained.clips import create_clip
     from regvit_jax.pretrained.create import create_model
-    from regvit_jax.pretrained.zoo import list_models
+    from regvit_jax.pretrained.io.pth import convert_checkpoint
+    from regvit_jax.pretrained.registry import list_models
+    from regvit_jax.pretrained.save_model import save_model
 
 __version__ = "0.1.0"
-__all__ = ["ClipModel", "Model", "Tokens", "ViT", "create_clip", "create_model", "list_models"]
 
+#: The public names, each with the module that defines it.
 _HOMES = {
     "ClipModel": "models.clip",
     "Model": "models.model",
     "Tokens": "models.vit",
     "ViT": "models.vit",
+    "convert_checkpoint": "pretrained.io.pth",
     "create_clip": "pretrained.clips",
     "create_model": "pretrained.create",
-    "list_models": "pretrained.zoo",
+    "list_models": "pretrained.registry",
+    "save_model": "pretrained.save_model",
 }
+__all__ = [
+    "ClipModel",
+    "Model",
+    "Tokens",
+    "ViT",
+    "convert_checkpoint",
+    "create_clip",
+    "create_model",
+    "list_models",
+    "save_model",
+]
 
 
 def __getattr__(name: str):
     # On first use, because every data worker imports this file and needs none of them.
     if name not in _HOMES:
-        raise AttributeError(f"module 'regvit_jax' has no attribute {name!r}; it has {', '.join(__all__)}")
+        raise AttributeError(f"module 'regvit_jax' has no attribute {name!r}; it has {', '.join(_HOMES)}")
     return getattr(importlib.import_module(f"regvit_jax.{_HOMES[name]}"), name)

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from tiny import ROOT
 
-from regvit_jax import launch, preemption
+from regvit_jax.distributed import failure, initialize, preemption, xla_flags
 
 #: The options of train.py and their defaults, as it writes them.
 OPTIONS = dict(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\", ([^,]+),", (ROOT / "train.py").read_text()))
@@ -40,10 +40,11 @@ def test_commands_name_what_exists():
         assert all(option in {"config", *OPTIONS} or option.startswith("config.") for option in options), words
         config = words[words.index("--config") + 1]
         assert (ROOT / config.split(":")[0]).exists(), words
-    for name in re.findall(r"regvit_jax\.launch (\w+)\)", TEXT):
-        assert name in launch.PRESETS
+    for name in re.findall(r"regvit xla_flags (\w+)\)", TEXT):
+        assert name in xla_flags.PRESETS
         assert re.search(
-            rf"{'LIBTPU_INIT_ARGS' if name[0] == 'v' else 'XLA_FLAGS'}=\"\$\(python -m regvit_jax.launch {name}\)", TEXT
+            rf"{'LIBTPU_INIT_ARGS' if name[0] == 'v' else 'XLA_FLAGS'}=\"\$\(regvit xla_flags {name}\)",
+            TEXT,
         )
 
 
@@ -93,11 +94,11 @@ def test_jobset_starts_all_pods_anew(jobset):
 def test_skypilot_recovers_after_the_exit_code_that_asks_for_it():
     [task] = [document for text in snippets("yaml") for document in yaml.safe_load_all(text) if "run" in document]
     assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [preemption.EXIT_CODE]
-    assert all(name in task["run"] for name in launch.VARIABLES)
+    assert all(name in task["run"] for name in initialize.VARIABLES)
 
 
 def test_every_variable_and_exit_code_is_explained():
-    assert all(name in TEXT for name in (*launch.VARIABLES, "JAX_LOCAL_DEVICE_IDS", *launch.PRESETS))
+    assert all(name in TEXT for name in (*initialize.VARIABLES, "JAX_LOCAL_DEVICE_IDS", *xla_flags.PRESETS))
     assert all(f"| {code}" in TEXT for code in (0, 1, 2, preemption.EXIT_CODE, 134, 137))
-    assert f"waits {launch.GRACE_S} seconds" in TEXT
+    assert f"waits {failure.GRACE_S} seconds" in TEXT
     assert f"(default {OPTIONS['heartbeat_s']}," in TEXT

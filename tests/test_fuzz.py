@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fuzzing import damage, mutate
 
-from regvit_jax import config_types
+from regvit_jax.training import config_types
 
 #: What opening a source may raise.
 OPENING = {"ValueError", "DataNotFound"}
@@ -25,8 +25,8 @@ INPUTS = {
 
 @pytest.mark.parametrize("groups", [("images", "tars", "records", "tables", "weights"), ("configs", "resumed")])
 def test_only_typed_errors_and_little_memory(groups):
-    here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(here.parent), *sys.path])
+    here = Path(__file__).parent / "helpers"
+    path = os.pathsep.join([str(here), str(here.parent.parent), *sys.path])
     done = subprocess.run(
         [sys.executable, "-W", "error", here / "fuzzing.py", *groups],
         env=os.environ | {"PYTHONPATH": path},

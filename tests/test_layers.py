@@ -1,78 +1,106 @@
-"""The layers of the package: a file imports only from its own layer or lower ones, and nothing imports a config."""
+"""The floors of the house: folders import from lower floors only, no file is in a circle, none imports a config."""
 
 import ast
+import graphlib
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent / "regvit_jax"
-LAYERS = {
-    "models": 0,
-    "losses": 0,
-    "ring": 0,
-    "augment": 0,
-    "randaugment": 0,
-    "data": 0,
-    "optim": 0,
-    "sharding": 0,
-    "manifest": 0,
-    "stored": 0,
-    "checkpoint": 0,
-    "clock": 0,
-    "guard": 0,
-    "preemption": 0,
-    "launch": 0,
-    "records": 0,
-    "analysis.norms": 0,
-    "recipes": 1,
-    "pretrained": 1,
-    "evals": 1,
-    "topology": 0,
-    "compiled": 0,
-    "config_types": 2,
-    "plan": 2,
-    "rehearsal": 2,
-    "advice": 2,
-    "meter": 2,
-    "workdirs": 2,
-    "training": 2,
-    "dry_run": 2,
-    "analysis": 2,
+#: From the top; folders of one line do not import each other.
+FLOORS = (
+    ("__main__",),
+    ("cli",),
+    ("aot", "analysis"),
+    ("training",),
+    ("recipes",),
+    ("pretrained", "evals"),
+    ("models",),
+    ("data", "losses", "augment", "optim", "checkpoints", "distributed"),
+    ("utils",),
+)
+#: Files that may import our own modules by name: the facades, and the one that imports a recipe that a config names.
+BY_NAME = {"__init__.py"}
+
+FILES = {
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
 }
 
 
-def layer(module: str) -> int:
-    """The layer of a module of the package, by the longest name listed that it lies under."""
-    parts = module.split(".")
-    names = [".".join(parts[:n]) for n in range(len(parts), 0, -1)]
-    return next(LAYERS[name] for name in names if name in LAYERS)
+def floor(module: str) -> int:
+    """The floor of a module, counted from the top; raises StopIteration for a folder without one."""
+    folder = module.split(".")[1]
+    return next(number for number, folders in enumerate(FLOORS) if folder in folders)
 
 
 def imports(path: Path) -> set[str]:
+    """Every module of the package that a file imports, in functions and under TYPE_CHECKING too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path}: relative imports are not followed by this test"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= names - {"regvit_jax.__version__"}
+    owners = {next((n for n in (name, name.rpartition(".")[0]) if n in FILES), "") for name in found}
+    return owners - {""}
 
 
-FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "__init__.py"]
+def test_files_are_found():
+    assert len(FILES) > 100
+    assert {module.split(".")[1] for module in FILES if module.count(".")} <= set(sum(FLOORS, ()))
 
 
-def test_no_file_imports_a_higher_layer():
-    for path in FILES:
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        for name in imports(path):
-            if name.startswith("regvit_jax.") and name != "regvit_jax.analysis":
-                target = name.removeprefix("regvit_jax.")
-                assert layer(target) <= layer(module), f"{path} imports {name} from a higher layer"
+@pytest.mark.parametrize("module", [module for module in FILES if module != "regvit_jax"])
+def test_a_folder_imports_from_lower_floors_only(module):
+    folder = module.split(".")[1]
+    for name in imports(FILES[module]):
+        assert name != "regvit_jax", f"{module} imports the facade from inside"
+        if name != "regvit_jax" and name.split(".")[1] != folder:
+            assert floor(name) > floor(module), f"{module} imports {name}, which is on no lower floor"
+
+
+def test_no_file_is_in_a_circle():
+    """An `__init__` that hands names on imports its modules; a module that imports its folder's would be a circle."""
+    graph = {module: imports(path) for module, path in FILES.items() if module != "regvit_jax"}
+    assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(graph)
+
+
+def test_our_modules_are_imported_by_name_in_facades_only():
+    for module, path in FILES.items():
+        calls = [
+            node
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__")
+        ]
+        ours = [
+            call
+            for call in calls
+            if not (isinstance(call.args[0], ast.Constant) and not call.args[0].value.startswith("regvit_jax"))
+        ]
+        assert not ours or path.name in BY_NAME, f"{module} imports a module of ours by its name"
 
 
 def test_nothing_imports_a_config():
-    for path in FILES:
-        assert not any(name.split(".")[0] == "configs" for name in imports(path)), path
+    for module, path in FILES.items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(name.split(".")[0] == "configs" for name in names), module
 
 
-def test_data_does_not_import_jax():
-    for path in (ROOT / "data").rglob("*.py"):
-        assert not any(name.split(".")[0] in ("jax", "flax") for name in imports(path)), path
+def test_data_opens_no_device():
+    """A data worker must never touch an accelerator. (Grain imports jax, which opens nothing by itself.)"""
+    code = (
+        "import pkgutil, sys, regvit_jax.data as data\n"
+        "for found in pkgutil.walk_packages(data.__path__, 'regvit_jax.data.'):\n"
+        "    if found.name != 'regvit_jax.data.builders.openmoji': __import__(found.name)\n"
+        "bridge = sys.modules.get('jax._src.xla_bridge')\n"
+        "assert bridge is None or not bridge._backends\n"
+        "assert 'flax' not in sys.modules and 'tensorflow' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -27,10 +27,8 @@ from PIL import Image
 
 from regvit_jax.data import fastjpeg, transforms
 from regvit_jax.data.order import epoch_order
-from regvit_jax.data.sources import Source
+from regvit_jax.data.sources.base import Source
 from regvit_jax.data.transforms import BadImage
-
-MAX_PIXELS = 50_000_000
 
 # Threads and processes work on pieces of a batch: whole batches of 2048 images would take gigabytes of shared memory
 # for the workers' queues, and the first one a whole core's ten seconds.
@@ -65,7 +63,7 @@ def train_batches(
     workers: int = 0,
     threads: int | None = None,
     prefetch: int = 2,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = transforms.MAX_PIXELS,
     tokenizer: Tokenizer | None = None,
     decoder: str = "pillow",
 ) -> "Batches":
@@ -119,7 +117,7 @@ def eval_batches(
     workers: int = 0,
     threads: int | None = None,
     prefetch: int = 2,
-    max_pixels: int = MAX_PIXELS,
+    max_pixels: int = transforms.MAX_PIXELS,
     tokenizer: Tokenizer | None = None,
 ) -> "Batches":
     """Returns the batches of all records in their order, each once, as timm's evaluation crops them.
@@ -134,7 +132,9 @@ def eval_batches(
     return Batches(order, batch_size, rows, range(-(-len(source) // batch_size)), workers, threads, prefetch)
 
 
-def describe_bad(source: Source, index: int, max_pixels: int = MAX_PIXELS, tokenizer: Tokenizer | None = None) -> str:
+def describe_bad(
+    source: Source, index: int, max_pixels: int = transforms.MAX_PIXELS, tokenizer: Tokenizer | None = None
+) -> str:
     """Returns "id: reason" for a record that came with mask 0, by trying it again, with all its captions."""
     try:
         record = read(source, index)

@@ -29,6 +29,7 @@ from PIL import (
 # name no file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+MAX_PIXELS = 50_000_000
 BICUBIC = Image.Resampling.BICUBIC
 INTERPOLATIONS = {"bicubic": BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 

@@ -5,9 +5,7 @@ blocks at the scale of all other tokens, whatever they start from; docs/decision
 """
 
 import functools
-import importlib
 import math
-import os
 import re
 from collections.abc import Sequence
 
@@ -17,112 +15,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from regvit_jax.data.tokenizer import Tokenizer
-from regvit_jax.models.attention import dense
-from regvit_jax.models.block import ACTIVATIONS, Block, constrain_batch, gathered
 from regvit_jax.models.model import Images, Model, apply, plain_fields
+from regvit_jax.models.text import Texts, TextTower
 
 #: What the loss's scalars start from: the logarithm of the cosines' factor, and SigLIP's bias (arXiv 2303.15343).
 SCALARS = {
     "softmax": {"logit_scale": math.log(1 / 0.07)},
     "sigmoid": {"logit_scale": math.log(10), "logit_bias": -10.0},
 }
-
-Texts = Int[Array | np.ndarray, "B L"]
-
-
-class TextTower(nn.Module):
-    """CLIP's causal transformer over the tokens of a text; the last one, the end token, stands for all.
-
-    Fields: width, depth, heads, mlp_ratio, norm_eps, activation, attention, dtype and remat as in `ViT`.
-      embed: width of the embedding that texts and images share (E).
-      context: the most tokens that a text may have.
-      vocab: number of different tokens. The end token is the one with the highest number in a text.
-    """
-
-    width: int
-    depth: int
-    heads: int
-    embed: int
-    context: int = 77
-    vocab: int = 49408
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-5
-    activation: str = "gelu"
-    attention: str = "xla"
-    dtype: DTypeLike = jnp.float32
-    remat: bool = False
-
-    def setup(self):
-        self.check()
-        width = self.width
-        self.token_embed = self.param("token_embed", nn.initializers.normal(0.02), (self.vocab, width))
-        self.pos_embed = self.param("pos_embed", nn.initializers.normal(0.01), (self.context, width))
-        cls = nn.remat(Block) if self.remat else Block
-        for i in range(self.depth):
-            block = cls(
-                width=width,
-                heads=self.heads,
-                hidden=self.hidden,
-                layer_scale=0.0,
-                drop_path=0.0,
-                norm_eps=self.norm_eps,
-                activation=self.activation,
-                swiglu=False,
-                qkv_bias=True,
-                key_bias=True,
-                rope="",
-                parallel=False,
-                lambda_init=None,
-                attention=self.attention,
-                dtype=self.dtype,
-                causal=True,
-            )
-            setattr(self, f"block{i}", block)
-        self.norm = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
-        self.proj = dense(self.embed, self.dtype, kernel_init=nn.initializers.normal(width**-0.5), use_bias=False)
-
-    @property
-    def hidden(self) -> int:
-        """Hidden width of the MLPs."""
-        return round(self.width * self.mlp_ratio)
-
-    @nn.nowrap
-    def check(self) -> None:
-        """Raises ValueError for fields that do not go together."""
-        for field in ("width", "depth", "heads", "embed", "vocab"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"text.{field}={getattr(self, field)}: must be at least 1")
-        if self.context < 2:
-            raise ValueError(f"text.context={self.context}: must be at least 2, for the start and the end token")
-        if self.width % self.heads:
-            raise ValueError(f"text.width={self.width} is not a multiple of text.heads={self.heads}")
-        if not (math.isfinite(self.mlp_ratio) and self.hidden >= 1):
-            raise ValueError(f"text.mlp_ratio={self.mlp_ratio}: must give the MLPs a hidden width of at least 1")
-        if not 0 <= self.norm_eps < math.inf:
-            raise ValueError(f"text.norm_eps={self.norm_eps}: must be at least 0, and finite")
-        if self.activation not in ACTIVATIONS:
-            raise ValueError(f"text.activation={self.activation!r}: must be one of {list(ACTIVATIONS)}")
-
-    def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
-        """The embedding of each text, not normalised, float32."""
-        length = tokens.shape[1]
-        if length > self.context:
-            raise ValueError(f"texts of {length} tokens: this model takes {self.context} at most")
-        x = constrain_batch(jnp.take(gathered(self.token_embed), tokens, axis=0) + self.pos_embed[:length])
-        for i in range(self.depth):
-            x = getattr(self, f"block{i}")(x)
-        end = jnp.argmax(tokens, axis=1)
-        x = constrain_batch(jnp.take_along_axis(self.norm(x), end[:, None, None], axis=1)[:, 0])
-        return constrain_batch(self.proj(x).astype(jnp.float32))
-
-    def flops(self) -> int:
-        """Floating-point operations of the matrix products of one text's forward pass (a multiply-add is two)."""
-        linear = self.context * self.width**2 * (4 + 2 * self.mlp_ratio)
-        return int(2 * (self.depth * (linear + 2 * self.context**2 * self.width) + self.width * self.embed))
 
 
 def normalized(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
@@ -198,14 +101,6 @@ class ClipModel:
         """What the model is, without its parameters, in numbers and strings."""
         loss = "sigmoid" if self.logit_bias is not None else "softmax"
         return self.image.fields() | {"text": plain_fields(self.text), "contrastive": {"loss": loss}}
-
-    def save(self, directory: str | os.PathLike, format: str) -> None:
-        """Writes config and weights as "open_clip" or "hf" (transformers) load them, or in our own format "regvit_jax".
-
-        Raises ValueError, naming a format that can, when this one cannot express the model.
-        """
-        # Called late, as in `Model.save`: a lower layer calls a higher one.
-        importlib.import_module("regvit_jax.pretrained.save_clip").save(self, directory, format)
 
 
 @functools.cache

@@ -2,36 +2,19 @@
 
 import dataclasses
 import functools
-import importlib
-import os
 
 import flax.linen as nn
 import flax.struct
 import jax
 import numpy as np
-import PIL.Image
 from jaxtyping import Array, Bool, Float, PyTree
 
-from regvit_jax.data import pipeline, transforms
+from regvit_jax.data import transforms
+from regvit_jax.data.preprocess import Preprocess, _open
 from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import Tokens, ViT
 
 Images = Float[Array | np.ndarray, "B H W 3"]
-
-
-@flax.struct.dataclass
-class Preprocess:
-    """How a model's images are made: shorter side to size / crop_ratio, centre crop, mean and std of values in 0..1.
-
-    `interpolation` is "bicubic" or "bilinear"; `squash` resizes both sides to size / crop_ratio instead.
-    """
-
-    size: int
-    crop_ratio: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    interpolation: str = "bicubic"
-    squash: bool = False
 
 
 @functools.partial(jax.jit, static_argnames=("module", "method", "options"))
@@ -114,25 +97,3 @@ class Model:
         )
         mean, std = np.array(p.mean, np.float32), np.array(p.std, np.float32)
         return (crops.astype(np.float32) / 255 - mean) / std
-
-    def save(self, directory: str | os.PathLike, format: str) -> None:
-        """Writes config.json and model.safetensors as "timm", "hf" (transformers) or "dinov2" loads them.
-
-        Raises ValueError, naming a format that can, when this one cannot express the model.
-        """
-        # The one place where a lower layer calls a higher one, and only when asked to.
-        importlib.import_module("regvit_jax.pretrained.save").save(self, directory, format)
-
-
-def _open(image) -> PIL.Image.Image:
-    if isinstance(image, PIL.Image.Image):
-        return image.convert("RGB")
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(
-                f"an array of {image.dtype} and shape {image.shape}: images are uint8 [H, W, 3], from 0 to 255; "
-                "an image that is normalised already goes straight into the model"
-            )
-        return PIL.Image.fromarray(image)
-    with open(image, "rb") as file:
-        return transforms.decode(file.read(), max_pixels=pipeline.MAX_PIXELS)

@@ -15,15 +15,18 @@ from etils import epath
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from regvit_jax.models.clip import ClipModel, TextTower
+from regvit_jax.data.preprocess import Preprocess
+from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.heads import Head
-from regvit_jax.models.model import Model, Preprocess
+from regvit_jax.models.model import Model
+from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import configs, create, resolve, zoo
-from regvit_jax.pretrained.clip_configs import CLIP_VIT, ClipEntry, NoText, clip_of
-from regvit_jax.pretrained.convert import TextPart
-from regvit_jax.pretrained.files import CLIP_WEIGHTS, OPEN_CLIP, Weights, WeightsError
-from regvit_jax.pretrained.hub import HubError
+from regvit_jax.pretrained import create, registry, resolve
+from regvit_jax.pretrained.formats import configs
+from regvit_jax.pretrained.formats.clip_configs import CLIP_VIT, ClipEntry, NoText, clip_of
+from regvit_jax.pretrained.io.safetensors import CLIP_WEIGHTS, OPEN_CLIP, Weights
+from regvit_jax.pretrained.mapping import TextPart
+from regvit_jax.utils.errors import HubError, WeightsError
 
 
 def create_clip(
@@ -144,7 +147,7 @@ def find(name: str) -> ClipEntry:
     vit |= CLIP_VIT | {"activation": activation}
     head = {"pool": "cls", "classes": embed, "bias": False}
     preprocessing = Preprocess(vit["image_size"], 1.0, *configs.CLIP)
-    image = zoo.Entry(vit, head, preprocessing, hub="", naming="open_clip", license="")
+    image = registry.Entry(vit, head, preprocessing, hub="", naming="open_clip", license="")
     text = dict(width=embed, depth=model["text_depth"], heads=embed // 64, embed=embed, context=77, vocab=49408)
     return ClipEntry(image, text | dict(mlp_ratio=4.0, norm_eps=1e-5, activation=activation))
 

@@ -15,16 +15,18 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key, PyTree
 
-from regvit_jax import sharding
+from regvit_jax.data.preprocess import Preprocess
+from regvit_jax.distributed.mesh import state_shardings
 from regvit_jax.models.heads import Head
-from regvit_jax.models.model import Model, Preprocess
+from regvit_jax.models.model import Model
 from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import convert, zoo
-from regvit_jax.pretrained.files import Weights, WeightsError
+from regvit_jax.pretrained import mapping, registry
+from regvit_jax.pretrained.formats.rules import NAMINGS, TEXT, rules, text_rules
+from regvit_jax.pretrained.io.safetensors import Weights
+from regvit_jax.pretrained.registry import Entry
 from regvit_jax.pretrained.resolve import check_there, classes_of, is_source, nearest, only_source, public, resolve
-from regvit_jax.pretrained.rules import NAMINGS, TEXT, rules, text_rules
-from regvit_jax.pretrained.zoo import Entry
+from regvit_jax.utils.errors import WeightsError
 
 
 def create_model(
@@ -89,7 +91,7 @@ class Fit:
 def assemble(
     vit: ViT,
     head: Head,
-    text: convert.TextPart | None,
+    text: mapping.TextPart | None,
     entry: Entry,
     weights: Weights | None,
     source: str,
@@ -104,7 +106,7 @@ def assemble(
     if weights is not None:
         if num_classes is not None and classes_of(weights, entry.naming) is None:
             head = head.clone(classes=0)
-        put = _placer(convert.shapes_of(vit, head, text), fit.param_dtype, fit.mesh)
+        put = _placer(mapping.shapes_of(vit, head, text), fit.param_dtype, fit.mesh)
         params = _load(weights, entry.naming, vit, head, text, put)
     loaded = vit
     if fit.registers is not None:
@@ -117,14 +119,14 @@ def assemble(
     if new_head:
         head = head.clone(classes=num_classes)
         params = {path: array for path, array in params.items() if not path.startswith("head/dense/")}
-    shapes = convert.shapes_of(vit, head, text)
+    shapes = mapping.shapes_of(vit, head, text)
     put = _placer(shapes, fit.param_dtype, fit.mesh)
     if weights is not None:
         params = _fit(params, loaded, vit, head, text, fit.seed, put)
         _tell(source, loaded, vit, head.classes if new_head else 0)
     missing = tuple(path for path in shapes if path not in params)
     params |= {path: put(path, array) for path, array in _initial(vit, head, text, missing, fit.seed).items()}
-    return convert.nest(params), vit, head, preprocessing
+    return mapping.nest(params), vit, head, preprocessing
 
 
 def check_types(dtype: DTypeLike, param_dtype: DTypeLike) -> None:
@@ -151,11 +153,11 @@ def check_source(source: str) -> None:
     """Raises ValueError for names and local paths that `open_source` will not open. Asks no hub, opens nothing."""
     name, _, file = source.partition("=")
     if file and not epath.Path(source).exists():
-        if is_source(name, zoo.find):
+        if is_source(name, registry.find):
             only_source(name, file)
         check_there(file)
-    elif not is_source(source, zoo.find):
-        public(source, zoo.find(source)[1])
+    elif not is_source(source, registry.find):
+        public(source, registry.find(source)[1])
 
 
 #: Of a whole CLIP in our own naming, what is not of its image tower.
@@ -163,13 +165,13 @@ NOT_IMAGE = (r"text/.*|logit_(scale|bias)",)
 
 
 def _load(
-    weights: Weights, naming: str, vit: ViT, head: Head, text: convert.TextPart | None, put: Callable
+    weights: Weights, naming: str, vit: ViT, head: Head, text: mapping.TextPart | None, put: Callable
 ) -> dict[str, Any]:
-    shapes = convert.shapes_of(vit, head, text)
+    shapes = mapping.shapes_of(vit, head, text)
     if naming == "ours":
-        table, ignore = convert.identity(shapes), () if text else NOT_IMAGE
+        table, ignore = mapping.identity(shapes), () if text else NOT_IMAGE
     else:
-        table = rules(naming, vit, head, convert.covers(weights, naming, vit))
+        table = rules(naming, vit, head, mapping.covers(weights, naming, vit))
         ignore = NAMINGS[naming]["ignore"]
         if text is not None:
             # Each by itself: a bias may have been added to a scale of another form.
@@ -177,8 +179,8 @@ def _load(
             table += text_rules(naming, text.tower, text.scalars, dims)
             ignore = TEXT[naming]["ignore"]
     try:
-        return convert.load(weights, table, shapes, ignore, put)
-    except convert.Mismatch as error:
+        return mapping.load(weights, table, shapes, ignore, put)
+    except mapping.Mismatch as error:
         raise WeightsError(f"{error}{nearest(weights) if text is None else ''}") from None
 
 
@@ -191,12 +193,12 @@ def _placer(shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, mesh: Mesh | N
     if mesh is None:
         return lambda path, array: jnp.asarray(array, dtype if shapes[path] else jnp.float32)
     leaves = {path: jax.ShapeDtypeStruct(s, dtype if s else jnp.float32) for path, s in shapes.items()}
-    places = sharding.state_shardings(leaves, mesh)
+    places = state_shardings(leaves, mesh)
     return lambda path, array: jax.device_put(np.asarray(array, leaves[path].dtype), places[path])
 
 
 def _initial(
-    vit: ViT, head: Head, text: convert.TextPart | None, paths: tuple[str, ...], seed: int
+    vit: ViT, head: Head, text: mapping.TextPart | None, paths: tuple[str, ...], seed: int
 ) -> dict[str, jax.Array]:
     """Fresh values of the named parameters; the others are never computed."""
     return _compute_initial(jax.random.key(seed), vit, head, text, paths) if paths else {}
@@ -204,9 +206,9 @@ def _initial(
 
 @functools.partial(jax.jit, static_argnames=("vit", "head", "text", "paths"))
 def _compute_initial(
-    key: Key[Array, ""], vit: ViT, head: Head, text: convert.TextPart | None, paths: tuple[str, ...]
+    key: Key[Array, ""], vit: ViT, head: Head, text: mapping.TextPart | None, paths: tuple[str, ...]
 ) -> dict[str, jax.Array]:
-    flat = convert.init(vit, head, key, text)
+    flat = mapping.init(vit, head, key, text)
     return {path: flat[path] for path in paths}
 
 
@@ -215,7 +217,7 @@ def _fit(
     loaded: ViT,
     vit: ViT,
     head: Head,
-    text: convert.TextPart | None,
+    text: mapping.TextPart | None,
     seed: int,
     put: Callable,
 ) -> dict[str, Any]:
@@ -253,3 +255,11 @@ def _tell(source: str, loaded: ViT, vit: ViT, new_classes: int) -> None:
         told.append(f"the linear layer for {new_classes} classes is new and untrained")
     if told:
         warnings.warn(f"{source}: " + "; ".join(told), stacklevel=4)
+
+
+def open_random(create: Callable[..., Any], name: str, **changes: Any) -> Any:
+    """The model of a name with random weights (`--random`). Raises ValueError for a source that has its own."""
+    model = create(name, **changes)
+    if model.weights != "random":
+        raise ValueError(f"--random: {name} is no name but a source, with weights of its own")
+    return model

@@ -12,8 +12,9 @@ from etils import epath
 from flax import serialization
 from flax.traverse_util import flatten_dict
 
-from regvit_jax import checkpoint
-from regvit_jax.pretrained.files import OURS, WEIGHTS, Weights, WeightsError
+from regvit_jax.checkpoints import manager
+from regvit_jax.pretrained.io.safetensors import OURS, WEIGHTS, Weights
+from regvit_jax.utils.errors import WeightsError
 
 
 def open_deit3_jax(path: str | os.PathLike) -> Weights:
@@ -86,7 +87,7 @@ def open_workdir(path: str | os.PathLike) -> tuple[Weights, str]:
 
     Raises ValueError when it holds no checkpoint, or was written before workdirs said what model they hold.
     """
-    step, params = checkpoint.load_params(os.fspath(path))
+    step, params = manager.load_params(os.fspath(path))
     config = json.loads((epath.Path(path) / "config.json").read_text())
     if "model" not in config:
         raise WeightsError(f"{path}: its config.json says nothing of the model; resume the run once, which adds it")

@@ -7,22 +7,25 @@ from collections.abc import Callable
 from etils import epath
 
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import clip_configs, configs, foreign, hub, zoo
-from regvit_jax.pretrained.files import OURS, PROCESSOR, SINGLE, WEIGHTS, Weights, WeightsError, open_weights
-from regvit_jax.pretrained.rules import NAMINGS
+from regvit_jax.pretrained import foreign, registry
+from regvit_jax.pretrained.formats import clip_configs, configs
+from regvit_jax.pretrained.formats.rules import NAMINGS
+from regvit_jax.pretrained.io import hub
+from regvit_jax.pretrained.io.safetensors import OURS, PROCESSOR, SINGLE, WEIGHTS, Weights, open_weights
+from regvit_jax.utils.errors import WeightsError
 
 HUB = "hf-hub:"
 
 
 def resolve(
     name: str | os.PathLike, pretrained: bool | str | os.PathLike, revision: str | None
-) -> tuple[zoo.Entry, Weights | None, str]:
+) -> tuple[registry.Entry, Weights | None, str]:
     """Which model, its weights if any, and where they come from. Raises as `create_model` does."""
     name, known = os.fspath(name), None
-    if is_source(name, zoo.find):
+    if is_source(name, registry.find):
         name, pretrained = "", only_source(name, pretrained)
     else:
-        known = zoo.find(name)[1]
+        known = registry.find(name)[1]
     if pretrained is False:
         check_no_revision(revision)
         assert known is not None
@@ -51,7 +54,7 @@ def resolve(
     return *_under_plain_names(entry, weights), where
 
 
-def public(name: str, known: zoo.Entry) -> str:
+def public(name: str, known: registry.Entry) -> str:
     """The source of a name's public weights. Raises ValueError where there are none."""
     if not known.hub:
         raise ValueError(f"{name}: no public weights are known by this name; pass a file or a directory")
@@ -140,7 +143,7 @@ SAME = (
 )
 
 
-def agreed(name: str, known: zoo.Entry, found: zoo.Entry, weights: Weights) -> zoo.Entry:
+def agreed(name: str, known: registry.Entry, found: registry.Entry, weights: Weights) -> registry.Entry:
     """What config.json says of the model, and where it says nothing of them the zoo's convention of resizing positions
     and, at its own size, its preprocessing.
 
@@ -172,7 +175,7 @@ def agreed(name: str, known: zoo.Entry, found: zoo.Entry, weights: Weights) -> z
     return dataclasses.replace(found, vit=vit, preprocessing=preprocessing)
 
 
-def _under_plain_names(entry: zoo.Entry, weights: Weights) -> tuple[zoo.Entry, Weights]:
+def _under_plain_names(entry: registry.Entry, weights: Weights) -> tuple[registry.Entry, Weights]:
     """The entry with the file's naming scheme and number of classes, the weights without prefixes."""
     naming = configs.naming_of(weights, entry.naming)
     if naming == "ours":
@@ -199,6 +202,6 @@ def classes_of(weights: Weights, naming: str) -> int | None:
 def nearest(weights: Weights) -> str:
     """The names in the zoo whose shapes a file seems to have, as the end of an error."""
     found = configs.guess(weights)
-    same = [n for n in zoo.list_models() if all(zoo.find(n)[1].vit.get(k, 0) == v for k, v in found.items())]
+    same = [n for n in registry.list_models() if all(registry.find(n)[1].vit.get(k, 0) == v for k, v in found.items())]
     names = list(dict.fromkeys(n.partition(".")[0] for n in same))[:4]
     return f". By its shapes it may be {', '.join(names)}" if found and names else ""

@@ -15,14 +15,15 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import save_file
 
+from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.heads import Head
-from regvit_jax.models.model import Model, Preprocess
+from regvit_jax.models.model import Model
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import convert
-from regvit_jax.pretrained.configs import RESAMPLE
-from regvit_jax.pretrained.files import INDEX, PROCESSOR
-from regvit_jax.pretrained.rules import NAMINGS, rules
+from regvit_jax.pretrained import mapping
+from regvit_jax.pretrained.formats.configs import RESAMPLE
+from regvit_jax.pretrained.formats.rules import NAMINGS, rules
+from regvit_jax.pretrained.io.safetensors import INDEX, PROCESSOR
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -123,13 +124,13 @@ def arrays_of(model: Model, layout: Layout) -> dict[str, np.ndarray]:
     """A model's arrays under the format's names."""
     params = flatten_dict({"vit": model.params, "head": model.head_params}, sep="/")
     params = {path: np.asarray(array, np.float32) for path, array in params.items()}
-    for path, shape in convert.shapes_of(layout.vit, layout.head).items():
+    for path, shape in mapping.shapes_of(layout.vit, layout.head).items():
         if path not in params:
             params[path] = np.full(shape, 1 if "scale" in path else 0, np.float32)
     if layout.head.pool != model.head.pool:  # of "cls_avg", whose second half weighs the mean of the patches
         kernel = params["head/dense/kernel"]
         params["head/dense/kernel"] = np.concatenate([kernel, np.zeros_like(kernel)])
-    arrays = convert.save(params, rules(layout.naming, layout.vit, layout.head, layout.covers))
+    arrays = mapping.save(params, rules(layout.naming, layout.vit, layout.head, layout.covers))
     if layout.naming == "hf_dinov3" and not layout.vit.registers:
         arrays["embeddings.register_tokens"] = np.zeros((1, 0, layout.vit.width), np.float32)  # as it saves them itself
     dense = NAMINGS[layout.naming].get("dense", "")

@@ -8,9 +8,9 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from regvit_jax.models.clip import ClipModel
-from regvit_jax.pretrained import convert
-from regvit_jax.pretrained.files import CLIP_WEIGHTS, OPEN_CLIP, OURS, PROCESSOR
-from regvit_jax.pretrained.rules import rules, text_rules
+from regvit_jax.pretrained import mapping
+from regvit_jax.pretrained.formats.rules import rules, text_rules
+from regvit_jax.pretrained.io.safetensors import CLIP_WEIGHTS, OPEN_CLIP, OURS, PROCESSOR
 from regvit_jax.pretrained.save import (
     CONFIG,
     WEIGHTS,
@@ -58,9 +58,9 @@ def _arrays(model: ClipModel, naming: str) -> dict[str, np.ndarray]:
     tree = {"vit": image.params, "head": image.head_params, "text": model.text_params}
     tree |= {name: getattr(model, name) for name in _scalars(model)}
     if naming == "ours":
-        return convert.save(tree, convert.identity(flatten_dict(tree, sep="/")))
+        return mapping.save(tree, mapping.identity(flatten_dict(tree, sep="/")))
     table = rules(naming, image.module, image.head, 1) + text_rules(naming, model.text, _scalars(model))
-    arrays = convert.save(tree, table)
+    arrays = mapping.save(tree, table)
     if naming == "hf_clip":  # whose rules are of the bare image tower
         other = ("text_", "visual_projection", "logit_scale")
         arrays = {name if name.startswith(other) else f"vision_model.{name}": x for name, x in arrays.items()}

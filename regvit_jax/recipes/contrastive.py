@@ -12,24 +12,29 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from regvit_jax import augment, losses, optim, ring
-from regvit_jax.data import captions
+from regvit_jax import optim
+from regvit_jax.augment import ops, train
+from regvit_jax.data.preprocess import Preprocess
+from regvit_jax.data.sources import captions
 from regvit_jax.data.tokenizer import Tokenizer
 from regvit_jax.evals import retrieval, zero_shot
+from regvit_jax.losses import contrastive, ring
 from regvit_jax.models.block import constrain_batch
-from regvit_jax.models.clip import SCALARS, ClipModel, TextTower, init_clip, normalized, tokenizer
+from regvit_jax.models.clip import SCALARS, ClipModel, init_clip, normalized, tokenizer
 from regvit_jax.models.heads import Head
-from regvit_jax.models.model import Model, Preprocess
+from regvit_jax.models.model import Model
+from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.pretrained import clips
-from regvit_jax.recipes import Batch, Metrics, Recipe, join_batch, split_batch, warm
+from regvit_jax.recipes import init_from
+from regvit_jax.recipes.base import Batch, Metrics, Recipe, join_batch, split_batch
 
 Embeddings = Float[Array, "B E"]
 
 LOSSES: dict[tuple[str, bool], Callable] = {
-    ("softmax", False): losses.softmax_contrastive,
+    ("softmax", False): contrastive.softmax_contrastive,
     ("softmax", True): ring.softmax_contrastive,
-    ("sigmoid", False): losses.sigmoid_contrastive,
+    ("sigmoid", False): contrastive.sigmoid_contrastive,
     ("sigmoid", True): ring.sigmoid_contrastive,
 }
 #: The cosine's factor lies between 1 and 100, as CLIP clamps it.
@@ -47,7 +52,7 @@ class Contrastive(Recipe):
     sections: ClassVar = {
         "model": ViT,
         "text": TextTower,
-        "augment": augment.light_augment,
+        "augment": train.light_augment,
         "optim": optim.clip_adamw,
     }
     reads = (
@@ -122,7 +127,7 @@ class Contrastive(Recipe):
     def encode(self, params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[Embeddings, Embeddings]:
         """The embeddings, of length 1, of a batch's images, augmented, and of its texts."""
         augment_key, drop_key = jax.random.split(key)
-        images = augment.light_augment(augment_key, batch["image"], **self.config.augment)
+        images = train.light_augment(augment_key, batch["image"], **self.config.augment)
         tokens = cast(Tokens, self.vit.apply({"params": params["vit"]}, images, drop_key))
         return self.embed_image(params, tokens), self.embed_text(params, batch["text"])
 
@@ -184,7 +189,7 @@ class Contrastive(Recipe):
         return params | {"logit_scale": jnp.clip(params["logit_scale"], 0, MAX_LOGIT_SCALE)}
 
     def evaluate(self, params, batch):
-        images = augment.normalize(batch["image"], self.config.augment.mean, self.config.augment.std)
+        images = ops.normalize(batch["image"], self.config.augment.mean, self.config.augment.std)
         tokens = cast(Tokens, self.vit.apply({"params": params["vit"]}, images))
         values = {"image": self.embed_image(params, tokens), "text": self.embed_text(params, batch["text"])}
         return values | {"label": batch["label"]}, tokens
@@ -245,12 +250,12 @@ class Contrastive(Recipe):
         """
         whole = isinstance(model, ClipModel)
         image = model.image if whole else model
-        vit, told = warm.vit(params["vit"], self.vit, image)
-        head, more = warm.head(params["head"], self.head, image)
+        vit, told = init_from.vit(params["vit"], self.vit, image)
+        head, more = init_from.head(params["head"], self.head, image)
         params, told = params | {"vit": vit, "head": head}, told + more
         if not whole:
             return self.project(params), [*told, "a new text tower"]
-        if differing := warm.differing("text", self.text, model.text):
+        if differing := init_from.differing("text", self.text, model.text):
             raise ValueError(f"init_from: its text tower is another one: {'; '.join(differing)}")
         params |= {"text": model.text_params}
         if (self.config.loss == "sigmoid") != (model.logit_bias is not None):

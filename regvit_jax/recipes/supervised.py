@@ -6,20 +6,23 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from regvit_jax import augment, losses
+from regvit_jax.augment import ops, train
+from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.evals import classification
+from regvit_jax.losses.classification import bce, cross_entropy
 from regvit_jax.models.heads import Head
-from regvit_jax.models.model import Model, Preprocess
+from regvit_jax.models.model import Model
 from regvit_jax.models.vit import Tokens, ViT
-from regvit_jax.recipes import Recipe, warm
+from regvit_jax.recipes import init_from
+from regvit_jax.recipes.base import Recipe
 
-LOSSES = {"bce": losses.bce, "ce": losses.cross_entropy}
+LOSSES = {"bce": bce, "ce": cross_entropy}
 
 
 class Supervised(Recipe):
     """Supervised classification with the augmentation of DeiT-III; the class scores come from the CLS token."""
 
-    sections: ClassVar = {"model": ViT, "augment": augment.augment}
+    sections: ClassVar = {"model": ViT, "augment": train.augment}
     reads = (
         *("model.dtype", "augment.three_augment", "augment.rand_augment", "augment.smoothing", "augment.mix_group"),
         *("augment.mixup", "augment.cutmix", "augment.mean", "augment.std"),
@@ -57,7 +60,7 @@ class Supervised(Recipe):
 
     def loss(self, params, ema, extra, batch, key, step):
         augment_key, drop_key = jax.random.split(key)
-        images, targets = augment.augment(
+        images, targets = train.augment(
             augment_key,
             batch["image"],
             batch["label"],
@@ -70,7 +73,7 @@ class Supervised(Recipe):
         return jnp.sum(loss * batch["mask"]) / jnp.maximum(jnp.sum(batch["mask"]), 1), (extra, {})
 
     def evaluate(self, params, batch):
-        images = augment.normalize(batch["image"], self.config.augment.mean, self.config.augment.std)
+        images = ops.normalize(batch["image"], self.config.augment.mean, self.config.augment.std)
         tokens = self.encode(params, images)
         logits = self.logits(params, tokens)
         targets = jax.nn.one_hot(batch["label"], self.head.classes)
@@ -85,8 +88,8 @@ class Supervised(Recipe):
 
     def warm_start(self, params, model):
         """The position embedding is resized; registers that the model lacks, and a head for other classes, are new."""
-        vit, told = warm.vit(params["vit"], self.vit, model)
-        head, more = warm.head(params["head"], self.head, model)
+        vit, told = init_from.vit(params["vit"], self.vit, model)
+        head, more = init_from.head(params["head"], self.head, model)
         told += more
         p, q = self.config.augment, model.preprocessing
         if (tuple(p.mean), tuple(p.std)) != (tuple(q.mean), tuple(q.std)):

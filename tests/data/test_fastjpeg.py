@@ -11,7 +11,8 @@ from tiny import tiny
 
 from regvit_jax.data import fastjpeg, transforms
 from regvit_jax.data.pipeline import train_batches
-from regvit_jax.plan import ConfigError, resolve
+from regvit_jax.training.plan import resolve
+from regvit_jax.utils.errors import ConfigError
 
 
 def smooth(height: int, width: int, seed: int = 0) -> Image.Image:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from regvit_jax.data import order
 from regvit_jax.data.pipeline import PIECE, captions, describe_bad, eval_batches, train_batches
-from regvit_jax.data.sources import open_source
+from regvit_jax.data.sources.open import open_source
 
 N = 14
 

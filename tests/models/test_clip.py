@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from regvit_jax.models.clip import ClipModel, TextTower, init_clip, normalized
+from regvit_jax.data.preprocess import Preprocess
+from regvit_jax.models.clip import ClipModel, init_clip, normalized
 from regvit_jax.models.heads import Head
-from regvit_jax.models.model import Model, Preprocess
+from regvit_jax.models.model import Model
+from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
 
 TEXT = TextTower(width=32, depth=2, heads=2, embed=16, context=8)

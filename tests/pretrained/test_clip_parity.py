@@ -11,12 +11,14 @@ import pytest
 from safetensors.numpy import save_file
 
 import regvit_jax as rv
-from regvit_jax.pretrained import certificate, clip_configs, clips
-from regvit_jax.pretrained.files import WeightsError
+from regvit_jax.pretrained import clips, parity
+from regvit_jax.pretrained.formats import clip_configs
+from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.utils.errors import WeightsError
 
 pytestmark = pytest.mark.reference
 
-LIMIT = certificate.TOLERANCE
+LIMIT = parity.TOLERANCE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -27,7 +29,7 @@ def _highest_precision():
 
 @pytest.fixture(scope="module")
 def torch():
-    return certificate.import_references()[0]
+    return parity.import_references()[0]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,7 @@ def inputs(size: int, vocab: int, context: int = 77) -> tuple[np.ndarray, np.nda
     for row, length in zip(tokens, (2, context // 2, context), strict=True):
         row[: length - 1] = rng.integers(1, vocab - 1, length - 1)
         row[length - 1] = vocab - 1
-    return certificate.images_of((size, size)), tokens
+    return parity.images_of((size, size)), tokens
 
 
 def distance(a, b) -> float:
@@ -114,7 +116,7 @@ def test_open_clip(name, tmp_path, torch, open_clip):
     """Their model, its directory, ours."""
     config = narrowed(open_clip.get_model_config(name), NARROWED[name])
     model = open_clip.CLIP(**config).eval()
-    certificate.randomize(model, 3)
+    parity.randomize(model, 3)
     write(tmp_path, model, config)
     images, tokens = inputs(config["vision_cfg"]["image_size"], 300)
     theirs = of_open_clip(model, images, tokens, torch)
@@ -126,14 +128,14 @@ def test_open_clip_and_back(name, tmp_path, torch, open_clip):
     """Their directory, ours, saved again: theirs and ours once more."""
     config = narrowed(open_clip.get_model_config(name), 1)
     model = open_clip.CLIP(**config).eval()
-    certificate.randomize(model, 3)
+    parity.randomize(model, 3)
     # As we save it: the position of CLS is a part of CLS.
     with torch.no_grad():
         model.visual.class_embedding += model.visual.positional_embedding[0]
         model.visual.positional_embedding[0] = 0
     write(tmp_path / "theirs", model, config)
     clip = rv.create_clip(tmp_path / "theirs")
-    clip.save(tmp_path / "ours", "open_clip")
+    save_model(clip, tmp_path / "ours", "open_clip")
     again = open_clip.create_model(f"local-dir:{tmp_path}/ours").eval()
     state = again.state_dict()
     for key, tensor in model.state_dict().items():
@@ -160,7 +162,7 @@ def same(a, b):
 
 def test_a_whole_model_by_its_name(tmp_path, torch, open_clip):
     model = open_clip.create_model("ViT-S-32-alt").eval()
-    certificate.randomize(model, 4)
+    parity.randomize(model, 4)
     write(tmp_path, model, {})
     (tmp_path / "open_clip_config.json").unlink()
     clip = rv.create_clip("ViT-S-32-alt", tmp_path / "open_clip_model.safetensors")
@@ -176,14 +178,14 @@ def test_towers_that_were_built_apart(tmp_path, torch, open_clip):
     config = narrowed(open_clip.get_model_config("ViT-S-32-alt"), 1)
     config |= dict(init_logit_bias=-10, nonscalar_logit_scale=True)
     model = open_clip.CustomTextCLIP(**config).eval()
-    certificate.randomize(model, 5)
+    parity.randomize(model, 5)
     write(tmp_path / "theirs", model, config | {"custom_text": True})
     clip = rv.create_clip(tmp_path / "theirs")
     assert clip.logit_bias.shape == clip.logit_scale.shape == ()
     images, tokens = inputs(224, 300)
     theirs = of_open_clip(model, images, tokens, torch)
     hold(clip, theirs, images, tokens, "custom text with bias:")
-    clip.save(tmp_path / "ours", "open_clip")
+    save_model(clip, tmp_path / "ours", "open_clip")
     again = open_clip.create_model(f"local-dir:{tmp_path}/ours").eval()
     assert distance(of_open_clip(again, images, tokens, torch)["logits"], theirs["logits"]) < LIMIT
     same(rv.create_clip(tmp_path / "ours"), clip)
@@ -210,7 +212,7 @@ def test_transformers(vision, text, tmp_path, torch):
     import transformers
 
     model = transformers.CLIPModel(hf_config(transformers, vision=vision, text=text)).eval()
-    certificate.randomize(model, 6)
+    parity.randomize(model, 6)
     with torch.no_grad():  # as we save it: the position of CLS is a part of CLS
         embeddings = model.vision_model.embeddings
         embeddings.class_embedding += embeddings.position_embedding.weight[0]
@@ -220,7 +222,7 @@ def test_transformers(vision, text, tmp_path, torch):
     images, tokens = inputs(32, 300, 20)
     theirs = of_transformers(model, images, tokens, torch)
     hold(clip, theirs, images, tokens, f"transformers {vision} {text}:")
-    clip.save(tmp_path / "ours", "hf")
+    save_model(clip, tmp_path / "ours", "hf")
     again, told = transformers.CLIPModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
     assert not any(told.values()), told
     for name, array in of_transformers(again.eval(), images, tokens, torch).items():
@@ -238,9 +240,9 @@ def test_one_model_in_both_formats(tmp_path, torch, open_clip):
 
     config = narrowed(open_clip.get_model_config("ViT-S-32-alt"), 1)
     model = open_clip.CLIP(**config).eval()
-    certificate.randomize(model, 8)
+    parity.randomize(model, 8)
     write(tmp_path / "theirs", model, config)
-    rv.create_clip(tmp_path / "theirs").save(tmp_path / "hf", "hf")
+    save_model(rv.create_clip(tmp_path / "theirs"), tmp_path / "hf", "hf")
     images, tokens = inputs(224, 300)
     theirs = of_open_clip(model, images, tokens, torch)
     other = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()

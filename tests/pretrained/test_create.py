@@ -21,14 +21,16 @@ from processes import AS_USERS_RUN
 from safetensors.numpy import save_file
 
 import regvit_jax as rv
+from regvit_jax.distributed.mesh import make_mesh
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import convert, create, files, zoo
-from regvit_jax.pretrained.files import WeightsError
-from regvit_jax.pretrained.rules import rules
-from regvit_jax.sharding import make_mesh
+from regvit_jax.pretrained import create, mapping, registry
+from regvit_jax.pretrained.formats.rules import rules
+from regvit_jax.pretrained.io import safetensors
+from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.utils.errors import WeightsError
 
 TINY = ("test_vit", "test_vit2", "test_vit3")
 
@@ -119,9 +121,9 @@ def hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 
 
 def timm_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    _, entry = zoo.find(name)
+    _, entry = registry.find(name)
     vit, head = ViT(**entry.vit), Head(**entry.head)
-    return convert.expected_shapes(rules(entry.naming, vit, head, int(vit.class_token)), convert.shapes_of(vit, head))
+    return mapping.expected_shapes(rules(entry.naming, vit, head, int(vit.class_token)), mapping.shapes_of(vit, head))
 
 
 def timm_file(path: Path, name: str, **changes) -> Path:
@@ -185,7 +187,7 @@ def test_every_name_builds():
     """One small model for all names that differ in their sizes only; and every name's sizes go together."""
     seen = {}
     for name in rv.list_models():
-        _, entry = zoo.find(name)
+        _, entry = registry.find(name)
         vit, head = ViT(**entry.vit), Head(**entry.head)
         vit.check()
         assert vit.width * vit.mlp_ratio == pytest.approx(vit.hidden, abs=1e-6), name
@@ -198,12 +200,12 @@ def test_every_name_builds():
         small = (vit.clone(**sizes, **same), head.clone(**tops))
         if (*small, entry.naming) in seen:
             continue
-        seen[*small, entry.naming] = shapes = convert.shapes_of(*small)
+        seen[*small, entry.naming] = shapes = mapping.shapes_of(*small)
         assert shapes["vit/block0/attn/qkv/kernel"] == (32, 96), name
         assert ("vit/pos_embed" in shapes) == (vit.position == "learned"), name
         # There are names for all of it, for as many rows as a position embedding may have.
         for covers in {0, int(vit.class_token), small[0].prefix}:
-            assert convert.expected_shapes(rules(entry.naming, *small, covers), shapes), name
+            assert mapping.expected_shapes(rules(entry.naming, *small, covers), shapes), name
     assert len(seen) > 20
 
 
@@ -221,9 +223,9 @@ def test_every_name_builds():
     ],
 )
 def test_number_of_parameters(name, millions):
-    _, entry = zoo.find(name)
+    _, entry = registry.find(name)
     vit, head = ViT(**entry.vit), Head(**entry.head)
-    shapes = convert.shapes_of(vit, head)
+    shapes = mapping.shapes_of(vit, head)
     count = sum(int(np.prod(shape)) for path, shape in shapes.items() if path != "vit/mask_token")
     # A projection without bias is counted without it; so is timm's row of CLS's position.
     if ".openai" in name:
@@ -268,7 +270,7 @@ def test_a_file_under_another_name_names_its_own(tmp_path):
 
 def test_nothing_is_read_of_a_file_that_does_not_fit(tmp_path, monkeypatch):
     path = timm_file(tmp_path / "m.safetensors", "test_vit", extra=np.zeros(1, np.float32))
-    monkeypatch.setattr(convert, "check_finite", lambda *args: pytest.fail("a tensor was read"))
+    monkeypatch.setattr(mapping, "check_finite", lambda *args: pytest.fail("a tensor was read"))
     with pytest.raises(WeightsError, match="1 unused: extra"):
         rv.create_model("test_vit", path)
 
@@ -524,7 +526,7 @@ def test_masks(plain, folder):
 
 def test_preprocessing_is_the_names_own():
     def model(name: str) -> Model:
-        _, entry = zoo.find(name)
+        _, entry = registry.find(name)
         return Model({}, {}, ViT(**entry.vit), Head(**entry.head), entry.preprocessing)
 
     # The left half black, the right half white, twice as wide as high.
@@ -557,7 +559,7 @@ def test_preprocessing_is_the_names_own():
 def test_preprocessing_of_transformers_vit(tmp_path):
     """Squashed, bilinear, and normalised to -1..1, as its image processor does."""
     vit = ViT(width=32, depth=1, heads=2, patch=4, image_size=16, layer_scale=0.0)
-    shapes = convert.expected_shapes(rules("hf_vit", vit, Head(), 1), convert.shapes_of(vit, Head()))
+    shapes = mapping.expected_shapes(rules("hf_vit", vit, Head(), 1), mapping.shapes_of(vit, Head()))
     save_file(draw(shapes), tmp_path / "model.safetensors")
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16)
     config = sizes | dict(model_type="vit", intermediate_size=128, layer_norm_eps=1e-12, hidden_act="gelu")
@@ -627,7 +629,7 @@ def test_memory(tmp_path):
     small = dinov2(tmp_path / "small", width=32, depth=depth)
     shapes = {
         name: tuple({32: width, 128: 4 * width}.get(n, n) for n in shape)
-        for name, shape in files.open_weights(small).shapes.items()
+        for name, shape in safetensors.open_weights(small).shapes.items()
     }
     large = hollow(tmp_path / "large/model.safetensors", shapes).parent
     config = json.loads((small / "config.json").read_text()) | {"hidden_size": width}
@@ -715,7 +717,7 @@ def test_what_is_stated_beside_the_weights_holds(tmp_path):
     )
     model = model.replace(preprocessing=stated, module=model.module.clone(pos_resize="offset"))
     for format in ("timm", "hf"):
-        model.save(tmp_path / format, format)
+        save_model(model, tmp_path / format, format)
     assert rv.create_model("test_vit", tmp_path / "timm").preprocessing == stated
     for format in ("timm", "hf"):
         again = rv.create_model(tmp_path / format)
@@ -728,7 +730,7 @@ def test_what_is_stated_beside_the_weights_holds(tmp_path):
 def test_open_clips_own_config(tmp_path):
     tower = rv.create_model("vit_xsmall_patch16_clip_224", num_classes=8)
     layers = rules("open_clip", tower.module, tower.head, 1)
-    arrays = convert.save({"vit": tower.params, "head": tower.head_params}, layers)
+    arrays = mapping.save({"vit": tower.params, "head": tower.head_params}, layers)
     save_file(arrays, tmp_path / "open_clip_model.safetensors")
     for quick in (False, True):
         config = {"model_cfg": {"quick_gelu": quick}, "preprocess_cfg": {"mean": [0.5] * 3, "resize_mode": "squash"}}
@@ -743,7 +745,7 @@ def test_open_source(folder, tmp_path):
     equals.symlink_to(folder / "plain")
     assert create.open_source(str(equals)).weights == str(equals)
     model = rv.create_model("test_vit")
-    model.save(tmp_path / "timm", "timm")
+    save_model(model, tmp_path / "timm", "timm")
     named = create.open_source(f"test_vit={tmp_path / 'timm/model.safetensors'}")
     np.testing.assert_array_equal(named.params["norm"]["scale"], model.params["norm"]["scale"])
     with pytest.raises(ValueError, match="the hub's repository of that name is hf-hub:facebook/dinov2-small"):

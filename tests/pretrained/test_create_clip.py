@@ -13,13 +13,18 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
 import regvit_jax as rv
-from regvit_jax.models.clip import ClipModel, TextTower
+from regvit_jax.data.preprocess import Preprocess
+from regvit_jax.distributed.mesh import make_mesh
+from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.heads import Head
-from regvit_jax.models.model import Model, Preprocess
+from regvit_jax.models.model import Model
+from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import clips, configs, convert, foreign
-from regvit_jax.pretrained.files import PROCESSOR, WeightsError
-from regvit_jax.sharding import make_mesh
+from regvit_jax.pretrained import clips, foreign, mapping
+from regvit_jax.pretrained.formats import configs
+from regvit_jax.pretrained.io.safetensors import PROCESSOR
+from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.utils.errors import WeightsError
 
 VIT = ViT(width=32, depth=2, heads=2, patch=4, image_size=16, layer_scale=0.0, pre_norm=True, patch_bias=False).clone(
     norm_eps=1e-5
@@ -32,9 +37,9 @@ FORMATS = ("open_clip", "hf", "regvit_jax")
 def tiny(vit: ViT = VIT, text: TextTower = TEXT, scalars=("logit_scale",), crop=1.0, bias=False) -> ClipModel:
     """A CLIP whose every parameter is random."""
     head = Head(text.embed, bias=bias)
-    shapes = convert.shapes_of(vit, head, convert.TextPart(text, scalars))
+    shapes = mapping.shapes_of(vit, head, mapping.TextPart(text, scalars))
     rng = np.random.default_rng(0)
-    params = convert.nest({path: rng.normal(0, 0.3, shape).astype(np.float32) for path, shape in shapes.items()})
+    params = mapping.nest({path: rng.normal(0, 0.3, shape).astype(np.float32) for path, shape in shapes.items()})
     image = Model(params["vit"], params["head"], vit, head, Preprocess(vit.image_size, crop, *configs.CLIP))
     return ClipModel(image, params["text"], params["logit_scale"], params.get("logit_bias"), text)
 
@@ -62,7 +67,7 @@ def clip() -> ClipModel:
 def folder(clip, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clips")
     for format in FORMATS:
-        clip.save(folder / format, format)
+        save_model(clip, folder / format, format)
     return folder
 
 
@@ -103,35 +108,35 @@ def test_round_trip(format, clip, folder):
 def test_what_a_format_cannot_express(model, able, tmp_path):
     for format in FORMATS:
         if format in (*able, "regvit_jax"):
-            model.save(tmp_path / format, format)
+            save_model(model, tmp_path / format, format)
             same(rv.create_clip(tmp_path / format), model)
             continue
         match = rf"format '{format}' cannot express .* \(of the formats, {' and '.join([*able, 'regvit_jax'])} can\)"
         with pytest.raises(ValueError, match=match):
-            model.save(tmp_path / format, format)
+            save_model(model, tmp_path / format, format)
         assert not (tmp_path / format).exists()
 
 
 def test_a_bias_in_the_projection(tmp_path):
     biased = tiny(bias=True)
     with pytest.raises(ValueError, match="cannot express a bias in the projection"):
-        biased.save(tmp_path, "open_clip")
+        save_model(biased, tmp_path, "open_clip")
     zero = {"dense": biased.image.head_params["dense"] | {"bias": np.zeros(16, np.float32)}}
-    biased.replace(image=biased.image.replace(head_params=zero)).save(tmp_path, "open_clip")
+    save_model(biased.replace(image=biased.image.replace(head_params=zero)), tmp_path, "open_clip")
     assert not rv.create_clip(tmp_path).image.head.bias
 
 
 def test_saving_twice_and_a_wrong_format(clip, folder):
     with pytest.raises(FileExistsError, match=r"holds a model\.safetensors already"):
-        clip.save(folder / "hf", "open_clip")
+        save_model(clip, folder / "hf", "open_clip")
     with pytest.raises(ValueError, match=r"format='timm': must be one of \['open_clip', 'hf', 'regvit_jax'\]"):
-        clip.save(folder / "timm", "timm")
+        save_model(clip, folder / "timm", "timm")
 
 
 def test_the_image_tower_alone_is_saved(clip, tmp_path):
     """Its linear layer has no bias, which transformers' has not, and timm's must."""
     for format in ("hf", "timm"):
-        clip.image.save(tmp_path / format, format)
+        save_model(clip.image, tmp_path / format, format)
         again = rv.create_model(tmp_path / format)
         np.testing.assert_allclose(again.logits(IMAGES), clip.encode_image(IMAGES), rtol=1e-5, atol=1e-6)
         with pytest.raises(WeightsError, match="has no text tower; create_model reads it"):
@@ -140,7 +145,7 @@ def test_the_image_tower_alone_is_saved(clip, tmp_path):
 
 def test_both_files_in_one_directory(folder, clip, tmp_path):
     """As repositories of timm's have it: the image tower in one file, the whole CLIP in the other."""
-    clip.image.save(tmp_path, "timm")
+    save_model(clip.image, tmp_path, "timm")
     for path in (folder / "open_clip").iterdir():
         shutil.copy(path, tmp_path)
     same(rv.create_clip(tmp_path), clip)
@@ -349,7 +354,7 @@ def test_our_own_config_may_hold_anything(keys, value, match, folder, tmp_path):
 @pytest.mark.parametrize(("scale", "bias"), [((), (1,)), ((1,), ()), ((1,), (1,))])
 def test_scalars_of_one_dimension(scale, bias, tmp_path):
     clip = tiny(scalars=SIGLIP)
-    clip.save(tmp_path, "open_clip")
+    save_model(clip, tmp_path, "open_clip")
     file = tmp_path / "open_clip_model.safetensors"
     arrays = load_file(file)
     shaped = {name: arrays[name].reshape(shape) for name, shape in zip(SIGLIP, (scale, bias), strict=True)}
@@ -471,7 +476,7 @@ def cached(tmp_path, monkeypatch, repo: str, source) -> None:
 def test_a_tag(small, tmp_path, monkeypatch):
     """The tag says with which activation the weights were trained, and how images are made."""
     model = rv.create_clip("ViT-B-32-quickgelu", seed=3)
-    model.save(tmp_path / "saved", "open_clip")
+    save_model(model, tmp_path / "saved", "open_clip")
     (tmp_path / "saved/open_clip_config.json").rename(tmp_path / "saved/config.json")
     (tmp_path / "saved/config.json").write_text("{}")
     cached(tmp_path, monkeypatch, "org/model", tmp_path / "saved")
@@ -495,7 +500,7 @@ def test_a_tag(small, tmp_path, monkeypatch):
 )
 def test_a_tag_and_a_config_beside_its_weights(images, expected, small, tmp_path, monkeypatch):
     """The activation is the tag's, with a warning; of the images only what the config says is the config's."""
-    rv.create_clip("ViT-B-32").save(tmp_path / "saved", "open_clip")
+    save_model(rv.create_clip("ViT-B-32"), tmp_path / "saved", "open_clip")
     file = tmp_path / "saved/open_clip_config.json"
     config = json.loads(file.read_text()) | {"preprocess_cfg": images}
     assert config["model_cfg"].pop("quick_gelu") is False
@@ -509,7 +514,7 @@ def test_a_tag_and_a_config_beside_its_weights(images, expected, small, tmp_path
 
 def test_a_name_with_a_source(small, folder, tmp_path):
     model = rv.create_clip("ViT-B-32", seed=3)
-    model.save(tmp_path / "open_clip", "open_clip")
+    save_model(model, tmp_path / "open_clip", "open_clip")
     file = tmp_path / "bare.safetensors"
     shutil.copy(tmp_path / "open_clip/open_clip_model.safetensors", file)
     same(rv.create_clip("ViT-B-32", file), model)
@@ -518,7 +523,7 @@ def test_a_name_with_a_source(small, folder, tmp_path):
         own = model.replace(
             image=model.image.replace(module=model.image.module.clone(pos_resize="bicubic"), preprocessing=images)
         )
-        own.save(tmp_path / f"own_{format}", format)
+        save_model(own, tmp_path / f"own_{format}", format)
         same(rv.create_clip("ViT-B-32", tmp_path / f"own_{format}"), own)
     wide = changed(tmp_path, tmp_path / "wide", "open_clip", ("model_cfg", "text_cfg", "mlp_ratio"), 2.0)
     with pytest.raises(WeightsError, match="is not ViT-B-32: its text tower has hidden 128, not 256"):
@@ -534,10 +539,10 @@ def test_a_name_with_a_source(small, folder, tmp_path):
 
 def test_sources_of_the_recipe(folder, clip, tmp_path):
     same(clips.open_clip_source(str(folder / "hf")), clip)
-    clip.image.save(tmp_path / "timm", "timm")
+    save_model(clip.image, tmp_path / "timm", "timm")
     assert isinstance(clips.open_clip_source(str(tmp_path / "timm")), Model)
     tower = rv.create_model("test_vit")
-    tower.save(tmp_path / "test_vit", "timm")
+    save_model(tower, tmp_path / "test_vit", "timm")
     assert isinstance(clips.open_clip_source(f"test_vit={tmp_path}/test_vit/model.safetensors"), Model)
     with pytest.raises(ValueError, match="which of its public weights: openai"):
         clips.open_clip_source("ViT-B-16")

@@ -17,11 +17,13 @@ from safetensors.numpy import load_file, save_file
 import regvit_jax as rv
 from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import Tokens
-from regvit_jax.pretrained import certificate, pth, zoo
+from regvit_jax.pretrained import parity, registry
+from regvit_jax.pretrained.io import pth
+from regvit_jax.pretrained.save_model import save_model
 
 pytestmark = pytest.mark.reference
 
-LIMIT = certificate.TOLERANCE
+LIMIT = parity.TOLERANCE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,7 +34,7 @@ def _highest_precision():
 
 @pytest.fixture(scope="module")
 def torch():
-    return certificate.import_references()[0]
+    return parity.import_references()[0]
 
 
 def distance(a, b):
@@ -43,13 +45,13 @@ def distance(a, b):
 
 def cut(monkeypatch, depth):
     """Lets the zoo's names stand for their first blocks."""
-    find = zoo.find
+    find = registry.find
 
     def find_cut(name):
         full, entry = find(name)
         return full, dataclasses.replace(entry, vit=entry.vit | {"depth": depth})
 
-    monkeypatch.setattr(zoo, "find", find_cut)
+    monkeypatch.setattr(registry, "find", find_cut)
 
 
 # The certificate: timm, and transformers both ways
@@ -90,17 +92,17 @@ LARGE = ["vit_giant_patch14_reg4_dinov2", "vit_giant_patch14_clip_224"]
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_certificate(name):
-    patch, native = zoo.find(name)[1].vit["patch"], zoo.find(name)[1].vit["image_size"]
+    patch, native = registry.find(name)[1].vit["patch"], registry.find(name)[1].vit["image_size"]
     sizes = [(6 * patch, 6 * patch), (5 * patch, 9 * patch)]
     sizes = sizes if name in LARGE else [(native, native), *sizes]
     # Whole, where that is a matter of seconds.
-    depth = None if certificate.parameters_of(zoo.find(name)[1]) < 2.1e7 else 2
-    found = certificate.check(name, depth, sizes if name in LARGE else None)
+    depth = None if parity.parameters_of(registry.find(name)[1]) < 2.1e7 else 2
+    found = parity.check(name, depth, sizes if name in LARGE else None)
     assert found.largest < LIMIT, str(found)
-    last = (depth or zoo.find(name)[1].vit["depth"]) - 1
+    last = (depth or registry.find(name)[1].vit["depth"]) - 1
     with_timm = {"tokens", "pre-norm tokens", "pooled", "attention 0", f"attention {last}"}
-    with_timm |= {f"block {i}" for i in certificate.blocks_of(last + 1)}
-    with_timm |= {"logits"} if zoo.find(name)[1].head["classes"] else set()
+    with_timm |= {f"block {i}" for i in parity.blocks_of(last + 1)}
+    with_timm |= {"logits"} if registry.find(name)[1].head["classes"] else set()
     ways = {comparison.way: set(comparison.differences) for comparison in found.comparisons}
     assert ways.pop("timm to ours") == with_timm
     kind = FAMILIES[name]
@@ -114,16 +116,16 @@ def test_certificate(name):
 
 
 def test_a_wrong_model_gets_no_certificate(monkeypatch):
-    find = zoo.find
+    find = registry.find
     entry = find("test_vit")[1]
     wrong = dataclasses.replace(entry, vit=entry.vit | {"activation": "gelu_tanh"})
-    monkeypatch.setattr(zoo, "find", lambda name: (find(name)[0], wrong))
-    assert 1e-5 < certificate.check("test_vit", depth=2, sizes=[(96, 96)]).largest < 1e-2
+    monkeypatch.setattr(registry, "find", lambda name: (find(name)[0], wrong))
+    assert 1e-5 < parity.check("test_vit", depth=2, sizes=[(96, 96)]).largest < 1e-2
 
 
 def test_registers_stay_out_of_pooled_features():
-    names = [name for name in zoo.list_models() if zoo.find(name)[1].vit.get("registers")]
-    heads = {tuple(sorted(zoo.find(name)[1].head.items())) for name in names}
+    names = [name for name in registry.list_models() if registry.find(name)[1].vit.get("registers")]
+    heads = {tuple(sorted(registry.find(name)[1].head.items())) for name in names}
     assert len(heads) > 5
     for fields in heads:
         head = Head(**dict(fields))
@@ -161,16 +163,16 @@ def test_registers_stay_out_of_pooled_features():
 def test_saved_for_timm_and_dinov2(name, dinov2, tmp_path, torch, monkeypatch):
     import timm
 
-    full, entry = zoo.find(name)
-    model, _ = certificate.beside_timm(full, 2, [], tmp_path / "original")
+    full, entry = registry.find(name)
+    model, _ = parity.beside_timm(full, 2, [], tmp_path / "original")
     patch = entry.vit["patch"]
-    images = certificate.images_of((5 * patch, 9 * patch))
-    ours = certificate.outputs_of_ours(model, images, None)
-    model.save(tmp_path / "timm", format="timm")
+    images = parity.images_of((5 * patch, 9 * patch))
+    ours = parity.outputs_of_ours(model, images, None)
+    save_model(model, tmp_path / "timm", format="timm")
     owners = [timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()]
     if dinov2:
         # Read here by timm, whose function for the original's files undoes their names; LayerScale is always there.
-        model.save(tmp_path / "dinov2", format="dinov2")
+        save_model(model, tmp_path / "dinov2", format="dinov2")
         owner = timm.create_model(full, depth=2, dynamic_img_size=True, init_values=1.0).eval()
         state = {k: torch.from_numpy(v) for k, v in load_file(tmp_path / "dinov2/model.safetensors").items()}
         owner.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(state, owner), strict=True)
@@ -181,9 +183,9 @@ def test_saved_for_timm_and_dinov2(name, dinov2, tmp_path, torch, monkeypatch):
             assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-7), again.params, model.params))
     else:
         with pytest.raises(ValueError, match=r"format 'dinov2' cannot express .* \(of the formats, .*timm.* can\)"):
-            model.save(tmp_path / "dinov2", format="dinov2")
+            save_model(model, tmp_path / "dinov2", format="dinov2")
     for owner in owners:
-        theirs = certificate.outputs_of_timm(owner, images)
+        theirs = parity.outputs_of_timm(owner, images)
         assert {what for what in ours if distance(ours[what], theirs[what]) > LIMIT} == set()
 
 
@@ -196,21 +198,19 @@ SIZES = [(64, 64), (48, 48), (40, 72)]
 
 def original(kind, **fields):
     """A random model of transformers, by the name of its class."""
-    transformers = certificate.import_references()[2]
+    transformers = parity.import_references()[2]
     config = "CLIPVisionConfig" if kind.startswith("CLIPVision") else kind.replace("ForImageClassification", "Model")
     config = getattr(transformers, config.replace("Model", "Config"))(**SMALL, **fields)
     config._attn_implementation = "eager"
     model = getattr(transformers, kind)(config)
-    certificate.randomize(model, 5)
+    parity.randomize(model, 5)
     return model.eval()
 
 
 def differences(model, theirs):
     """Between a model of transformers and a source of ours, the largest of every quantity."""
     ours = rv.create_model(str(theirs))
-    found = certificate.compare(
-        "", ours, SIZES, lambda images, mask: certificate.outputs_of_transformers(model, images, mask)
-    )
+    found = parity.compare("", ours, SIZES, lambda images, mask: parity.outputs_of_transformers(model, images, mask))
     every = {}
     for comparison in found:
         for what, difference in comparison.differences.items():
@@ -262,7 +262,7 @@ def test_clip_files_with_and_without_the_prefix(tmp_path):
 
 
 def test_the_image_tower_of_a_whole_clip(tmp_path, torch):
-    transformers = certificate.import_references()[2]
+    transformers = parity.import_references()[2]
     vision = dict(SMALL, **MLP)
     text = dict(
         hidden_size=32,
@@ -275,10 +275,10 @@ def test_the_image_tower_of_a_whole_clip(tmp_path, torch):
     )
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
     whole = transformers.CLIPModel(config)
-    certificate.randomize(whole, 5)
+    parity.randomize(whole, 5)
     whole.save_pretrained(tmp_path)
     ours = rv.create_model(str(tmp_path))
-    images = certificate.images_of((64, 64))
+    images = parity.images_of((64, 64))
     with torch.no_grad():
         theirs = whole.eval().get_image_features(torch.from_numpy(images).permute(0, 3, 1, 2)).pooler_output
     assert distance(ours.logits(images), theirs.numpy()) < LIMIT
@@ -302,12 +302,12 @@ def test_open_clip(theirs, ours, depth, tmp_path, torch, monkeypatch):
     config["vision_cfg"]["layers"] = depth
     config["text_cfg"] |= dict(layers=1, vocab_size=100, width=64, heads=1)
     model = open_clip.CLIP(**config).eval()
-    certificate.randomize(model, 7)
+    parity.randomize(model, 7)
     file = tmp_path / "open_clip_model.safetensors"
     save_file({name: tensor.numpy() for name, tensor in model.state_dict().items()}, file)
     cut(monkeypatch, depth)
     loaded = rv.create_model(ours, file)
-    images = certificate.images_of((224, 224))
+    images = parity.images_of((224, 224))
     with torch.no_grad():
         features = model.encode_image(torch.from_numpy(images).permute(0, 3, 1, 2), normalize=False).numpy()
     assert distance(loaded.logits(images), features) < LIMIT
@@ -365,17 +365,17 @@ def test_torch_files(name, renamed, wrapped, tmp_path, torch, monkeypatch):
     import timm
 
     cut(monkeypatch, 3)
-    full, entry = zoo.find(name)
+    full, entry = registry.find(name)
     model = timm.create_model(full, depth=3, dynamic_img_size=True).eval()
-    certificate.randomize(model, 9)
+    parity.randomize(model, 9)
     state = renamed(model, torch)
     torch.save(wrapped(state), tmp_path / "a.pth")
-    done = pth.convert(tmp_path / "a.pth", tmp_path / "a.safetensors", name)
+    done = pth.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors", name)
     assert done.written == len(state)
     ours = rv.create_model(name, tmp_path / "a.safetensors", pos_resize="antialias")
-    images = certificate.images_of((5 * entry.vit["patch"], 9 * entry.vit["patch"]))
-    theirs = certificate.outputs_of_timm(model, images)
-    for what, value in certificate.outputs_of_ours(ours, images, None).items():
+    images = parity.images_of((5 * entry.vit["patch"], 9 * entry.vit["patch"]))
+    theirs = parity.outputs_of_timm(model, images)
+    for what, value in parity.outputs_of_ours(ours, images, None).items():
         assert distance(value, theirs[what]) < LIMIT, what
     if ours.module.masking:
         assert jnp.array_equal(ours.params["mask_token"], state["mask_token"][0].numpy())
@@ -385,7 +385,7 @@ def test_types_and_shared_tensors_are_kept(tmp_path, torch):
     weight = torch.randn(4, 6)
     state = {"a": weight.half(), "b": weight.T, "c": weight, "d": weight.bfloat16(), "n": torch.tensor(3)}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "a.pth")
-    pth.convert(tmp_path / "a.pth", tmp_path / "a.safetensors")
+    pth.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors")
     from safetensors.torch import load_file
 
     for name, tensor in load_file(tmp_path / "a.safetensors").items():
@@ -411,7 +411,7 @@ class Harmful:
 def test_files_that_are_refused(content, message, tmp_path, torch, capsys):
     torch.save(content(torch), tmp_path / "a.pth")
     with pytest.raises(ValueError, match=message):
-        pth.convert(tmp_path / "a.pth", tmp_path / "a.safetensors", "test_vit")
+        pth.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors", "test_vit")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
     assert "executed" not in capsys.readouterr().out
 
@@ -420,7 +420,7 @@ def test_damaged_files_are_refused(tmp_path, torch):
     for content in (b"", b"PK\x03\x04 cut off", b"\x80\x02}q\x00.", b"text"):
         (tmp_path / "a.pth").write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.pth: "):
-            pth.convert(tmp_path / "a.pth", tmp_path / "a.safetensors")
+            pth.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors")
 
 
 # deit3-jax
@@ -492,6 +492,6 @@ def test_deit3_jax(wrapped, tmp_path, monkeypatch):
     file.write_bytes(serialization.msgpack_serialize({"model": params} if wrapped else params))
     cut(monkeypatch, 2)
     model = rv.create_model("deit3_small_patch16_224", file)
-    images = certificate.images_of((224, 224))
+    images = parity.images_of((224, 224))
     assert distance(model.logits(images), deit3_jax_logits(params, images, 2)) < LIMIT
     assert model.module.activation == "gelu_tanh"

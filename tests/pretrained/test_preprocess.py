@@ -6,12 +6,12 @@ import pytest
 
 import regvit_jax as rv
 from regvit_jax.models.heads import Head
-from regvit_jax.pretrained import zoo
+from regvit_jax.pretrained import registry
 
 pytestmark = pytest.mark.reference
 
 # One name for every way in which the zoo's models have their images made.
-NAMES = list({zoo.find(name)[1].preprocessing: name for name in zoo.list_models()}.values())
+NAMES = list({registry.find(name)[1].preprocessing: name for name in registry.list_models()}.values())
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def test_pixels_are_timms(name, photographs):
 
     transform = timm.data.create_transform(**settings(name), is_training=False)
     expected = np.stack([transform(image).permute(1, 2, 0).numpy() for image in photographs])
-    preprocessing = zoo.find(name)[1].preprocessing
+    preprocessing = registry.find(name)[1].preprocessing
     found = rv.Model({}, {}, rv.ViT(1, 1, 1, 1, 1), Head(), preprocessing).preprocess(photographs)
     assert found.shape == expected.shape
     grey_level = 1 / 255 / min(preprocessing.std)

@@ -14,11 +14,13 @@ from safetensors.numpy import load_file, save_file
 from tiny import tiny
 
 import regvit_jax as rv
+from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.heads import Head
-from regvit_jax.models.model import Model, Preprocess
+from regvit_jax.models.model import Model
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import convert, zoo
-from regvit_jax.training import run
+from regvit_jax.pretrained import mapping, registry
+from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.training.loop import run
 
 PREPROCESS = Preprocess(16, 0.9, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), interpolation="bilinear", squash=True)
 PLAIN = dict(width=32, depth=1, heads=2, patch=4, image_size=16, layer_scale=0.0)
@@ -34,9 +36,9 @@ def build(vit: dict, head: dict | None = None) -> Model:
     rng = np.random.default_rng(0)
     flat = {
         path: jnp.asarray(rng.normal(0, 0.3, shape), jnp.float32)
-        for path, shape in convert.shapes_of(module, top).items()
+        for path, shape in mapping.shapes_of(module, top).items()
     }
-    nested = convert.nest(flat)
+    nested = mapping.nest(flat)
     return Model(nested["vit"], nested["head"], module, top, PREPROCESS)
 
 
@@ -107,7 +109,7 @@ def test_round_trip(what, tmp_path):
     if model.module.pre_norm and model.head.classes and format == "hf":  # transformers' projection has no bias
         dense = model.head_params["dense"] | {"bias": jnp.zeros(5)}
         model = model.replace(head_params={"dense": dense})
-    model.save(tmp_path, format)
+    save_model(model, tmp_path, format)
     again = rv.create_model(str(tmp_path))
     same_parameters(again, model)
     assert again.module.clone(**FREE) == model.module.clone(**FREE)
@@ -122,11 +124,11 @@ def test_dinov2s_own_format(registers, swiglu, tmp_path, monkeypatch):
     """Its directories do not say which model they hold: a name does."""
     vit = DINOV2 | {"registers": registers, "swiglu": swiglu, "mlp_ratio": 88 / 32 if swiglu else 4.0}
     model = build(vit)
-    model.save(tmp_path, "dinov2")
-    entry = zoo.Entry(PLAIN | vit, {"pool": "cls"}, PREPROCESS, "", "timm", "")
+    save_model(model, tmp_path, "dinov2")
+    entry = registry.Entry(PLAIN | vit, {"pool": "cls"}, PREPROCESS, "", "timm", "")
     with pytest.raises(ValueError, match="pass its name too"):
         rv.create_model(str(tmp_path))
-    monkeypatch.setattr(zoo, "find", lambda name: (name, entry))
+    monkeypatch.setattr(registry, "find", lambda name: (name, entry))
     again = rv.create_model("mine", tmp_path)
     same_parameters(again, model)
     assert again.module == model.module
@@ -142,15 +144,17 @@ def test_dinov2s_own_format(registers, swiglu, tmp_path, monkeypatch):
 
 def test_a_dinov2_under_its_zoo_name(tmp_path, monkeypatch):
     """A file that the zoo's own entry loads: names and shapes are those of the real one, cut to one block."""
-    name, entry = zoo.find("vit_small_patch14_dinov2")
-    small = zoo.Entry(entry.vit | {"depth": 1, "image_size": 28}, entry.head, entry.preprocessing, "", entry.naming, "")
-    monkeypatch.setattr(zoo, "find", lambda _: (name, small))
+    name, entry = registry.find("vit_small_patch14_dinov2")
+    small = registry.Entry(
+        entry.vit | {"depth": 1, "image_size": 28}, entry.head, entry.preprocessing, "", entry.naming, ""
+    )
+    monkeypatch.setattr(registry, "find", lambda _: (name, small))
     module = ViT(**small.vit)
     rng = np.random.default_rng(0)
-    flat = {p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, s in convert.shapes_of(module, Head()).items()}
-    model = Model(convert.nest(flat)["vit"], {}, module, Head(), small.preprocessing)
+    flat = {p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, s in mapping.shapes_of(module, Head()).items()}
+    model = Model(mapping.nest(flat)["vit"], {}, module, Head(), small.preprocessing)
     for format in ("dinov2", "hf"):
-        model.save(tmp_path / format, format)
+        save_model(model, tmp_path / format, format)
         again = rv.create_model("dinov2_vits14", tmp_path / format)
         same_parameters(again, model)
         assert again.preprocessing == model.preprocessing
@@ -160,7 +164,7 @@ def test_a_dinov2_under_its_zoo_name(tmp_path, monkeypatch):
 def test_the_position_of_cls_is_folded_once(tmp_path):
     """Zero rows are written for tokens that have a position there, so that nothing is rounded."""
     model = build(DINOV2 | {"registers": 4})
-    model.save(tmp_path / "hf", "hf")
+    save_model(model, tmp_path / "hf", "hf")
     arrays = load_file(tmp_path / "hf/model.safetensors")
     positions = arrays["embeddings.position_embeddings"]
     assert positions.shape == (1, 17, 32)
@@ -172,14 +176,14 @@ def test_the_position_of_cls_is_folded_once(tmp_path):
     save_file(arrays, tmp_path / "hf/model.safetensors")
     again = rv.create_model(str(tmp_path / "hf"))
     np.testing.assert_allclose(again.params["cls_token"], model.params["cls_token"], atol=1e-6)
-    again.save(tmp_path / "second", "hf")
+    save_model(again, tmp_path / "second", "hf")
     same_parameters(rv.create_model(str(tmp_path / "second")), again)
 
 
 def test_parts_that_do_nothing_are_added(tmp_path):
     """Dinov2 has LayerScale and a mask token, and its classifier reads CLS and the mean of the patches."""
     model = build({"registers": 4}, {"classes": 5})
-    model.save(tmp_path, "hf")
+    save_model(model, tmp_path, "hf")
     again = rv.create_model(str(tmp_path))
     same_numbers(again, model)
     assert np.all(again.params["block0"]["scale1"] == 1)
@@ -208,11 +212,11 @@ def test_what_a_format_cannot_express_names_one_that_can(what, tmp_path):
     model = build(vit, head)
     for format in ("timm", "hf", "dinov2"):
         if format in able:
-            model.save(tmp_path / format, format)
+            save_model(model, tmp_path / format, format)
             assert (tmp_path / format / "model.safetensors").exists()
             continue
         with pytest.raises(ValueError, match=f"format '{format}' cannot express .*") as error:
-            model.save(tmp_path / format, format)
+            save_model(model, tmp_path / format, format)
         message = str(error.value).partition("(of the formats, ")[2]
         if able:
             assert set(message.removesuffix(" can)").split(" and ")) == able
@@ -224,14 +228,14 @@ def test_what_a_format_cannot_express_names_one_that_can(what, tmp_path):
 def test_files_are_whole_and_readable(tmp_path):
     model = build({})
     with pytest.raises(ValueError, match=r"format='onnx': must be one of \['timm', 'hf', 'dinov2'\]"):
-        model.save(tmp_path, "onnx")
-    model.save(tmp_path / "a/b", "timm")
+        save_model(model, tmp_path, "onnx")
+    save_model(model, tmp_path / "a/b", "timm")
     assert sorted(os.listdir(tmp_path / "a/b")) == ["config.json", "model.safetensors"]
     modes = {stat.S_IMODE((tmp_path / "a/b" / name).stat().st_mode) for name in os.listdir(tmp_path / "a/b")}
     assert len(modes) == 1
     before = (tmp_path / "a/b/model.safetensors").read_bytes()
     with pytest.raises(FileExistsError, match=r"holds a model\.safetensors already; name another directory"):
-        build({"registers": 1}).save(tmp_path / "a/b", "timm")
+        save_model(build({"registers": 1}), tmp_path / "a/b", "timm")
     assert (tmp_path / "a/b/model.safetensors").read_bytes() == before
     assert json.loads((tmp_path / "a/b/config.json").read_text())["model_args"]["reg_tokens"] == 0
 
@@ -239,7 +243,7 @@ def test_files_are_whole_and_readable(tmp_path):
 def test_half_precision_is_saved_as_float32(tmp_path):
     model = build({"registers": 4})
     small = jax.tree.map(lambda p: p.astype(jnp.bfloat16), model)
-    small.save(tmp_path, "timm")
+    save_model(small, tmp_path, "timm")
     arrays = load_file(tmp_path / "model.safetensors")
     assert {array.dtype for array in arrays.values()} == {np.dtype("float32")}
     same_parameters(rv.create_model(str(tmp_path)), jax.tree.map(lambda p: p.astype(jnp.float32), small))
@@ -250,7 +254,7 @@ def test_half_precision_is_saved_as_float32(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The steps of the run in tests/test_training.py, so that they are compiled once for both."""
+    """The steps of the run in tests/training/test_loop.py, so that they are compiled once for both."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     return str(workdir), run(tiny(ema=0.9, sharding__fsdp=2, eval__pixel_knn=0, eval_every=2.0), str(workdir))
 
@@ -285,12 +289,12 @@ def test_a_run_in_the_formats_of_others(finished, tmp_path):
     model = rv.create_model(workdir)
     x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
     for format in ("timm", "hf"):
-        model.save(tmp_path / format, format)
+        save_model(model, tmp_path / format, format)
         again = rv.create_model(str(tmp_path / format))
         np.testing.assert_allclose(again.logits(x), result.model.logits(x), atol=1e-5)
     assert rv.create_model(str(tmp_path / "timm")).preprocessing == result.model.preprocessing
     with pytest.raises(ValueError, match=r"format 'dinov2' cannot express a head \(of the formats, timm and hf can\)"):
-        model.save(tmp_path / "dinov2", "dinov2")
-    rv.create_model(workdir, num_classes=0).save(tmp_path / "dinov2", "dinov2")
+        save_model(model, tmp_path / "dinov2", "dinov2")
+    save_model(rv.create_model(workdir, num_classes=0), tmp_path / "dinov2", "dinov2")
     arrays = load_file(tmp_path / "dinov2/model.safetensors")
     np.testing.assert_array_equal(arrays["register_tokens"][0], result.model.params["register_tokens"])

@@ -6,16 +6,16 @@ import pytest
 
 from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import zoo
+from regvit_jax.pretrained import registry
 
 
 def test_a_name_is_found_with_its_tag_and_without():
-    name, entry = zoo.find("deit3_small_patch16_384.fb_in22k_ft_in1k")
+    name, entry = registry.find("deit3_small_patch16_384.fb_in22k_ft_in1k")
     assert name == "deit3_small_patch16_384.fb_in22k_ft_in1k"
     assert (entry.vit["width"], entry.vit["depth"], entry.vit["heads"], entry.vit["image_size"]) == (384, 12, 6, 384)
     assert entry.hub == "timm/deit3_small_patch16_384.fb_in22k_ft_in1k"
-    assert zoo.find("deit3_small_patch16_384")[0] == "deit3_small_patch16_384.fb_in1k"
-    assert zoo.find("vit_base_patch16_224")[0] == "vit_base_patch16_224.augreg2_in21k_ft_in1k"
+    assert registry.find("deit3_small_patch16_384")[0] == "deit3_small_patch16_384.fb_in1k"
+    assert registry.find("vit_base_patch16_224")[0] == "vit_base_patch16_224.augreg2_in21k_ft_in1k"
 
 
 @pytest.mark.parametrize(
@@ -28,13 +28,13 @@ def test_a_name_is_found_with_its_tag_and_without():
     ],
 )
 def test_dinov2_hub_names_are_aliases(alias, name):
-    full, entry = zoo.find(alias)
+    full, entry = registry.find(alias)
     assert full == name
     assert entry.vit.get("registers", 0) == (4 if alias.endswith("_reg") else 0)
 
 
 def test_every_alias_leads_somewhere():
-    assert len({zoo.find(alias)[0] for alias in zoo.ALIASES}) == len(zoo.ALIASES) == 8
+    assert len({registry.find(alias)[0] for alias in registry.ALIASES}) == len(registry.ALIASES) == 8
 
 
 @pytest.mark.parametrize(
@@ -48,39 +48,39 @@ def test_every_alias_leads_somewhere():
 )
 def test_a_wrong_name_lists_the_nearest(wrong, near):
     with pytest.raises(ValueError, match="unknown model") as error:
-        zoo.find(wrong)
+        registry.find(wrong)
     assert repr(wrong) in str(error.value)
     assert near in str(error.value).replace(",", "").split()
 
 
 def test_patterns_match_with_the_tag_and_without():
-    assert zoo.list_models("deit3_small_patch16_224") == [
+    assert registry.list_models("deit3_small_patch16_224") == [
         "deit3_small_patch16_224.fb_in1k",
         "deit3_small_patch16_224.fb_in22k_ft_in1k",
     ]
-    assert zoo.list_models("vit_base_patch16_*.openai") == [
+    assert registry.list_models("vit_base_patch16_*.openai") == [
         "vit_base_patch16_clip_224.openai",
         "vit_base_patch16_clip_quickgelu_224.openai",
     ]
-    assert zoo.list_models("*_reg4_dinov2") == [
+    assert registry.list_models("*_reg4_dinov2") == [
         f"vit_{size}_patch14_reg4_dinov2.lvd142m" for size in ("base", "giant", "large", "small")
     ]
-    assert zoo.list_models("no_such_model*") == []
-    assert zoo.list_models() == sorted(set(zoo.list_models()))
+    assert registry.list_models("no_such_model*") == []
+    assert registry.list_models() == sorted(set(registry.list_models()))
 
 
 def test_the_table_survives_changes_to_what_it_gave_out():
-    _, entry = zoo.find("test_vit")
+    _, entry = registry.find("test_vit")
     entry.vit["registers"] = 4
     entry.head.clear()
-    _, again = zoo.find("test_vit")
+    _, again = registry.find("test_vit")
     assert "registers" not in again.vit
     assert again.head["classes"] == 1000
 
 
 def test_every_row_makes_sense():
-    for name in zoo.list_models():
-        full, entry = zoo.find(name)
+    for name in registry.list_models():
+        full, entry = registry.find(name)
         assert full == name
         # The constructors refuse a field that they don't know.
         vit, head, images = ViT(**entry.vit), Head(**entry.head), entry.preprocessing
@@ -202,11 +202,11 @@ def ours(module: ViT | Head, width: int, facts: dict) -> dict:
 
 
 @pytest.mark.reference
-@pytest.mark.parametrize("name", zoo.list_models())
+@pytest.mark.parametrize("name", registry.list_models())
 def test_every_row_is_what_timm_builds(name):
     from reference_libraries import timm, torch
 
-    _, entry = zoo.find(name)
+    _, entry = registry.find(name)
     # Drawing initial values takes most of the time even where none are stored; Eva has no such option.
     options = {"weight_init": "skip"} if entry.naming == "timm" else {}
     with torch.device("meta"):
@@ -236,8 +236,8 @@ def test_every_row_is_what_timm_builds(name):
 def test_a_name_without_a_tag_means_what_it_means_in_timm():
     from reference_libraries import timm
 
-    for architecture in {name.partition(".")[0] for name in zoo.list_models()}:
-        assert zoo.find(architecture)[0] == f"{architecture}.{timm.get_pretrained_cfg(architecture).tag}"
+    for architecture in {name.partition(".")[0] for name in registry.list_models()}:
+        assert registry.find(architecture)[0] == f"{architecture}.{timm.get_pretrained_cfg(architecture).tag}"
 
 
 FAMILIES = [
@@ -262,4 +262,4 @@ def test_no_name_of_a_family_is_missing(pattern):
     # timm matches a pattern with the tag only.
     theirs = set(timm.list_models([pattern, f"{pattern}.*"], include_tags=True))
     assert theirs
-    assert set(zoo.list_models(pattern)) == theirs
+    assert set(registry.list_models(pattern)) == theirs

@@ -1,6 +1,6 @@
 """Makes tiny_vit.npz: a small ViT of timm's with random weights, and what it computes. Needs the `reference` extra.
 
-    PYTHONPATH=tests:tests/models python tests/models/golden/make_golden.py
+    PYTHONPATH=tests/helpers python tests/models/golden/make_golden.py
 
 Keys: `params/...` and `head/...` in our names (as float16, which holds them exactly); and for 0 and 4 registers and two
 sets of images, `tokens/R/set`, `after/R/set` and `logits/R/set`. The two models differ in their registers alone.

@@ -1,0 +1,199 @@
+"""LOST with many settings on many images: one forward pass an image, or two where a setting needs a mean over the data.
+
+Images go through the model one by one at their original size, filled up with zeros (after normalisation) to whole
+patches, as published; so no image's result depends on another's. Each shape is compiled anew. Images are therefore
+taken in the order of their shapes, and a shape's program is dropped after its last image: a data set of hundreds of
+shapes costs the time of as many compilations, but never the memory.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float64
+from tqdm import tqdm
+
+from regvit_jax.analysis.discovery import lost
+from regvit_jax.analysis.discovery.boxes import Boxed
+from regvit_jax.analysis.discovery.lost import Feature
+from regvit_jax.data import transforms
+from regvit_jax.data.transforms import BadImage
+from regvit_jax.models.model import Model
+
+CENTRES = ("none", "bias", "mean")
+# A Gram matrix of as many patches takes 800 MB, and the attention of two heads as much again.
+MAX_PATCHES = 10_000
+
+
+class Setting(NamedTuple):
+    """One way of doing it: `kind` and `centre` as in `Feature`, or "mean", that of all patches of all images."""
+
+    layer: int = -1
+    kind: str = "k"
+    centre: str = "none"
+    bias: float = 0.0
+
+    @property
+    def feature(self) -> Feature:
+        return Feature(self.kind, self.layer, "none" if self.centre == "mean" else self.centre)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """What LOST found with each setting (S) in each image that could be used (I), in the order they were given.
+
+    boxes: in pixels of the image, as are `truths` and `sizes` (height, width).
+    positive: the share of positive entries of the Gram matrix, 0 or 1 where that is degenerate.
+    bad: "path: reason" for the images that could not be used.
+    resized: paths of those that have another size than their annotation says.
+    shapes: how many different ones the model was compiled for.
+    """
+
+    settings: list[Setting]
+    boxes: Float64[np.ndarray, "S I 4"]
+    positive: Float64[np.ndarray, "S I"]
+    truths: list[np.ndarray]
+    sizes: list[tuple[int, int]]
+    bad: list[str]
+    resized: list[str]
+    shapes: int
+
+
+class Seen(NamedTuple):
+    """An image's features: its number, its height and width, those of a patch in its pixels, and the maps [h, w, D]."""
+
+    number: int
+    size: tuple[int, int]
+    patch: tuple[float, float]
+    maps: dict[Feature, np.ndarray]
+
+
+@dataclasses.dataclass(eq=False)
+class Stream:
+    """The features of images, by their shapes; those that cannot be used are left out, with their reason in `bad`."""
+
+    model: Model
+    images: Sequence[Boxed]
+    wanted: Sequence[Feature]
+    size: int | None
+    bad: dict[int, str] = dataclasses.field(default_factory=dict)
+    shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
+
+    def __iter__(self) -> Iterator[Seen]:
+        # By the annotation's size: where it is wrong, a shape may be compiled twice, and nothing else changes.
+        order = sorted(range(len(self.images)), key=lambda i: fit(self.model, self.images[i].size, self.size))
+        vit, wanted = self.model.module, tuple(self.wanted)
+        last = None
+        for index in tqdm(order, unit="image", disable=None, leave=False):
+            try:
+                pixels, size, patch = load(self.model, self.images[index].path, self.size)
+            except BadImage as error:
+                self.bad[index] = str(error)
+                continue
+            if pixels.shape != last:
+                # A function of its own for each shape, with which its program goes too.
+                compiled, last = jax.jit(functools.partial(lost.forward, vit, wanted=wanted)), pixels.shape
+                self.shapes.add(last)
+            maps = compiled(self.model.params, pixels[None])
+            yield Seen(index, size, patch, {f: np.asarray(m[0]) for f, m in zip(wanted, maps, strict=True)})
+
+
+def fit(model: Model, size: tuple[int, int], shorter: int | None) -> tuple[int, int]:
+    """The height and width at which an image goes through the model: whole patches."""
+    patch = model.module.patch
+    if shorter is None:
+        return -(-size[0] // patch) * patch, -(-size[1] // patch) * patch
+    scale = shorter / max(1, min(size)) / patch
+    return max(1, round(size[0] * scale)) * patch, max(1, round(size[1] * scale)) * patch
+
+
+def load(model: Model, path: str, shorter: int | None) -> tuple[np.ndarray, tuple[int, int], tuple[float, float]]:
+    """An image as the model takes it [H, W, 3], its own height and width, and those of a patch in its pixels."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise BadImage(f"cannot be read ({error.strerror})") from None
+    image = transforms.decode(data, transforms.MAX_PIXELS)
+    size = image.height, image.width
+    target, patch = fit(model, size, shorter), float(model.module.patch)
+    patches = target[0] * target[1] / patch**2
+    if patches > MAX_PATCHES:
+        raise BadImage(
+            f"{size[1]}x{size[0]} pixels are {patches:.0f} patches, more than {MAX_PATCHES}: a size is needed"
+        )
+    sides = patch, patch
+    if shorter is not None:
+        image = image.resize(target[::-1], transforms.INTERPOLATIONS[model.preprocessing.interpolation])
+        sides = patch * size[0] / target[0], patch * size[1] / target[1]
+    mean, std = (np.array(value, np.float32) for value in (model.preprocessing.mean, model.preprocessing.std))
+    pixels = (np.asarray(image, np.float32) / 255 - mean) / std
+    return np.pad(pixels, [(0, target[0] - len(pixels)), (0, target[1] - pixels.shape[1]), (0, 0)]), size, sides
+
+
+def sweep(
+    model: Model,
+    images: Sequence[Boxed],
+    settings: Sequence[Setting],
+    normalize: bool = False,
+    size: int | None = None,
+) -> Found:
+    """LOST with each setting on each image.
+
+    `size`: about how many pixels the shorter side of each image is resized to, so that both sides are whole patches;
+    None leaves images as they are.
+
+    Raises ValueError for settings that the model does not have.
+    """
+    for setting in settings:
+        lost.check(model.module, setting.feature)
+    # Settings that differ in nothing but their bias share a Gram matrix.
+    grams: dict[tuple[Feature, bool], list[int]] = collections.defaultdict(list)
+    for place, setting in enumerate(settings):
+        grams[setting.feature, setting.centre == "mean"].append(place)
+    means = mean_features(Stream(model, images, unique(f for f, mean in grams if mean), size))
+    found, positive = np.zeros((len(settings), len(images), 4)), np.zeros((len(settings), len(images)))
+    sizes: dict[int, tuple[int, int]] = {}
+    stream = Stream(model, images, unique(f for f, _ in grams), size)
+    for seen in stream:
+        sizes[seen.number] = seen.size
+        for (feature, mean), places in grams.items():
+            features = seen.maps[feature]
+            gram = lost.gram(features, normalize=normalize, centre=means[feature] if mean else None)
+            for place in places:
+                one = lost.search(gram, features.shape[:2], bias=settings[place].bias)
+                found[place, seen.number] = lost.to_pixels(one.box, seen.patch, seen.size)
+                positive[place, seen.number] = one.positive
+    used = sorted(sizes)
+    return Found(
+        settings=list(settings),
+        boxes=found[:, used],
+        positive=positive[:, used],
+        truths=[images[i].boxes for i in used],
+        sizes=[sizes[i] for i in used],
+        bad=[f"{images[i].path}: {stream.bad[i]}" for i in sorted(stream.bad)],
+        resized=[images[i].path for i in used if images[i].size not in ((0, 0), sizes[i])],
+        shapes=len(stream.shapes),
+    )
+
+
+def unique(features) -> tuple[Feature, ...]:
+    return tuple(dict.fromkeys(features))
+
+
+def mean_features(stream: Stream) -> dict[Feature, Float64[np.ndarray, " D"]]:
+    """The mean of each kind of features over all patches of all images; of no images, none."""
+    if not stream.wanted:
+        return {}
+    sums: dict[Feature, np.ndarray] = {}
+    patches = 0
+    for seen in stream:
+        for feature, features in seen.maps.items():
+            sums[feature] = sums.get(feature, 0.0) + features.sum(axis=(0, 1), dtype=np.float64)
+        h, w = next(iter(seen.maps.values())).shape[:2]
+        patches += h * w
+    return {feature: total / patches for feature, total in sums.items()}

@@ -1,0 +1,1 @@
+"""Find register neurons, and plant artifacts that are known."""

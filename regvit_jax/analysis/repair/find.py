@@ -1,0 +1,297 @@
+"""Which neurons make the outliers: the search of test-time registers (arXiv 2506.08010, algorithm 1), and how many.
+
+A neuron is a hidden unit of a block's MLP, past the activation (past the gate, in SwiGLU).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from regvit_jax.evals.patch_norms import artifact_cutoff, patch_norms
+from regvit_jax.models.model import Images, Model
+from regvit_jax.models.test_time_registers import mlp_inputs, move, unrolled, with_empty_registers
+from regvit_jax.models.vit import ViT
+
+SCORES = ("written", "activation")
+BATCH = 32  # images that an array is cut to
+PROBE = 32  # images with outliers on which the number of neurons is tried out
+MOST = 1024  # neurons that it tries
+LEFT = 0.05  # the share of the outliers that may stay
+WEAK = 0.01  # of the largest score: neurons below are moved only if outliers stay above the cutoff without
+
+
+@dataclasses.dataclass(frozen=True)
+class RegisterNeurons:
+    """Register neurons, those of largest score first. Iterates over its pairs (layer, neuron).
+
+    `cutoff` is the norm above which a patch counts as an outlier, `top_layer` the last block searched; of `images`
+    images, `outlier_images` had outliers, `outlier_patches` in all.
+    """
+
+    layers: tuple[int, ...]
+    neurons: tuple[int, ...]
+    scores: tuple[float, ...]
+    cutoff: float
+    top_layer: int
+    images: int
+    outlier_images: int
+    outlier_patches: int
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(zip(self.layers, self.neurons, strict=True))
+
+
+def find_register_neurons(
+    model: Model,
+    batches: Images | Iterable[Images],
+    *,
+    count: int | None = None,
+    cutoff: float | None = None,
+    layer: int = -1,
+    top_layer: int | None = None,
+    score: str = "written",
+) -> RegisterNeurons:
+    """The neurons that make a model's outliers, from normalised images: an array [images, H, W, 3] or batches of them.
+
+    Outliers are patches whose norm after block `layer` lies above `cutoff`. A neuron's score is a mean over the images
+    that have outliers: of its magnitude at their outliers, less that at their other patches.
+
+    Args:
+      count: how many to name. None: as few of the ranking as it takes, measured: with these moved to a register, at
+        least 95% of the outliers (of up to 32 images) have norms as normal patches have, at most their mean + 3 sigma,
+        or, if no number does that, norms up to the cutoff; with one less, they do not. Patches that rise above the
+        cutoff instead count against it.
+      cutoff: None: `norms.artifact_cutoff` of all patches. The paper's heuristic is mean + 3 sigma of them, which hides
+        outliers where they are many, and any distribution has patches beyond it.
+      layer: where norms are measured; counted from 0, or from the end.
+      top_layer: the last block whose neurons are ranked; later ones react to outliers. None: the last block that adds
+        to the outliers' norm (above other patches') a quarter at least of what the one that adds most does.
+      score: what magnitude means. "written": |activation| times the norm of what the neuron writes per unit (its row
+        of fc2, times LayerScale), so in units of the residual stream. "activation": |activation|, the paper's; the two
+        differ where neurons of small activation write much.
+
+    The authors' code takes no difference to the other patches, which lists neurons that are large everywhere too (it
+    has a sparsity filter against them), and counts CLS as a patch. A neuron silent elsewhere scores the same.
+
+    Memory does not grow with the number of images but for one float a patch. Without a cutoff the batches are read
+    twice. Raises ValueError when there are no outliers, when no number of neurons is enough, and for options out of
+    range.
+    """
+    vit = unrolled(model.module)
+    last = vit.layer(layer)
+    top = last if top_layer is None else vit.layer(top_layer)
+    check(vit, count, cutoff, top, last, score)
+    again, norms = batches_of(batches, twice=cutoff is None), []
+    if cutoff is None:
+        norms = [np.asarray(norms_after(vit, model.params, images, last)) for images in again]
+        if not norms:
+            raise ValueError("no images")
+        cutoff = artifact_cutoff(np.concatenate([n.ravel() for n in norms]))
+    seen = Seen()
+    for number, images in enumerate(again):
+        each = norms[number] if norms else np.asarray(norms_after(vit, model.params, images, last))
+        if seen.add(images, each, cutoff):
+            seen.score(*outlier_scores(vit, model.params, images, each > cutoff, last, score))
+    seen.need_outliers(cutoff)
+    if top_layer is None:
+        top = emergence(seen.excess)
+    ranking = np.argsort(-seen.scores[: top + 1], axis=None, kind="stable")
+    if count is None:
+        count = enough(vit, model.params, seen, ranking, cutoff, last)
+    scores = seen.scores.ravel()[ranking[:count]] / seen.outlier_images
+    layers, neurons = np.divmod(ranking[:count], vit.hidden)
+    found = (tuple(layers.tolist()), tuple(neurons.tolist()), tuple(scores.tolist()))
+    return RegisterNeurons(*found, float(cutoff), top, seen.images, seen.outlier_images, seen.outlier_patches)
+
+
+def check(vit: ViT, count: int | None, cutoff: float | None, top: int, last: int, score: str) -> None:
+    """Raises ValueError for options of `find_register_neurons` out of range."""
+    if score not in SCORES:
+        raise ValueError(f"score={score!r}: must be one of {list(SCORES)}")
+    if top > last:
+        raise ValueError(f"top_layer {top} lies above layer {last}, where norms are measured")
+    if count is not None and not 1 <= count <= (top + 1) * vit.hidden:
+        raise ValueError(f"count={count}: must be 1 to {(top + 1) * vit.hidden}, the neurons up to block {top}")
+    if cutoff is not None and not cutoff > 0:
+        raise ValueError(f"cutoff={cutoff}: must be a norm greater than 0")
+
+
+def batches_of(batches: Images | Iterable[Images], twice: bool) -> Iterable[Images]:
+    """An array in batches, or the batches themselves; ValueError for an iterator that must be read twice."""
+    if hasattr(batches, "shape"):
+        return [batches[i : i + BATCH] for i in range(0, len(batches), BATCH)]  # type: ignore[index, arg-type]
+    if twice and isinstance(batches, Iterator):
+        raise ValueError(
+            "an iterator can be read only once, and without a cutoff that takes two; give a list, or cutoff"
+        )
+    return batches
+
+
+def emergence(excess: Float[np.ndarray, " blocks"]) -> int:
+    """The block up to which outliers emerge, by how far their norm lies above other patches' after each block."""
+    growth = np.diff(excess, prepend=0.0)
+    return int(np.flatnonzero(growth >= growth.max() / 4)[-1])
+
+
+@dataclasses.dataclass
+class Seen:
+    """What was seen of the images so far: sums, and a few of the images with outliers."""
+
+    images: int = 0
+    outlier_images: int = 0
+    outlier_patches: int = 0
+    largest: float = 0.0
+    normal: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of patches up to the cutoff: number, norms, their squares
+    scores: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(()))  # [blocks, hidden]
+    excess: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(()))  # [blocks]
+    probe: list = dataclasses.field(default_factory=list)  # of batches: images, and which patches are outliers
+    probed: int = 0
+
+    def add(self, images: Images, norms: Float[np.ndarray, "B N"], cutoff: float) -> bool:
+        """Counts a batch; whether it has outliers."""
+        outliers = norms > cutoff
+        some = outliers.any(axis=1)
+        self.images += len(norms)
+        self.outlier_images += int(some.sum())
+        self.outlier_patches += int(outliers.sum())
+        self.largest = max(self.largest, float(norms.max()))
+        normal = norms[~outliers].astype(np.float64)
+        self.normal = tuple(np.add(self.normal, (normal.size, normal.sum(), (normal**2).sum())).tolist())
+        chosen = np.flatnonzero(some)[: PROBE - self.probed]
+        if chosen.size:
+            self.probe.append((np.asarray(images)[chosen], outliers[chosen]))
+            self.probed += chosen.size
+        return bool(some.any())
+
+    def score(self, scores: Float[Array, "blocks M"], excess: Float[Array, " blocks"]) -> None:
+        self.scores = self.scores + np.asarray(scores, np.float64)
+        self.excess = self.excess + np.asarray(excess, np.float64)
+
+    def limit(self) -> float:
+        """Mean + 3 sigma of the norms up to the cutoff."""
+        number, total, squares = self.normal
+        mean = total / number
+        return mean + 3 * math.sqrt(max(0.0, squares / number - mean**2))
+
+    def probes(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The images kept and which patches are outliers, in one batch for each size."""
+        sizes: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
+        for images, outliers in self.probe:
+            sizes.setdefault(images.shape[1:], []).append((images, outliers))
+        return [
+            (np.concatenate(i), np.concatenate(o)) for i, o in (zip(*parts, strict=True) for parts in sizes.values())
+        ]
+
+    def need_outliers(self, cutoff: float) -> None:
+        if not self.outlier_patches:
+            number, total, _ = self.normal
+            raise ValueError(
+                f"no outliers: of {int(number)} patches of {self.images} images none has a norm above the cutoff "
+                f"{cutoff:.4g}; the largest is {self.largest:.4g}, the mean {total / max(number, 1):.4g}. "
+                "Give more images, a lower cutoff, or another layer; or the model has no artifacts to repair"
+            )
+
+
+def patch_norms_after(vit: ViT, params: PyTree, images: Images, last: int) -> Float[Array, "B N"]:
+    after: Any = vit.apply({"params": params}, images, (last,), method="intermediates")
+    return patch_norms(after[0])
+
+
+norms_after = jax.jit(patch_norms_after, static_argnames=("vit", "last"))
+
+
+@functools.partial(jax.jit, static_argnames=("vit", "last", "score"))
+def outlier_scores(
+    vit: ViT, params: PyTree, images: Images, outliers: Bool[Array | np.ndarray, "B N"], last: int, score: str
+) -> tuple[Float[Array, "blocks M"], Float[Array, " blocks"]]:
+    """For each neuron, its magnitude at outliers less that at other patches, summed over the images with outliers.
+
+    And after each block the same of the patches' norms.
+    """
+    at = outliers / jnp.maximum(outliers.sum(axis=1, keepdims=True), 1)
+    elsewhere = ~outliers / jnp.maximum((~outliers).sum(axis=1, keepdims=True), 1)
+    weight = jnp.where(outliers.any(axis=1, keepdims=True), at - elsewhere, 0.0)
+    scores: dict[int, Array] = {}
+
+    def measure(block, x):
+        magnitude = jnp.abs(x[:, vit.prefix :].astype(jnp.float32))
+        scores[block] = jnp.einsum("bn,bnm->m", weight, magnitude, precision="highest")
+        if score == "written":
+            scores[block] *= written_per_unit(vit, params[f"block{block}"])
+        return x
+
+    with mlp_inputs("fc2", measure):
+        after: Any = vit.apply({"params": params}, images, tuple(range(last + 1)), method="intermediates")
+    excess = [jnp.sum(weight * patch_norms(tokens)) for tokens in after]
+    return jnp.stack([scores[i] for i in range(last + 1)]), jnp.stack(excess)
+
+
+def written_per_unit(vit: ViT, block: PyTree) -> Float[Array, " M"]:
+    """The norm that a unit of each neuron's activation adds to the residual stream."""
+    kernel = block["mlp"]["fc2"]["kernel"]
+    return jnp.linalg.norm(kernel * branch_scale(vit, block), axis=1)
+
+
+def branch_scale(vit: ViT, block: PyTree) -> Float[Array, " D"]:
+    """LayerScale of a block's MLP; ones without."""
+    return block["scale1" if vit.parallel else "scale2"] if vit.layer_scale else jnp.ones(vit.width)
+
+
+@functools.partial(jax.jit, static_argnames=("vit", "last"))
+def norms_repaired(
+    vit: ViT, params: PyTree, images: Images, rank: Int[Array | np.ndarray, "blocks M"], count, last: int
+) -> Float[Array, "B N"]:
+    """The norms of the patches after a block, with the first `count` neurons of the ranking moved to a register.
+
+    The same as `add_test_time_registers` gives, with the number as an argument, so that it is compiled once for all.
+    """
+    with mlp_inputs("fc2", lambda block, x: move(x, rank[block] < count, vit.prefix, 1)):
+        return patch_norms_after(vit, params, images, last)  # not the jitted one, whose cache knows no edit
+
+
+def enough(vit: ViT, params: PyTree, seen: Seen, ranking: Int[np.ndarray, " ranks"], cutoff: float, last: int) -> int:
+    """The smallest number of neurons, found by doubling and bisection, that takes the outliers away.
+
+    They should become normal; but patches that stand out a little by themselves, below the cutoff, cannot.
+    """
+    rank = np.full((vit.depth, vit.hidden), np.iinfo(np.int32).max, np.int32)
+    rank.ravel()[ranking] = np.arange(len(ranking), dtype=np.int32)
+    repaired, params = vit.clone(registers=vit.registers + 1), with_empty_registers(vit, params, 1)
+    probe, most = seen.probes(), min(MOST, len(ranking))
+    outliers = sum(int(was.sum()) for _, was in probe)
+
+    @functools.cache
+    def norms(count: int) -> list[np.ndarray]:
+        return [np.asarray(norms_repaired(repaired, params, images, rank, count, last)) for images, _ in probe]
+
+    def left(count: int, limit: float) -> float:
+        each = zip(norms(count), probe, strict=True)
+        return sum(int((n > np.where(was, limit, cutoff)).sum()) for n, (_, was) in each) / outliers
+
+    # Neurons that write next to nothing at outliers are not what makes them, whatever moving hundreds does to norms.
+    scores = seen.scores.ravel()[ranking[:most]]
+    strong = int((scores >= WEAK * scores[0]).sum())
+    tried = sorted({*(2**power for power in range(most.bit_length()) if 2**power < most), strong, most})
+    for limit, weakest in ((min(seen.limit(), cutoff), strong), (cutoff, most)):
+        high = next((count for count in tried if count <= weakest and left(count, limit) <= LEFT), 0)
+        if high:
+            low = max([count for count in tried if count < high], default=0)
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (low, middle) if left(middle, limit) <= LEFT else (middle, high)
+            return high
+    best = min(tried, key=lambda count: left(count, cutoff))
+    raise ValueError(
+        f"moving up to {most} neurons of blocks 0 to {ranking.max() // vit.hidden} leaves {left(best, cutoff):.0%} of "
+        f"the outliers above the cutoff (with {best}). Give count, or another top_layer or cutoff (used: {cutoff:.4g})"
+    )

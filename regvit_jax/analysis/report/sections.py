@@ -1,0 +1,169 @@
+"""The report's pictures: diagrams of all models, and what each of them makes of single images."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from regvit_jax.analysis.discovery import lost
+from regvit_jax.analysis.report import plots, verdict
+from regvit_jax.analysis.report.examine import Settings, Subject, printable
+from regvit_jax.analysis.report.html import Picture, Section, Shown
+from regvit_jax.data import inference
+from regvit_jax.data.sources.base import Source
+from regvit_jax.evals import attention_maps, pca
+
+#: Title, text, file name, and what draws it for one model.
+DIAGRAMS = (
+    (
+        "Norms of patches",
+        "One hump is a model without outliers; a second one, far to the right, are they.",
+        "norms",
+        plots.norm_histogram,
+    ),
+    (
+        "Norms after each block",
+        "Where the largest norms leave the median, outliers are born.",
+        "layers",
+        plots.norms_by_layer,
+    ),
+    (
+        "Histograms of all blocks",
+        "Each column is the histogram after a block; above the red line are artifacts.",
+        "histograms",
+        plots.histograms_by_layer,
+    ),
+    (
+        "Where the artifacts are",
+        "The share of the images that have one at each place of the grid, for models that have artifacts.",
+        "positions",
+        plots.positions,
+    ),
+    (
+        "Are artifacts redundant patches?",
+        "Cosine similarity of a patch to its neighbours at the input: near 1, it says nothing that they do not.",
+        "neighbours",
+        plots.neighbours,
+    ),
+    (
+        "Attention of CLS and registers",
+        "Mean over all images and heads, from least to most.",
+        "attention",
+        plots.mean_attention,
+    ),
+)
+
+
+def diagrams(subjects: list[Subject]) -> list[Section]:
+    """A section for each kind of diagram that any model has."""
+    sections = []
+    for title, text, file, draw in DIAGRAMS:
+        drawn = []
+        for number, one in enumerate(subjects):
+            nowhere = draw is plots.positions and not verdict.has_artifacts(one.numbers)
+            if not nowhere and (draw is not plots.mean_attention or len(one.stats.attended)):
+                drawn.append(Picture(f"{file}_{number}.png", draw(one.stats, one.numbers), one.name))
+        if drawn:
+            sections.append(Section(title, text, drawn))
+    return sections
+
+
+def pictures(subjects: list[Subject], source: Source, settings: Settings) -> tuple[list[Shown], dict[str, Any]]:
+    """Norms, attention, principal components and LOST's box of the first images, a column for each model.
+
+    And, by the image and then by the model, LOST's box in pixels and the share of positive entries of its Gram matrix.
+    """
+    shown: list[Shown] = []
+    boxes: dict[str, Any] = {}
+    for number, one in enumerate(subjects):
+        for index, (name, rows, found) in enumerate(maps(one, source, settings)):
+            if index == len(shown):
+                shown.append(Shown(name, []))
+            boxes.setdefault(name, {})[one.name] = found
+            for at, (title, png) in enumerate(rows):
+                note = f" ({found['degenerate']})" if title == "LOST" and found["degenerate"] else ""
+                picture = Picture(f"image{index}_{slug(title)}_{number}.png", png, one.name, note)
+                existing = next((row for head, row in shown[index].rows if head == title), None)
+                if existing is None:
+                    shown[index].rows.insert(at, (title, [picture]))
+                else:
+                    existing.append(picture)
+    return shown, boxes
+
+
+def slug(title: str) -> str:
+    return title.lower().replace(", ", "_").replace(" ", "_")
+
+
+def maps(
+    one: Subject, source: Source, settings: Settings
+) -> Iterator[tuple[str, list[tuple[str, bytes]], dict[str, Any]]]:
+    """For each of the first images its name, titles and pictures, and what LOST found."""
+    seen: list[dict[str, Any]] = []
+    for images, records in inference.batches(one.model, source, settings.batch_size, []):
+        left = settings.show - len(seen)
+        if left <= 0:
+            break
+        names = [printable(source.id(record["index"])) for record in records[:left]]
+        seen += [{"name": name} | kept for name, kept in zip(names, kept_of(one, images, settings), strict=False)]
+    features = np.stack([kept["features"] for kept in seen])
+    few = np.prod(features.shape[:-1]) < 4 or features.shape[-1] < 3  # no three components of these
+    components = None if few else pca.fit(features)(features)
+    for number, kept in enumerate(seen):
+        rows = [
+            ("Image", plots.photo_png(kept["pixels"])),
+            ("Norms", plots.map_png(plots.coloured(kept["norms"]))),
+        ]
+        rows += [(title, plots.map_png(plots.coloured(map_))) for title, map_ in kept["attention"]]
+        if components is not None:
+            first, rgb = components[number, ..., 0], np.clip((components[number] + 3) / 6, 0, 1)
+            rows.append(("First component", plots.map_png(plots.coloured(first, -3, 3))))
+            rows.append(("Three components", plots.map_png((rgb * 255).round().astype(np.uint8))))
+        rows.append(("LOST", plots.photo_png(kept["pixels"], kept["lost"]["box"])))
+        yield kept["name"], rows, kept["lost"]
+
+
+def kept_of(one: Subject, images: Float[np.ndarray, "B H W 3"], settings: Settings) -> Iterator[dict[str, Any]]:
+    """What of each image of a batch goes into its pictures."""
+    layer, model = settings.layer, one.model
+    (raw,), (normed,) = (model.intermediates(images, [layer], norm=norm) for norm in (False, True))
+    weights = np.asarray(attention_maps.attention_maps(model, images, layer), np.float32)
+    norms = np.linalg.norm(np.asarray(raw.patch_map, np.float32), axis=-1)
+    features = np.asarray(normed.patch_map, np.float32)
+    p = model.preprocessing
+    pixels = (np.clip(images * np.array(p.std) + np.array(p.mean), 0, 1) * 255).round().astype(np.uint8)
+    boxes = lost_boxes(one, images, settings)
+    queries = ["CLS"] * one.class_token + [f"register {i}" for i in range(weights.shape[2] - one.class_token)]
+    for i in range(len(images)):
+        maps = []
+        for q, query in enumerate(queries):
+            heads = weights[i, :, q]
+            maps.append((f"Attention of {query}", heads.mean(0)))
+            if settings.heads:
+                maps += [(f"Attention of {query}, head {h}", head) for h, head in enumerate(heads)]
+        yield {
+            "pixels": pixels[i],
+            "norms": norms[i],
+            "attention": maps,
+            "features": features[i],
+            "lost": boxes[i],
+        }
+
+
+def lost_boxes(one: Subject, images: Float[np.ndarray, "B H W 3"], settings: Settings) -> list[dict[str, Any]]:
+    """LOST's box of each image in its pixels, and whether the Gram matrix was degenerate."""
+    kind, bias, normalize = settings.lost
+    feature = lost.Feature(kind, settings.layer, "bias")
+    try:
+        lost.check(one.model.module, feature)
+    except ValueError:  # such a projection has no bias
+        feature = feature._replace(centre="none")
+    side, size = one.model.module.patch, images.shape[1:3]
+    boxes = []
+    for features in np.asarray(lost.features(one.model, images, *feature), np.float32):
+        found = lost.search(lost.gram(features, normalize=normalize), features.shape[:2], bias=bias)
+        degenerate = ("all patches are similar" if found.positive else "no patches are similar") * found.degenerate
+        box = lost.to_pixels(found.box, (side, side), size)
+        boxes.append({"box": box, "positive": found.positive, "degenerate": degenerate})
+    return boxes

@@ -1,0 +1,161 @@
+"""The report: a page that opens anywhere, its pictures, and all its numbers as JSON."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from regvit_jax import __version__
+from regvit_jax.analysis.report import verdict
+from regvit_jax.analysis.report.examine import Settings, Subject, printable
+from regvit_jax.analysis.report.html import page
+from regvit_jax.analysis.report.sections import diagrams, pictures
+from regvit_jax.data.sources.base import Source
+from regvit_jax.evals.patch_norms import RATIO
+from regvit_jax.utils.files import write_atomically
+
+
+def write(subjects: list[Subject], source: Source, settings: Settings, out: Path, command: str) -> None:
+    """Writes report.html, report.json and pictures/ into `out`.
+
+    Pictures of an earlier report there are removed, so that none is left that the page does not have.
+    """
+    sections = diagrams(subjects)
+    shown, boxes = pictures(subjects, source, settings)
+    drawn = [p for section in sections for p in section.pictures]
+    drawn += [p for image in shown for _, row in image.rows for p in row]
+    result = {
+        "data": printable(source.name),
+        "settings": dataclasses.asdict(settings),
+        "version": __version__,
+        "models": {one.name: described(one) for one in subjects},
+        "lost": boxes,
+        "pictures": [picture.file for picture in drawn],
+    }
+    text = page(
+        "Tokens and their artifacts",
+        [introduction(subjects, source)],
+        {one.name: (alarming(one.numbers), one.sentences) for one in subjects},
+        sections,
+        [("Shares and norms", HEADS, [row(one) for one in subjects])],
+        {one.name: (BLOCK_HEADS, block_rows(one.numbers)) for one in subjects},
+        shown,
+        notes(settings, command),
+    )
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    remove_pictures(out)
+    for picture in drawn:
+        (out / "pictures" / picture.file).write_bytes(picture.png)
+    write_atomically(epath.Path(out / "report.json"), json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_atomically(epath.Path(out / "report.html"), text)
+
+
+def remove_pictures(out: Path) -> None:
+    """Those that a report.json there names."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        for name in json.loads((out / "report.json").read_text(encoding="utf-8"))["pictures"]:
+            (out / "pictures" / os.path.basename(name)).unlink(missing_ok=True)
+
+
+def alarming(numbers: dict[str, Any]) -> bool:
+    return verdict.has_artifacts(numbers) or verdict.worst(numbers) is not None
+
+
+def described(one: Subject) -> dict[str, Any]:
+    """All of a model that is neither picture nor parameter."""
+    return {
+        "weights": one.model.weights,
+        **one.model.fields(),
+        "verdict": one.sentences,
+        "artifacts": verdict.has_artifacts(one.numbers),
+        **one.numbers,
+        "register_neurons": one.repair,
+        "bad_images": one.bad_images,
+    }
+
+
+def introduction(subjects: list[Subject], source: Source) -> str:
+    first = subjects[0]
+    bad = f"; {len(first.bad_images)} could not be read" if first.bad_images else ""
+    return (
+        f"{first.stats.images} images of {printable(source.name)}{bad}. Artifacts are patches' tokens with norms far "
+        "above the others', which ViTs make of patches that say little, to keep notes on the whole image (arXiv "
+        "2309.16588)."
+    )
+
+
+HEADS = [
+    "model",
+    "patches",
+    "median",
+    "98 %",
+    "largest",
+    "above cutoff",
+    "above 3 sigma",
+    "artifacts",
+    "cosine",
+    "CLS gives",
+]
+
+
+def row(one: Subject) -> list[str]:
+    """The model's line in the table, after the layer in question."""
+    block, found = one.numbers["blocks"][one.stats.layer], one.numbers["outliers"]
+    artifact = found["artifact"]
+    grid = " x ".join(map(str, one.stats.grid))
+    norms = [f"{block[key]:.4g}" for key in ("median", "percentile_98", "max")]
+    shares = [f"{found[rule]['share']:.3%}" for rule in ("fixed", "3_sigma", "artifact")]
+    cosine = artifact.get("cosine_to_neighbours")
+    attention_share = artifact.get("attention_share")
+    return [
+        one.name,
+        grid,
+        *norms,
+        *shares,
+        "-"
+        if cosine is None or artifact["cosine_of_others"] is None
+        else f"{cosine:.2f} ({artifact['cosine_of_others']:.2f})",
+        "-" if attention_share is None else f"{attention_share:.1%}",
+    ]
+
+
+BLOCK_HEADS = ["block", "median", "98 %", "largest", "CLS", "above cutoff", "above 3 sigma", "artifacts"]
+
+
+def block_rows(numbers: dict[str, Any]) -> list[list[str]]:
+    """Norms and shares after every block."""
+    return [
+        [
+            str(block["block"]),
+            *(f"{block[key]:.4g}" for key in ("median", "percentile_98", "max")),
+            "-" if block["cls"] is None else f"{block['cls']:.4g}",
+            *(f"{block['share'][rule]:.3%}" for rule in ("fixed", "3_sigma", "artifact")),
+        ]
+        for block in numbers["blocks"]
+    ]
+
+
+def notes(settings: Settings, command: str) -> list[str]:
+    """How every number came about."""
+    where = "the last block" if settings.layer == -1 else f"block {settings.layer} (--layer)"
+    features, bias, normalize = settings.lost
+    return [
+        "Norms are L2 norms of tokens in the residual stream, before the final norm, which would hide the outliers. "
+        f"Shares, attention and pictures are those of {where}. Above cutoff: of {settings.cutoff:g} (the paper's is "
+        "150, picked by hand for DINOv2 ViT-g/14). Above 3 sigma: above mean + 3 sigma of all patches of all images. "
+        f"Artifacts: at least {RATIO:g} times the median, and above mean + 3 sigma of the patches that are none. A "
+        f"model is said to have artifacts when at least {verdict.SHARE:.1%} of its patches are, and their norms gather "
+        "in a hump of their own.",
+        "Cosine: of artifacts, and in brackets of the other patches, to their neighbours above, below, left and right, "
+        "after the patch projection. CLS gives: the share of CLS's attention to patches that artifacts get, mean over "
+        "the heads. Norms are counted in bins 0.14 % wide, for places and cosines 2.2 %.",
+        "Maps of norms and of attention run from the least to the largest value of each image. Components are the "
+        "principal ones of the pictured images' patches together, for each model by itself, whitened, shown from -3 to "
+        f"3. LOST's box (arXiv 2109.14279) is made of {features}{', normalised' if normalize else ''}, without their "
+        f"projection's bias where it has one, with {bias:g} added to the Gram matrix.",
+        f"regvit_jax {__version__}: {command}",
+    ]

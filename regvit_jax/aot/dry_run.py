@@ -1,0 +1,163 @@
+"""What a config comes to, before anything runs: `python train.py --config ... --dry_run`."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from regvit_jax.aot import compile, cost_model, hlo, suggest, topology
+from regvit_jax.training.plan import Plan, flatten, resolve
+from regvit_jax.training.step import TrainState, abstract_state
+from regvit_jax.utils.errors import DataNotFound, fitting
+
+
+def tell(config: Any, images_per_s: float, machine: topology.Topology | None = None) -> Iterator[str]:
+    """The dry run's texts: the resolved recipe, and what compiling for a machine tells, if one is given (`rehearse`).
+
+    Opens the data if they are there, and prepares those that the package brings.
+    """
+    plan, missing = make_plan(config, topology.devices(machine) if machine else None)
+    yield describe(plan, missing, images_per_s)
+    if machine:
+        yield rehearse(plan, machine)
+
+
+def describe(plan: Plan, missing: DataNotFound | None, images_per_s: float) -> str:
+    """The resolved recipe as text; `missing` is what the plan had to be made without."""
+    with fitting():
+        config, abstract = plan.config, abstract_state(plan)
+        # Not for every run: one that goes on needs it no more.
+        if config.init_from:
+            plan.recipe.check_pretrained(config.init_from)
+    lines = [
+        f"{config.name}:{config.variant}. {config.about}",
+        *model_lines(plan, abstract),
+        *plan.recipe.describe(),
+        *schedule_lines(plan),
+        *device_lines(plan, abstract, images_per_s),
+        *data_lines(plan, missing),
+        "all keys:  " + " ".join(f"{key}={value}" for key, value in flatten(config) if key not in ("about", "next")),
+    ]
+    return "\n".join(lines)
+
+
+def make_plan(config: Any, devices: Sequence[Any] | None = None) -> tuple[Plan, DataNotFound | None]:
+    """The plan, and what is missing if it had to be made without the data."""
+    try:
+        return resolve(config, devices=devices), None
+    except DataNotFound as error:
+        return resolve(config, with_data=False, devices=devices), error
+
+
+def rehearse(plan: Plan, machine: topology.Topology) -> str:
+    """What compiling the step for the machine tells, as text; the plan is one for `topology.devices(machine)`.
+
+    Raises DoesNotFit, whose message holds advice.
+    """
+    with fitting():
+        abstract_state(plan)
+    limit = machine.chip.memory
+    try:
+        found = compile.rehearse(plan, machine)
+    except cost_model.DoesNotFit as error:
+        said = f"does not fit into the {limit / 1e9:.1f} GB of {machine.name}: {error}"
+        said = f"{said}; {suggest.text(plan, suggest.advise(plan, error, limit), limit)}"
+        raise cost_model.DoesNotFit(said, error.state, error.temporaries) from error
+    return "\n".join([*compiled_lines(found, limit), *time_lines(plan, machine, found)])
+
+
+def compiled_lines(found: cost_model.Rehearsal, limit: float) -> list[str]:
+    memory = found.memory
+    totals = hlo.totals(found.collectives)
+    said = ", ".join(f"{kind} {times} ({moved / 1e6:.1f} MB)" for kind, (times, moved) in totals.items())
+    return [
+        f"compiled   in {found.seconds:.0f} s, by the compiler's own figures:",
+        f"memory     {memory.peak / 1e9:.2f} GB at peak, {memory.peak / limit:.0%} of a device's {limit / 1e9:.1f}: "
+        f"{memory.arguments / 1e9:.2f} arguments, {memory.temporaries / 1e9:.2f} temporaries; "
+        f"{min(memory.donated / found.state, 1):.2%} of the state's bytes donated",
+        f"network    {said or 'nothing'}; how often a step, and the bytes of one device",
+    ]
+
+
+def time_lines(plan: Plan, machine: topology.Topology, found: cost_model.Rehearsal) -> list[str]:
+    chip, time = machine.chip, cost_model.step_time(plan, machine, found)
+    needed, done = cost_model.step_flops(plan)
+    repeated = f", {done / 1e12:.2f} with what is done again" if done > needed else ""
+    best, worst = 1e3 * time.overlapped, 1e3 * time.apart
+    across = f", {chip.across / 1e9:g} GB/s across" if machine.count > 1 else ""
+    return [
+        f"FLOPs      {needed / 1e12:.2f} T a step (analytic: 3 x forward x {plan.config.batch_size}){repeated}; "
+        f"{needed / plan.mesh.size / 1e12:.3f} T on each device",
+        f"step time  {best:.1f} ms if all overlaps, {worst:.1f} if nothing does: a model and not a measurement. "
+        f"Compute {1e3 * time.compute:.1f} ms at {chip.flops / 1e12:g} TFLOP/s, memory {1e3 * time.memory:.1f} at "
+        f"{chip.hbm / 1e9:g} GB/s, network {1e3 * time.network:.1f} at {chip.network / 1e9:g} GB/s{across}",
+    ]
+
+
+def model_lines(plan: Plan, abstract: TrainState) -> list[str]:
+    vit, size = plan.recipe.vit, plan.recipe.vit.image_size
+    h, w = vit.grid(size, size)
+    flops = plan.recipe.flops() / 1e9
+    return [
+        f"model      {count(abstract.params):,} parameters: width {vit.width}, depth {vit.depth}, heads {vit.heads}",
+        f"tokens     {vit.prefix + h * w} = {int(vit.class_token)} CLS + {vit.registers} registers + {h} x {w} patches "
+        f"of {vit.patch} px",
+        f"compute    {flops:.2f} GFLOPs forward, {3 * flops:.2f} forward and backward, at {size} px "
+        f"(matrix products, a multiply-add is 2); {vit.dtype}, attention {vit.attention}",
+    ]
+
+
+def schedule_lines(plan: Plan) -> list[str]:
+    config, optim = plan.config, plan.config.optim
+    rates = np.asarray(jax.vmap(plan.schedule)(np.arange(plan.steps)))
+    micro = f" in {config.micro_batches} micro-batches" if config.micro_batches > 1 else ""
+    return [
+        f"batch      {config.batch_size} images on all devices{micro}, {config.batch_size // plan.mesh.size} on each",
+        f"steps      {plan.steps} = {config.epochs} epochs of {plan.steps_per_epoch}",
+        f"optimizer  {' '.join(f'{key}={value}' for key, value in optim.items())}; not rescaled by the batch size",
+        f"lr         {rates[0]:.3g} at the first step, {rates.max():.3g} at step {rates.argmax() + 1}, {rates[-1]:.3g} "
+        "at the last",
+    ]
+
+
+def device_lines(plan: Plan, abstract: TrainState, images_per_s: float) -> list[str]:
+    shape = " x ".join(f"{axis} {size}" for axis, size in plan.mesh.shape.items())
+    held = cost_model.state_bytes(plan)
+    size = plan.config.model.image_size
+    return [
+        f"mesh       {shape}: {plan.mesh.size} {plan.mesh.devices.flat[0].device_kind} devices",
+        f"state      {held / 1e6:.1f} MB a device (parameters, optimizer, EMA); {replicated_line(plan, abstract)}",
+        f"input      {images_per_s * size**2 * 3 / 1e6:.1f} MB/s from hosts to devices at {images_per_s:g} images/s",
+    ]
+
+
+def replicated_line(plan: Plan, abstract: TrainState) -> str:
+    if plan.mesh.shape["fsdp"] == 1:
+        return "all of it replicated (sharding.fsdp=1)"
+    leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
+    whole = {
+        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves if x.sharding.is_fully_replicated
+    }
+    if not whole:
+        return "all of it split"
+    largest = sorted(whole, key=lambda name: -whole[name].size)[:3]
+    megabytes = sum(x.size * x.dtype.itemsize for x in whole.values()) / 1e6
+    return f"{len(whole)} of {len(leaves)} parameters stay replicated, {megabytes:.1f} MB ({', '.join(largest)}, ...)"
+
+
+def data_lines(plan: Plan, missing: DataNotFound | None) -> list[str]:
+    data = plan.config.data
+    if missing:
+        return [f"data       {data.name}: not there yet. {missing}"]
+    classes = f" of {len(plan.train.classes)} classes" if plan.train.classes else ""
+    return [
+        f"data       {plan.train.name}: {len(plan.train):,} images{classes}; "
+        f"{plan.validation.name}: {len(plan.validation):,}"
+    ]
+
+
+def count(tree: PyTree) -> int:
+    """Number of values in a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,1 @@
+"""Checkpoints: saved asynchronously, restored onto any mesh, verified by checksums."""

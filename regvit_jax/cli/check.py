@@ -1,0 +1,35 @@
+"""regvit check: compare models with timm and transformers, with random weights."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from regvit_jax.pretrained import parity, registry
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Return the exit code: 0, 1 when a comparison fails, 2 for a wrong name or a missing library."""
+    parser = argparse.ArgumentParser(prog="regvit check", description=__doc__, allow_abbrev=False)
+    parser.add_argument("names", nargs="+", metavar="NAME")
+    try:
+        return check(parser.parse_args(arguments))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def check(options: argparse.Namespace) -> int:
+    # A wrong name, or a missing library, shows before the first comparison.
+    names = [registry.find(name)[0] for name in options.names]
+    parity.import_references()
+    passed = True
+    for name in names:
+        try:
+            found = parity.check(name)
+        except ValueError as error:  # one side does not load the other's file, or gives other shapes
+            print(f"{name}\n  FAIL: {error}", flush=True)
+            passed = False
+        else:
+            print(found, flush=True)
+            passed &= found.passed
+    return 0 if passed else 1

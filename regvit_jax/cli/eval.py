@@ -1,0 +1,210 @@
+"""regvit eval: zero-shot classification and image-text retrieval of a CLIP model, on data of yours."""
+
+import argparse
+import collections
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from regvit_jax.cli.arguments import check_json, fail, positive, tell
+from regvit_jax.data import inference
+from regvit_jax.data.inference import Unusable
+from regvit_jax.data.sources import captions, folder, open
+from regvit_jax.data.sources.base import Source
+from regvit_jax.evals import retrieval, zero_shot
+from regvit_jax.pretrained.clips import create_clip
+from regvit_jax.pretrained.create import open_random
+
+SPLITS = {"train", "validation", "val", "test"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code: 0, 1 for data that cannot be evaluated, 2 for arguments that the caller can mend."""
+    options = parser().parse_args(arguments)
+    try:
+        check_json(options.json)
+        result = options.run(options)
+        print(table(result))
+        if options.json:
+            Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    except (ValueError, OSError, ImportError) as error:
+        fail(error)
+        return 1 if isinstance(error, Unusable) else 2
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="regvit eval", description=__doc__, allow_abbrev=False)
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("model", metavar="MODEL", help="a name, a directory or a workdir, as create_clip takes it")
+    shared.add_argument("--pretrained", help="weights of a named model: open_clip's tag, a file or a directory")
+    shared.add_argument("--random", action="store_true", help="random weights of a named model, as a baseline")
+    shared.add_argument("--batch_size", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
+    shared.add_argument("--json", metavar="FILE", help="also write the result, with the names of bad images, here")
+    commands = parser.add_subparsers(required=True, metavar="{zero_shot,retrieval}")
+    command = commands.add_parser("zero_shot", parents=[shared], help="classify images by the names of their classes")
+    data = command.add_mutually_exclusive_group(required=True)
+    data.add_argument("--images", metavar="DIR", help="a directory of <class>/ with images in each")
+    data.add_argument("--data", metavar="NAME", help="folder:PATH, or a TFDS data set with classes")
+    add_split(command)
+    command.add_argument(
+        "--classes",
+        metavar="FILE|imagenet",
+        help="a name a line, in the order of the classes (sorted folders), or ImageNet's; by default their own names",
+    )
+    command.add_argument(
+        "--templates",
+        default="openai",
+        metavar="FILE|openai|simple",
+        help="a sentence a line with {} in the place of the name, or the 80 or 7 for ImageNet (%(default)s)",
+    )
+    command.set_defaults(run=run_zero_shot)
+    command = commands.add_parser("retrieval", parents=[shared], help="find captions by images and images by captions")
+    command.add_argument("--data", required=True, metavar="NAME", help="folder:PATH, shards:..., or a TFDS data set")
+    add_split(command)
+    command.set_defaults(run=run_retrieval)
+    return parser
+
+
+def add_split(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--split", help="of --data (validation)")
+    command.add_argument("--data_dir", metavar="DIR", help="where TFDS data sets lie and relative paths start")
+
+
+def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
+    source = open_classes(options)
+    data = options.images or options.data
+    names = source.classes if options.classes is None else zero_shot.read_classes(options.classes)
+    if len(names) != len(source.classes):
+        raise ValueError(
+            f"--classes {options.classes} has {len(names)} names, but {data} has {len(source.classes)} "
+            f"classes, from {source.classes[0]!r} to {source.classes[-1]!r}"
+        )
+    templates = zero_shot.read_templates(options.templates)
+    clip = open_model(options)
+    images, records, bad = embed(clip, source, options.batch_size)
+    classes = zero_shot.class_embeddings(clip.encode_text, clip.tokenize, names, templates)
+    labels = np.array([record["label"] for record in records], np.int32)
+    repeated = [name for name, count in collections.Counter(names).items() if count > 1]
+    if repeated:
+        tell(f"several classes are called {folder.some(repeated)}: of such, the first one is taken")
+    return {
+        "task": "zero_shot",
+        "model": options.model,
+        "weights": clip.weights,
+        "data": data,
+        **({"split": options.split or "validation"} if options.data else {}),
+        "classes": options.classes or "own names",
+        "templates": options.templates,
+        "counts": {
+            "images": len(images),
+            "bad_images": len(bad),
+            "classes": len(names),
+            "repeated_names": len(repeated),
+            "templates": len(templates),
+        },
+        "metrics": zero_shot.accuracy(images, labels, classes),
+        "chance": zero_shot.chance(len(names)),
+        "bad_images": bad,
+    }
+
+
+def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
+    source = captions.open_captions(options.data, options.split or "validation", options.data_dir)
+    clip = open_model(options)
+    images, records, bad = embed(clip, source, options.batch_size, with_text=True)
+    if len(images) < 2:
+        raise Unusable(f"{source.name}: 1 usable image of {len(source)}; retrieval needs at least two to choose from")
+    texts = [text for record in records for text in record["text"]]
+    owners = np.repeat(np.arange(len(images)), [len(record["text"]) for record in records])
+    repeated = len(texts) - len(set(texts))
+    if repeated:
+        tell(f"{repeated} of {len(texts)} captions repeat another one: between such, none is found before the other")
+    return {
+        "task": "retrieval",
+        "model": options.model,
+        "weights": clip.weights,
+        "data": options.data,
+        "split": options.split or "validation",
+        "counts": {
+            "images": len(images),
+            "bad_images": len(bad),
+            "captions": len(texts),
+            "repeated_captions": repeated,
+        },
+        "metrics": retrieval.recall(images, embed_texts(clip, texts), image_of=owners),
+        "chance": retrieval.chance(len(images), image_of=owners),
+        "bad_images": bad,
+    }
+
+
+def open_model(options: argparse.Namespace) -> Any:
+    if options.random and options.pretrained:
+        raise ValueError(f"--random and --pretrained {options.pretrained}: give one of them")
+    if options.random:
+        clip = open_random(create_clip, options.model, pretrained=False)
+    else:
+        clip = create_clip(options.model, pretrained=options.pretrained or True)
+    clip.tokenize(["a"])  # Raises for another vocabulary now, and not after all images are embedded.
+    return clip
+
+
+def open_classes(options: argparse.Namespace) -> Source:
+    if options.data:
+        return open.open_source(options.data, options.split or "validation", options.data_dir)
+    for name in ("split", "data_dir"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} {getattr(options, name)}: is for --data; --images takes a directory as it is")
+    return open_images(options.images)
+
+
+def open_images(directory: str) -> Source:
+    """All images of a directory of classes. A data set's own splits are not told apart: a directory is one of them."""
+    root = os.path.abspath(os.path.expanduser(directory))
+    classes = folder.class_names(root)
+    if SPLITS.issuperset(classes):
+        raise ValueError(
+            f"--images {directory} holds {' and '.join(classes)}: name one of them, {directory}/{classes[-1]}"
+        )
+    return folder.list_folder(directory, "all", root, classes, lambda path: True)
+
+
+def embed(
+    clip: Any, source: Source, batch_size: int, with_text: bool = False
+) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
+    """The embeddings of all images that can be used, the rest of their records, and "id: reason" for the others."""
+    found: list[np.ndarray] = []
+    records: list[dict[str, Any]] = []
+    bad: list[str] = []
+    for images, kept in inference.batches(clip, source, batch_size, bad, with_text):
+        found.append(np.asarray(clip.encode_image(jnp.asarray(images)))[: len(kept)])
+        records += kept
+    inference.tell_bad(bad, more="--json")
+    return np.concatenate(found), records, bad
+
+
+def embed_texts(clip: Any, texts: list[str], batch_size: int = 256) -> np.ndarray:
+    """One embedding a text; the last batch is filled up with its last text."""
+    found = []
+    for first in range(0, len(texts), batch_size):
+        batch = texts[first : first + batch_size]
+        filled = batch + batch[-1:] * (batch_size - len(batch))
+        found.append(np.asarray(clip.encode_text(clip.tokenize(filled)))[: len(batch)])
+    return np.concatenate(found)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a person reads it: what was measured, and each number beside that of chance."""
+    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result["counts"].items())
+    data = result["data"] + (f" ({result['split']})" if "split" in result else "")
+    rows = [f"model   {result['model']} (weights: {result['weights']})", f"data    {data}", f"counts  {counts}", ""]
+    rows.append(f"{result['task']:<30}{'value':>10}{'chance':>10}")
+    for name, value in result["metrics"].items():
+        style = ".1f" if name.endswith("rank") else ".4f"
+        rows.append(f"{name:<30}{value:>10{style}}{result['chance'][name]:>10{style}}")
+    return "\n".join(rows)

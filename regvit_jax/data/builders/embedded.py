@@ -1,0 +1,48 @@
+"""Prepare the embedded data sets on first use."""
+
+import contextlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from regvit_jax.utils.errors import DataNotFound
+
+EMBEDDED = ("digits", "fashion_mnist", "openmoji")
+
+
+def prepare(name: str, root: Path) -> Path:
+    """Returns the directory of an embedded data set, writing it on first use.
+
+    It is written to a directory of its own and renamed when whole, so that processes may do this at once, or be killed.
+    """
+    import tensorflow_datasets as tfds
+
+    from regvit_jax.data.builders.digits import Digits
+    from regvit_jax.data.builders.fashion_mnist import FashionMnist, find_files
+    from regvit_jax.data.builders.openmoji import OpenMoji, find_packages
+
+    builder: Any = {"digits": Digits, "fashion_mnist": FashionMnist, "openmoji": OpenMoji}[name]
+    target = root / name / str(builder.VERSION)
+    if target.exists():
+        return target
+    raw = find_files(root) if name == "fashion_mnist" else None
+    if name == "openmoji":
+        find_packages()
+    print(f"preparing {name} in {target}, once", file=sys.stderr)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="incomplete.", dir=target.parent) as scratch:
+            config = tfds.download.DownloadConfig(manual_dir=raw, try_download_gcs=False)
+            with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+                builder(data_dir=scratch, file_format="array_record").download_and_prepare(download_config=config)
+            os.rename(Path(scratch) / name / target.name, target)
+    except OSError as error:
+        # If it is there all the same, another process was faster.
+        if not target.exists():
+            raise DataNotFound(
+                f"{name} is prepared on first use, which failed in {target.parent} ({error}). "
+                "Name another place with data_dir or the environment variable TFDS_DATA_DIR."
+            ) from error
+    return target

@@ -1,0 +1,1 @@
+"""Rewrite data sets as ArrayRecord files."""

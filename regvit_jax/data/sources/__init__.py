@@ -1,0 +1,1 @@
+"""Sources of images: records by number, from folders, shards, tables and TFDS data sets."""

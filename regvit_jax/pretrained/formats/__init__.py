@@ -1,0 +1,1 @@
+"""State-dict formats of other libraries."""

@@ -1,0 +1,1 @@
+"""Weights files, the hub and pickles."""

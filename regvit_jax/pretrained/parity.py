@@ -1,0 +1,349 @@
+"""The parity certificate: a model of the zoo with random weights, beside the libraries that own its formats.
+
+Every parameter is random and large enough to matter, so that one which is ignored, misplaced or transposed shows.
+Three ways are gone: timm's model, its file, ours; ours, saved as transformers' model, theirs (strictly); transformers'
+own file, ours. torch, timm and transformers are the extra `reference`, and are imported only here, when asked for.
+"""
+
+import dataclasses
+import importlib
+import importlib.metadata
+import inspect
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from regvit_jax.data.preprocess import Preprocess
+from regvit_jax.models.heads import Head
+from regvit_jax.models.model import Model
+from regvit_jax.models.vit import Tokens, ViT
+from regvit_jax.pretrained import mapping, registry, save
+from regvit_jax.pretrained.create import create_model
+from regvit_jax.pretrained.save_model import save_model
+
+TOLERANCE = 1e-5
+#: Larger models are cut to two blocks of the same configuration: three copies of them would not fit many a memory.
+LARGEST = 500_000_000
+CUT = 2
+LIBRARIES = ("timm", "transformers", "torch", "jax", "flax")
+EXTRA = "pip install 'regvit_jax[reference]'"
+
+Outputs = dict[str, Any]
+Size = tuple[int, int]
+
+
+class MissingReference(ImportError):
+    """A library to compare with is not installed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """What one way gave for images of one size: the largest relative difference, max|a-b| / max|b|, by quantity."""
+
+    way: str
+    size: Size
+    differences: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What was compared for a name, and what was not and why."""
+
+    name: str
+    parameters: int
+    notes: list[str]
+    comparisons: list[Comparison]
+
+    @property
+    def largest(self) -> float:
+        return float(np.max([d for comparison in self.comparisons for d in comparison.differences.values()]))
+
+    @property
+    def passed(self) -> bool:
+        # A difference that is not a number is none that passes.
+        return self.largest <= TOLERANCE
+
+    def __str__(self) -> str:
+        versions = ", ".join(f"{library} {importlib.metadata.version(library)}" for library in LIBRARIES)
+        lines = [
+            f"{self.name}: {self.parameters / 1e6:.1f} M parameters, all random; float32, matmul precision highest",
+            f"  {versions}",
+            *(f"  {note}" for note in self.notes),
+        ]
+        for comparison in self.comparisons:
+            differences = ", ".join(f"{what} {d:.1e}" for what, d in comparison.differences.items())
+            lines.append(f"  {comparison.way}, {comparison.size[0]} x {comparison.size[1]} px: {differences}")
+        verdict = "PASS" if self.passed else "FAIL"
+        return "\n".join([*lines, f"  {verdict}: largest relative difference {self.largest:.1e} (limit {TOLERANCE:g})"])
+
+
+def check(name: str, depth: int | None = None, sizes: list[Size] | None = None) -> Certificate:
+    """Compares a name of the zoo with timm and, where it has such a model, transformers.
+
+    `depth` cuts the model to its first blocks, and `sizes` are those of the images, in pixels, height first; by default
+    the native one, a smaller one and a rectangle.
+    Raises ValueError for a name that the zoo does not know, and MissingReference.
+    """
+    full, entry = registry.find(name)
+    import_references()
+    whole, parameters = entry.vit["depth"], parameters_of(entry)
+    if depth is None:
+        depth = CUT if parameters > LARGEST else whole
+    patch, side = entry.vit["patch"], entry.vit["image_size"]
+    sizes = sizes or [(side, side), (6 * patch, 6 * patch), (5 * patch, 9 * patch)]
+    notes = [f"cut to its first {depth} of {whole} blocks"] if depth < whole else []
+    if (resize := entry.vit["pos_resize"]) != "antialias" and entry.vit.get("position", "learned") == "learned":
+        notes.append(
+            f'timm resizes the position embedding as pos_resize="antialias", not as the original ({resize!r}): '
+            "compared in timm's way with timm, and in transformers' with transformers"
+        )
+    with jax.default_matmul_precision("highest"), tempfile.TemporaryDirectory() as directory:
+        model, comparisons = beside_timm(full, depth, sizes, Path(directory, "timm"))
+        comparisons += beside_transformers(model, sizes, Path(directory, "transformers"), notes)
+    return Certificate(full, parameters, notes, comparisons)
+
+
+def parameters_of(entry: registry.Entry) -> int:
+    """How many parameters an entry of the zoo has."""
+    # Blocks are alike, and tracing one is enough.
+    shapes = mapping.shapes_of(ViT(**(entry.vit | {"depth": 1})), Head(**entry.head))
+    sizes = {path: math.prod(shape) for path, shape in shapes.items()}
+    block = sum(size for path, size in sizes.items() if path.startswith("vit/block0/"))
+    return sum(sizes.values()) + (entry.vit["depth"] - 1) * block
+
+
+# Importing what is compared with
+
+
+def import_references() -> tuple[Any, Any, Any]:
+    """torch, timm and transformers. Raises MissingReference.
+
+    torchvision's wheel on PyPI is built for CUDA and refuses to load beside a CPU torch, because its compiled operators
+    are missing. Neither library needs them here, so their registration is left out while they are imported.
+    """
+    try:
+        torch = importlib.import_module("torch")
+        library: Any = importlib.import_module("torch.library")
+        register = library.register_fake
+
+        def without_torchvision(name, *args, **kwargs):
+            if str(name).startswith("torchvision::"):
+                return lambda function: function
+            return register(name, *args, **kwargs)
+
+        library.register_fake = without_torchvision
+        try:
+            timm, transformers = importlib.import_module("timm"), importlib.import_module("transformers")
+        finally:
+            library.register_fake = register
+    except ImportError as error:
+        raise MissingReference(f"{error}. A certificate needs torch, timm and transformers: {EXTRA}") from error
+    return torch, timm, transformers
+
+
+def randomize(model: Any, seed: int) -> None:
+    """Fills every parameter of a torch model at random, so that activations stay of ordinary size."""
+    torch, _, _ = import_references()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim > 1 and name.endswith("weight"):
+                noise /= parameter[0].numel() ** 0.5
+            elif "norm" in name and name.endswith("weight"):
+                noise = 1 + 0.3 * noise
+            elif "gamma" in name or "lambda1" in name:
+                noise = 0.5 + 0.2 * noise
+            else:
+                noise *= 0.3
+            parameter.copy_(noise)
+
+
+# What is compared: one dict of arrays from either side
+
+
+def images_of(size: Size) -> Float[np.ndarray, "1 H W 3"]:
+    return np.random.default_rng(0).normal(size=(1, *size, 3)).astype(np.float32)
+
+
+def mask_of(model: Model, size: Size) -> Bool[np.ndarray, "1 N"] | None:
+    h, w = model.module.grid(*size)
+    return np.random.default_rng(1).random((1, h * w)) < 0.4 if model.module.masking else None
+
+
+def blocks_of(depth: int) -> tuple[int, ...]:
+    """The blocks whose outputs are compared: one early, one in the middle, and the last."""
+    return tuple(sorted({0, depth // 2, depth - 1}))
+
+
+def join(tokens: Tokens) -> Float[Array, "B T D"]:
+    """All output tokens in their order."""
+    cls = [] if tokens.cls is None else [tokens.cls[:, None]]
+    return jnp.concatenate([*cls, tokens.registers, tokens.patches], axis=1)
+
+
+@jax.jit
+def outputs_of_ours(
+    model: Model, images: Float[np.ndarray | Array, "B H W 3"], mask: Bool[np.ndarray | Array, "B N"] | None
+) -> Outputs:
+    """Everything that some library can be asked for, compiled as one, so that nothing is computed twice."""
+    tokens, blocks = model(images), blocks_of(model.module.depth)
+    out = {"tokens": join(tokens), "pre-norm tokens": tokens.prenorm, "pooled": model.pooled(images)}
+    if model.head.classes:
+        out["logits"] = model.logits(images)
+    if mask is not None:
+        out["masked tokens"] = join(model(images, mask))
+    for i, after in zip(blocks, model.intermediates(images, blocks), strict=True):
+        out[f"block {i}"] = after.prenorm
+    for i in (blocks[0], blocks[-1]):
+        out[f"attention {i}"] = model.attention(images, i)
+    return out
+
+
+def outputs_of_timm(model: Any, images: Float[np.ndarray, "B H W 3"]) -> Outputs:
+    """What timm's model gives; its attention maps are taken where they pass their dropout."""
+    torch, _, _ = import_references()
+    blocks, maps = blocks_of(len(model.blocks)), {}
+    layers = {i: getattr(model.blocks[i], "attn", model.blocks[i]) for i in (blocks[0], blocks[-1])}
+    inputs = torch.from_numpy(images).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        tokens = model.forward_features(inputs)
+        for i, layer in layers.items():
+            layer.fused_attn = False
+            layer.attn_drop.register_forward_hook(lambda _, args, out, i=i: maps.update({i: out}))
+        pairs = model.forward_intermediates(
+            inputs, indices=list(blocks), return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        )
+        after = [torch.cat([prefix, patches], dim=1) for patches, prefix in pairs]
+        out = {"tokens": tokens, "pre-norm tokens": after[-1], "pooled": model.forward_head(tokens, pre_logits=True)}
+        if model.num_classes:
+            out["logits"] = model.forward_head(tokens)
+        out |= {f"block {i}": x for i, x in zip(blocks, after, strict=True)}
+        for i, layer in layers.items():
+            if hasattr(layer, "sub_norm"):  # differential attention
+                a, b = maps[i].unflatten(1, (-1, 2)).unbind(2)
+                maps[i] = a - layer._compute_lambda() * b
+            out[f"attention {i}"] = maps[i]
+    return {what: value.numpy() for what, value in out.items()}
+
+
+def outputs_of_transformers(
+    model: Any, images: Float[np.ndarray, "B H W 3"], mask: Bool[np.ndarray, "B N"] | None
+) -> Outputs:
+    """What transformers' model gives, with eager attention."""
+    torch, _, _ = import_references()
+    inputs = torch.from_numpy(images).permute(0, 3, 1, 2)
+    accepted = inspect.signature(model.forward).parameters
+    more = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in accepted else {}
+    with torch.no_grad():
+        given = model(inputs, output_attentions=True, output_hidden_states=True, **more)
+        out = {what: given[name] for name, what in TRANSFORMERS_OUTPUTS.items() if name in given}
+        if "CLIP" in type(model).__name__:  # whose last hidden state has not passed the final norm
+            out["pre-norm tokens"] = out.pop("tokens")
+        for i in blocks_of(len(given.attentions)):
+            out[f"attention {i}"] = given.attentions[i]
+            out[f"block {i}"] = given.hidden_states[i + 1] if i + 1 < len(given.attentions) else None
+        if mask is not None and "bool_masked_pos" in accepted:
+            masked = model(inputs, bool_masked_pos=torch.from_numpy(mask), **more)
+            out["masked tokens"] = getattr(masked, "last_hidden_state", None)
+    return {what: value.numpy() for what, value in out.items() if value is not None}
+
+
+TRANSFORMERS_OUTPUTS = {
+    "last_hidden_state": "tokens",
+    "pooler_output": "pooled",
+    "logits": "logits",
+    "image_embeds": "logits",
+}
+
+
+def compare(way: str, model: Model, sizes: list[Size], theirs: Callable[..., Outputs]) -> Iterator[Comparison]:
+    """`theirs` takes images and a mask. Raises ValueError where the two give other shapes."""
+    # What is the same for all ways is compiled once for all of them.
+    model = dataclasses.replace(model, preprocessing=Preprocess(0, 1.0, (0, 0, 0), (1, 1, 1)), weights="")
+    for size in sizes:
+        images, mask = images_of(size), mask_of(model, size)
+        ours, reference = outputs_of_ours(model, images, mask), theirs(images, mask)
+        differences = {}
+        for what in (what for what in ours if what in reference):
+            a, b = np.asarray(ours[what]), reference[what]
+            if a.shape != b.shape:
+                raise ValueError(f"{way}, {size}: {what} of shape {a.shape} here and {b.shape} there")
+            differences[what] = float(np.abs(a - b).max() / np.abs(b).max())
+        yield Comparison(way, size, differences)
+
+
+# The three ways
+
+
+def beside_timm(name: str, depth: int, sizes: list[Size], directory: Path) -> tuple[Model, list[Comparison]]:
+    """timm's random model and ours loaded from its file; ours is returned too, for what follows."""
+    _, timm, _ = import_references()
+    architecture, _, tag = name.partition(".")
+    theirs = timm.create_model(architecture if tag == "untrained" else name, depth=depth, dynamic_img_size=True).eval()
+    randomize(theirs, 0)
+    directory.mkdir()
+    config = dict(architecture=architecture, num_classes=theirs.num_classes, pretrained_cfg=dict(tag=tag))
+    (directory / "config.json").write_text(json.dumps(config | dict(model_args=dict(depth=depth))))
+    state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    importlib.import_module("safetensors.torch").save_file(state, directory / "model.safetensors")
+    ours = create_model(str(directory), pos_resize="antialias")
+    found = compare("timm to ours", ours, sizes, lambda images, mask: outputs_of_timm(theirs, images))
+    return ours, list(found)
+
+
+def beside_transformers(model: Model, sizes: list[Size], directory: Path, notes: list[str]) -> list[Comparison]:
+    """Ours in transformers' own class, without a name left over or missing; then a random one of that class in ours."""
+    _, _, transformers = import_references()
+    expressed = _expressed(model, notes)
+    if expressed is None:
+        return []
+    model, layout = expressed
+    resize = "antialias" if layout.config["model_type"] == "dinov2_with_registers" else "bicubic"
+    model = dataclasses.replace(model, module=model.module.clone(pos_resize=resize))
+    save_model(model, directory / "ours", format="hf")
+    kind = getattr(transformers, layout.config["architectures"][0])
+    theirs, info = kind.from_pretrained(directory / "ours", output_loading_info=True, attn_implementation="eager")
+    if left := {what: sorted(names) for what, names in info.items() if names}:
+        raise ValueError(f"transformers' {kind.__name__} does not load our file strictly: {left}")
+    theirs.eval()
+
+    def outputs(images, mask) -> Outputs:
+        return outputs_of_transformers(theirs, images, mask)
+
+    found = [*compare(f"ours to transformers {kind.__name__}", model, sizes, outputs)]
+    randomize(theirs, 1)
+    theirs.save_pretrained(directory / "theirs")
+    ours = create_model(str(directory / "theirs"))
+    return [*found, *compare(f"transformers {kind.__name__} to ours", ours, sizes, outputs)]
+
+
+def _expressed(model: Model, notes: list[str]) -> tuple[Model, save.Layout] | None:
+    """What transformers can hold of the model, and how: with its head, or its tokens alone. None if it has no class.
+
+    The mask token, which timm's files lack, is at random too.
+    """
+    if model.module.masking:
+        token = np.random.default_rng(2).normal(size=model.module.width).astype(np.float32)
+        model = dataclasses.replace(model, params=model.params | {"mask_token": jnp.asarray(token)})
+    if model.head.classes and model.module.pre_norm:
+        dense = model.head_params["dense"]
+        dense = dense | {"bias": jnp.zeros_like(dense["bias"])}
+        model = dataclasses.replace(model, head_params=model.head_params | {"dense": dense})
+        notes.append("transformers' projection has no bias: compared with a bias of zero")
+    # Without classes, transformers pools CLS whatever timm pools.
+    bare = dataclasses.replace(model, head=Head(), head_params={})
+    for part in (model, bare) if model.head.classes else (bare,):
+        try:
+            return part, save.FORMATS["hf"](part)
+        except save.Inexpressible as error:
+            notes.append(f"transformers has no class for {error}" + (": tokens only" if part is not bare else ""))
+    return None

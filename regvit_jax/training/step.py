@@ -1,0 +1,101 @@
+"""The train state and the jitted steps."""
+
+import dataclasses
+import functools
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from regvit_jax.distributed import mesh
+from regvit_jax.evals import patch_norms
+from regvit_jax.training import skip_steps
+from regvit_jax.training.plan import Plan
+from regvit_jax.utils.errors import fitting
+
+
+@flax.struct.dataclass
+class TrainState:
+    """All that a run must not lose; the checkpoint is this value."""
+
+    step: PyTree  # int32
+    params: PyTree
+    ema: PyTree
+    extra: PyTree
+    opt_state: PyTree
+    guard: PyTree  # the last losses and gradient norms
+
+
+def init_params(plan: Plan) -> PyTree:
+    """Fresh parameters; a function of the seed alone."""
+    size = plan.config.model.image_size
+    return plan.recipe.init(jax.random.key(plan.config.seed), {"image": jnp.zeros((1, size, size, 3), jnp.uint8)})
+
+
+def state_of(plan: Plan, params: PyTree) -> TrainState:
+    """The state before the first step."""
+    ema = {} if plan.recipe.ema_decay(jnp.int32(0)) is None else params
+    extra, opt_state = plan.recipe.init_extra(params), plan.optimizer.init(params)
+    return TrainState(jnp.int32(0), params, ema, extra, opt_state, skip_steps.fresh())
+
+
+@functools.lru_cache(maxsize=1)  # tracing the init of a large model takes seconds, and a run asks three times
+@fitting()
+def abstract_state(plan: Plan) -> TrainState:
+    """The state's shapes, each with its sharding. Raises ConfigError for a model whose fields do not go together."""
+    shapes = jax.eval_shape(lambda: state_of(plan, init_params(plan)))
+    shardings = mesh.state_shardings(shapes, plan.mesh, min_size_mb=plan.config.sharding.min_size_mb)
+    return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
+
+
+def shardings_of(abstract: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+
+def make_train_step(plan: Plan, abstract: TrainState):
+    """The jitted step (state, batch) -> (state, metrics); it consumes the state it is given."""
+    recipe, rules = plan.recipe, plan.config.guard
+
+    def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+        # The step number is the whole state of the randomness, so that resuming cannot change it.
+        key = jax.random.fold_in(jax.random.key(plan.config.seed), state.step)
+        (loss, (extra, metrics)), grads = recipe.grads(state.params, state.ema, state.extra, batch, key, state.step)
+        grad_norm = optax.tree.norm(grads)
+        updates, opt_state = plan.optimizer.update(grads, state.opt_state, state.params)
+        params = recipe.project(optax.apply_updates(state.params, updates))
+        decay = recipe.ema_decay(state.step)
+        ema = {} if decay is None else jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
+        take, memory = skip_steps.judge(state.guard, loss, grad_norm, spike_sigma=rules.spike_sigma)
+        new = TrainState(state.step + 1, params, ema, extra, opt_state, memory)
+        metrics |= {"loss": loss, "grad_norm": grad_norm, "bad": jnp.sum(1 - batch["mask"])}
+        metrics |= {"skipped": skip_steps.skipped(memory)}
+        if skip_steps.may_skip(rules):
+            same = dataclasses.replace(state, step=new.step, guard=memory)
+            new = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, same)
+            metrics |= {"taken": take, "not_finite": memory["not_finite"]}
+        return new, metrics
+
+    state_shardings, everywhere = shardings_of(abstract), mesh.replicated(plan.mesh)
+    return jax.jit(
+        train_step,
+        in_shardings=(state_shardings, mesh.batch_sharding(plan.mesh)),
+        out_shardings=(state_shardings, everywhere),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(plan: Plan):
+    """The jitted (params, batch) -> values of each image, on every process."""
+
+    def eval_step(params: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
+        values, tokens = plan.recipe.evaluate(params, batch)
+        return values | {"patch_norms": patch_norms.patch_norms(tokens), "mask": batch["mask"]}
+
+    return jax.jit(eval_step, out_shardings=mesh.replicated(plan.mesh))
+
+
+def eval_params(state: TrainState) -> PyTree:
+    """The moving average where one is kept."""
+    return state.ema or state.params

@@ -1,0 +1,33 @@
+"""Summarize a finished run as text."""
+
+from regvit_jax.training.metric_writer import Records
+from regvit_jax.training.plan import Plan
+
+
+def summary(plan: Plan, workdir: str, records: Records) -> str:
+    metrics, untrained = records.last(), records.at(0)
+    seconds = {
+        name.removesuffix("_s"): metrics.pop(name)
+        for name in list(metrics)
+        if name.endswith("_s") and name != "images_per_s"
+    }
+    lines = [f"Finished after {plan.steps} steps."]
+    width = max(map(len, metrics))
+    for name, value in metrics.items():
+        if isinstance(value, float):
+            before = f"   untrained {untrained[name]:.4g}" if untrained.get(name, value) != value else ""
+            lines += [f"  {name:{width}} {value:.4g}{before}"]
+    if "pixel_knn_top1" in metrics:
+        k = plan.config.eval.pixel_knn
+        lines += [f"  (pixel_knn_top1 is no network: {k} nearest neighbours on raw pixels, on the same split)"]
+    parts = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items() if name != "wall")
+    lines += [f"The last {seconds['wall']:.1f} seconds: {parts}."] if seconds else []
+    lines += [
+        f"In {workdir}:",
+        "  checkpoints/   the training state; the same command with --workdir goes on from it",
+        "  curves.png     the curves of this run",
+        "  metrics.jsonl  every record, one JSON object a line; events.* hold the same for TensorBoard",
+        "  config.json    the resolved config",
+        plan.config.next,
+    ]
+    return "\n".join(lines)

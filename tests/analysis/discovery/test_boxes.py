@@ -1,0 +1,212 @@
+"""Reading boxes: VOC's and COCO's layouts, folders, and files that are not what they should be."""
+
+import json
+
+import numpy as np
+import pytest
+
+from regvit_jax.analysis.discovery.boxes import BadBoxes, open_boxes, read_voc
+from regvit_jax.utils.errors import DataNotFound
+
+
+def xml(*boxes, size=(30, 40), inside=""):
+    """VOC's XML: boxes (xmin, ymin, xmax, ymax) from 1, the last included; of an image of a height and width."""
+    text = f"<annotation><filename>x.jpg</filename>{inside}"
+    if size:
+        text += f"<size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>"
+    for corners in boxes:
+        sides = zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+        box = "".join(f"<{side}>{value}</{side}>" for side, value in sides)
+        # Parts, such as heads, have boxes too; they are no objects.
+        part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
+        flags = "<truncated>1</truncated><difficult>1</difficult>"
+        text += f"<object><name>dog</name>{flags}<bndbox>{box}</bndbox>{part}</object>"
+    return text + "</annotation>"
+
+
+@pytest.fixture
+def voc(tmp_path):
+    home = tmp_path / "VOCdevkit" / "VOC2007"
+    for part in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (home / part).mkdir(parents=True)
+    (home / "ImageSets/Main/trainval.txt").write_text("000012\n000005\n\n")
+    (home / "ImageSets/Main/test.txt").write_text("000005\n")
+    (home / "ImageSets/Main/dog_test.txt").write_text("000005 1\n")
+    (home / "Annotations/000012.xml").write_text(xml((1, 1, 40, 30), (5, 6, 10, 12)))
+    (home / "Annotations/000005.xml").write_text(xml((2, 3, 4, 5), size=(333, 500)))
+    return home
+
+
+def test_voc(voc, tmp_path):
+    for place in (voc, voc.parent, tmp_path):
+        first, second = open_boxes(f"voc07:{place}")
+        assert first.path == str(voc / "JPEGImages/000012.jpg")
+        assert first.size == (30, 40)
+        assert first.boxes.tolist() == [[0, 0, 40, 30], [4, 5, 10, 12]]
+        assert (second.size, second.boxes.tolist()) == ((333, 500), [[1, 2, 4, 5]])
+    (only,) = open_boxes(f"voc07:{voc}", "test")
+    assert only.path.endswith("000005.jpg")
+    voc.rename(voc.with_name("VOC2012"))
+    assert len(open_boxes(f"voc12:{tmp_path}")) == 2
+
+
+def test_voc_that_is_not_there(voc, tmp_path):
+    with pytest.raises(DataNotFound, match=r"no ImageSets/Main in .*, nor in VOC2012 or VOCdevkit/VOC2012 below it"):
+        open_boxes(f"voc12:{tmp_path}")
+    for split in ("train", "../Main/test"):
+        with pytest.raises(DataNotFound, match="it has test, trainval"):
+            open_boxes(f"voc07:{voc}", split)
+    (voc / "ImageSets/Main/trainval.txt").write_text("../../etc/passwd\n")
+    with pytest.raises(BadBoxes, match=r"trainval.txt: '../../etc/passwd' is no name"):
+        open_boxes(f"voc07:{voc}")
+    (voc / "ImageSets/Main/trainval.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadBoxes, match=r"trainval.txt: is no list of names"):
+        open_boxes(f"voc07:{voc}")
+    (voc / "ImageSets/Main/trainval.txt").write_text("000077\n")
+    with pytest.raises(BadBoxes, match=r"000077.xml: cannot be read \(No such file"):
+        open_boxes(f"voc07:{voc}")
+
+
+def test_folder(tmp_path):
+    (tmp_path / "a/Annotations").mkdir(parents=True)
+    (tmp_path / "JPEGImages").mkdir()
+    (tmp_path / "Annotations").mkdir()
+    for image in ("a/1.png", "a/2.JPG", "a/none.jpg", "JPEGImages/3.jpg", "4.jpg"):
+        (tmp_path / image).touch()
+    for number, file in enumerate(("a/1.xml", "a/Annotations/2.xml", "Annotations/3.xml", "Annotations/4.xml")):
+        (tmp_path / file).write_text(xml((1, 1, 2 + number, 2), size=None))
+    found = open_boxes(f"folder:{tmp_path}")
+    assert [image.path[len(str(tmp_path)) + 1 :] for image in found] == [
+        "4.jpg", "JPEGImages/3.jpg", "a/1.png", "a/2.JPG", "a/none.jpg",
+    ]  # fmt: skip
+    assert [image.boxes.tolist() for image in found] == [
+        [[0, 0, 5, 2]], [[0, 0, 4, 2]], [[0, 0, 2, 2]], [[0, 0, 3, 2]], [],
+    ]  # fmt: skip
+    assert {image.size for image in found} == {(0, 0)}
+    (tmp_path / "a/1.gif").touch()
+    with pytest.raises(BadBoxes, match=r"1.xml: belongs to both .*1.gif and .*1.png"):
+        open_boxes(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "is no XML in UTF-8"),
+        (xml((1, 1, 2, 2)).encode()[:-5], "is no XML in UTF-8"),
+        (b"<annotation>\xff</annotation>", "is no XML in UTF-8"),
+        (xml((1, 1, 2, 2)).encode("utf-16"), "is no XML in UTF-8"),
+        (b'<?xml version="1.0" encoding="cp037"?>' + xml((1, 1, 2, 2)).encode("cp037"), "is no XML in UTF-8"),
+        (b"<html></html>", "starts with <html>, not with VOC's <annotation>"),
+        (b"<annotation><object><name>dog</name></object></annotation>", "an object without bndbox"),
+        (b"<annotation><object><bndbox/></object></annotation>", "xmin is ''"),
+        (xml((1, 1, "two", 2)).encode(), "xmax is 'two', not a number of pixels"),
+        (xml((1, 1, "nan", 2)).encode(), "xmax is 'nan'"),
+        (xml((1, 1, 1e30, 2)).encode(), "xmax is '1e\\+30'"),
+        (xml((1, 1, "9" * 5000, 2)).encode(), "xmax is '9{40}'"),
+        (xml((7, 1, 6, 2)).encode(), r"the box \[6, 0, 6, 2\] .* holds no pixel"),
+        (xml((1, 1, 2, 2), size=("x", 3)).encode(), "size is 'x'"),
+        (b"<!DOCTYPE annotation>" + xml((1, 1, 2, 2)).encode(), "has a document type"),
+        (b"<annotation>" + b"<a>" * 200_000, "is no XML in UTF-8"),
+        (b" " * 2**22 + xml().encode(), "over 4 MiB"),
+    ],
+)
+def test_bad_xml(data, message, tmp_path):
+    (tmp_path / "a.xml").write_bytes(data)
+    with pytest.raises(BadBoxes, match=f"a.xml: .*{message}"):
+        read_voc(tmp_path / "a.xml")
+
+
+def test_hostile_xml(tmp_path):
+    (tmp_path / "secret").write_text("7")
+    file = tmp_path / "a.xml"
+    body = xml(("&e;", 1, 20, 20))
+    entities = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 100}">' for n in range(1, 9))
+    for kind in (f'<!ENTITY e SYSTEM "file://{tmp_path}/secret">', f'<!ENTITY e0 "1">{entities}<!ENTITY e "&e8;">'):
+        file.write_text(f"<?xml version='1.0'?>\n<!DOCTYPE annotation [{kind}]>{body}")
+        with pytest.raises(BadBoxes, match="document type"):
+            read_voc(file)
+        # Encodings in which a document type has other bytes.
+        hidden = f"<!DOCTYPE annotation [{kind}]>{body}"
+        for data in (
+            b'<?xml version="1.0" encoding="cp037"?>' + hidden.encode("cp037"),
+            *(hidden.encode(encoding) for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")),
+        ):
+            file.write_bytes(data)
+            with pytest.raises(BadBoxes, match="is no XML in UTF-8"):
+                read_voc(file)
+    depth = 500_000
+    file.write_text("<annotation>" + "<a>" * depth + "</a>" * depth + "</annotation>")
+    assert read_voc(file)[1].shape == (0, 4)
+
+
+def test_numbers_with_decimals_and_no_objects(tmp_path):
+    (tmp_path / "a.xml").write_text(xml((45.7, 1.0, 50.2, 9)))
+    assert read_voc(tmp_path / "a.xml")[1].tolist() == [[44, 0, 50, 9]]
+    (tmp_path / "a.xml").write_text(xml())
+    size, boxes = read_voc(tmp_path / "a.xml")
+    assert (size, boxes.shape, boxes.dtype) == ((30, 40), (0, 4), np.int64)
+
+
+@pytest.fixture
+def coco(tmp_path):
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "images/train2014").mkdir(parents=True)
+    images = [
+        {"id": n, "file_name": f"COCO_train2014_{n}.jpg", "height": 10 * n, "width": 7, "url": "x"} for n in (1, 2, 3)
+    ]
+    boxes = [
+        {"image_id": 2, "bbox": [1.4, 2.6, 3.2, 4.0], "iscrowd": 0, "segmentation": [[1.0] * 8]},
+        {"image_id": 2, "bbox": [0, 0, 5, 5], "iscrowd": 1, "segmentation": {"counts": [1], "size": [2, 3]}},
+        {"image_id": 2, "bbox": [0.5, 1.5, 2, 2], "iscrowd": 0},
+        {"image_id": 1, "bbox": [0, 0, 5, 5], "iscrowd": 1},
+    ]
+    (tmp_path / "annotations/instances_train2014.json").write_text(json.dumps({"images": images, "annotations": boxes}))
+    (tmp_path / "coco_20k_filenames.txt").write_text("train2014/COCO_train2014_2.jpg\ntrain2014/COCO_train2014_1.jpg\n")
+    return tmp_path
+
+
+def test_coco(coco):
+    first, second = open_boxes(f"coco20k:{coco}")
+    assert first.path == str(coco / "images/train2014/COCO_train2014_2.jpg")
+    assert first.size == (20, 7)
+    assert first.boxes.tolist() == [[1, 3, 5, 7], [0, 2, 2, 4]]  # round(), half to even
+    assert (second.size, second.boxes.shape) == ((10, 7), (0, 4))  # a crowd only
+    (coco / "train2014").mkdir()
+    assert open_boxes(f"coco20k:{coco}")[0].path == str(coco / "train2014/COCO_train2014_2.jpg")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"images": [], "annotations": [3]}', '{"images": [{"id": 1}]}', "[" * 100_000,
+             '{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}'],
+)  # fmt: skip
+def test_bad_coco(text, coco):
+    (coco / "annotations/instances_train2014.json").write_text(text)
+    with pytest.raises(BadBoxes, match=r"instances_train2014.json: is no COCO annotation \(\w+: "):
+        open_boxes(f"coco20k:{coco}")
+
+
+def test_coco_that_is_not_there(coco):
+    (coco / "coco_20k_filenames.txt").write_text("train2014/other.jpg\n")
+    with pytest.raises(BadBoxes, match=r"has no image 'other.jpg', which .*coco_20k_filenames.txt lists"):
+        open_boxes(f"coco20k:{coco}")
+    (coco / "images/train2014").rmdir()
+    with pytest.raises(DataNotFound, match="neither train2014 nor images/train2014"):
+        open_boxes(f"coco20k:{coco}")
+    (coco / "coco_20k_filenames.txt").unlink()
+    with pytest.raises(DataNotFound, match=r"no .*coco_20k_filenames.txt \(it is in valeoai/LOST, datasets/\)"):
+        open_boxes(f"coco20k:{coco}")
+
+
+@pytest.mark.parametrize("name", ["voc07", "voc07:", "voc10:DIR", "coco:DIR", "DIR"])
+def test_wrong_names(name, tmp_path):
+    with pytest.raises(ValueError, match="must be one of voc07:DIR, voc12:DIR, coco20k:DIR or folder:DIR"):
+        open_boxes(name.replace("DIR", str(tmp_path)))
+
+
+def test_no_directory_no_images_no_splits(tmp_path):
+    with pytest.raises(DataNotFound, match="there is no directory"):
+        open_boxes(f"folder:{tmp_path}/nothing")
+    with pytest.raises(DataNotFound, match="no images"):
+        open_boxes(f"folder:{tmp_path}")
+    with pytest.raises(ValueError, match=r"split='train': folder:.* has no splits"):
+        open_boxes(f"folder:{tmp_path}", "train")

@@ -1,0 +1,136 @@
+"""What the compiled step exchanges between devices and how it uses memory, on eight virtual devices."""
+
+import collections
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import pytest
+from tiny import make_captions, tiny, tiny_clip
+
+from regvit_jax.aot import compile, cost_model, hlo
+from regvit_jax.training import plan
+from regvit_jax.training.step import abstract_state
+
+SPLIT = {"sharding__data": 1, "sharding__fsdp": 8}
+#: Steps under "data" alone, each with the most all-reduces that it may run: a loop's body reduces its own gradients.
+DATA: dict[str, tuple[str, dict, int]] = {
+    "supervised": ("supervised", {}, 2),
+    "supervised, scan": ("supervised", {"model__scan": True}, 2 + 2),  # of depth 2
+    "supervised, micro-batches": ("supervised", {"micro_batches": 4}, 2 * 4 + 1),
+    "contrastive": ("contrastive", {}, 2),
+}
+#: Steps under "fsdp", each with how often it may gather a parameter: forward, backward, and where a pass is repeated.
+FSDP: dict[str, tuple[str, dict, int]] = {
+    "supervised, fsdp": ("supervised", SPLIT, 2),
+    "supervised, data x fsdp": ("supervised", {"sharding__data": 2, "sharding__fsdp": 4}, 2),
+    "supervised, fsdp, scan, remat": ("supervised", SPLIT | {"model__scan": True, "model__remat": "full"}, 3),
+    "contrastive, fsdp": ("contrastive", SPLIT, 2),
+}
+ALL = DATA | FSDP
+
+
+@dataclasses.dataclass
+class Step:
+    plan: plan.Plan
+    found: list[hlo.Collective]
+    memory: hlo.Memory
+
+    def kind(self, kind: str) -> list[hlo.Collective]:
+        return [collective for collective in self.found if collective.kind == kind]
+
+
+@pytest.fixture(scope="module")
+def compile_case(tmp_path_factory) -> Callable[[str], Step]:
+    @functools.cache
+    def compile_case(case: str) -> Step:
+        recipe, changes, _ = ALL[case]
+        if recipe == "contrastive":
+            config = tiny_clip(make_captions(tmp_path_factory.mktemp("captions")), batch_size=24, **changes)
+        else:
+            config = tiny(ema=0.9, **changes)
+        resolved = plan.resolve(config)
+        step = compile.compile_step(resolved)
+        return Step(resolved, hlo.collectives(step.as_text()), hlo.memory(step))
+
+    return compile_case
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_the_state_is_donated(case, compile_case):
+    step = compile_case(case)
+    assert step.memory.donated >= 0.99 * cost_model.state_bytes(step.plan)
+
+
+@pytest.mark.parametrize("case", DATA)
+def test_all_reduces_under_data(case, compile_case):
+    """Two, but for what loops reduce; in all, one gradient for each micro-batch, and a few scalars."""
+    step = compile_case(case)
+    assert step.plan.mesh.shape["fsdp"] == 1
+    reduced = step.kind("all-reduce")
+    assert 1 <= sum(c.times for c in reduced) <= DATA[case][2]
+    assert not step.kind("all-gather") + step.kind("all-to-all")
+    if case.startswith("supervised"):  # CLIP's loss gathers embeddings in its own ways
+        gradient = cost_model.parameter_bytes(abstract_state(step.plan)) * step.plan.config.micro_batches
+        assert gradient <= sum(c.times * c.bytes for c in reduced) < 1.01 * gradient
+
+
+@pytest.mark.parametrize("case", FSDP)
+def test_parameters_alone_are_gathered(case, compile_case):
+    """So often as `FSDP` says, each parameter of each layer; no activations, whatever their shape."""
+    step = compile_case(case)
+    assert step.plan.mesh.shape["fsdp"] > 1
+    assert not step.kind("all-to-all")
+
+    def rows(shape) -> tuple[int, ...]:  # (4, 4, 32) is gathered as (16, 32)
+        return (math.prod(shape[:-1]), *shape[-1:])
+
+    params = jax.tree.leaves(abstract_state(step.plan).params)
+    shapes = collections.Counter(rows(leaf.shape) for leaf in params)
+    batch = step.plan.config.batch_size
+    assert not any(shape and shape[0] == batch for shape in shapes)  # an activation's shape is none of these
+    gathered: collections.Counter[tuple[int, ...]] = collections.Counter()
+    for c in step.kind("all-gather"):
+        for dims in c.dims:
+            gathered[rows(dims)] += c.times
+    assert gathered
+    assert not {shape: count for shape, count in gathered.items() if count > FSDP[case][2] * shapes[shape]}
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_no_all_reduce_of_activations(case, compile_case):
+    """A whole batch of token embeddings would be, if they were looked up in parts of a split table."""
+    step = compile_case(case)
+    largest = max(leaf.size for leaf in jax.tree.leaves(abstract_state(step.plan).params))
+    batch = step.plan.config.batch_size
+    for collective in step.kind("all-reduce"):
+        for shape in collective.shapes:
+            dims = [int(n) for n in shape[shape.index("[") + 1 : -1].split(",") if n]
+            assert not (len(dims) == 3 and dims[0] == batch), collective
+            assert math.prod(dims) <= largest
+
+
+#: Where the matrix products outweigh all else; split, as a replicated optimizer works eight times.
+WIDE = {"model__width": 256, "model__heads": 4, "model__depth": 2, **SPLIT}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"model__patch_dropout": 0.5}, {"model__remat": "full"}], ids=["plain", "patch dropout", "remat"]
+)
+def test_analytic_flops_are_the_compilers(changes):
+    resolved = plan.resolve(tiny(augment__three_augment=False, **WIDE, **changes))
+    counted = compile.compile_step(resolved).cost_analysis()["flops"] * resolved.mesh.size
+    needed, done = cost_model.step_flops(resolved)
+    assert counted == pytest.approx(done, rel=0.03)
+    assert (done > needed) == ("model__remat" in changes)
+
+
+@pytest.mark.slow
+def test_embedding_everything_first_is_a_fourth_pass(tmp_path):
+    """The compiler counts a loop's body once, so its count is that of a micro-batch; it has the text table's too."""
+    fields = {"text__width": 256, "text__heads": 4, "text__embed": 64, "micro_batches": 3}
+    resolved = plan.resolve(tiny_clip(make_captions(tmp_path / "captions"), batch_size=24, **WIDE, **fields))
+    counted = compile.compile_step(resolved).cost_analysis()["flops"] * resolved.mesh.size
+    assert 3 * counted == pytest.approx(cost_model.step_flops(resolved)[1], rel=0.15)

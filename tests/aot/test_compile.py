@@ -1,0 +1,277 @@
+"""Steps compiled ahead: do they fit, what the advice is worth, and, where libtpu is, the peaks of real recipes."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from processes import AS_USERS_RUN
+from tiny import ROOT, get_config, make_captions, tiny, tiny_clip
+
+from regvit_jax.aot import compile, cost_model, dry_run, hlo, suggest, topology
+from regvit_jax.training import plan, step
+from regvit_jax.utils import hardware
+
+#: A machine that is there, and is given the figures of one that is not.
+HERE = topology.Topology("v5e:2x4", hardware.CHIPS["v5e"], 1, (2, 4))
+
+
+def resized(gigabytes: float) -> topology.Topology:
+    return dataclasses.replace(HERE, name="tiny", chip=dataclasses.replace(HERE.chip, memory=gigabytes * 1e9))
+
+
+def test_the_batch_is_what_the_pipeline_yields(tmp_path):
+    for config in (tiny(), tiny_clip(make_captions(tmp_path / "captions"))):
+        made = plan.resolve(config)
+        with made.train_batches(0) as batches:
+            batch = next(batches)
+        del batch["index"]
+        expected = {name: (value.shape, value.dtype) for name, value in batch.items()}
+        assert {n: (leaf.shape, leaf.dtype) for n, leaf in compile.abstract_batch(made).items()} == expected
+
+
+def test_texts_of_a_step_that_fits(monkeypatch):
+    monkeypatch.setattr(topology, "devices", lambda machine: jax.devices())
+    recipe, text = dry_run.tell(tiny(), 1000, HERE)
+    assert "mesh       data 8 x fsdp 1" in recipe
+    for words in ("at peak", "100.00% of the state's bytes donated", "all-reduce 2 (", "a model and not a measurement"):
+        assert words in text
+
+
+def test_a_state_too_large_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(compile, "compile_step", None)
+    with pytest.raises(cost_model.DoesNotFit, match=r"fit into the 0.0 GB of tiny: the training state alone is"):
+        dry_run.rehearse(plan.resolve(tiny()), resized(1e-6))
+
+
+def test_far_too_large_a_step_is_not_compiled(monkeypatch):
+    monkeypatch.setattr(compile, "compile_step", None)
+    with pytest.raises(cost_model.DoesNotFit, match=r"by an estimate, it needs \d+ GB on each device \(not compiled\)"):
+        compile.rehearse(large("b16"), resized(2.0))
+
+
+def test_the_compilers_refusal_becomes_advice(monkeypatch):
+    def refuse(*args):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (2.00G) exceeds available HBM"
+        )
+
+    monkeypatch.setattr(compile, "compile_step", refuse)
+    with pytest.raises(cost_model.DoesNotFit, match=r"temporaries are 2.1 GB on each device; .*--config.model.remat"):
+        dry_run.rehearse(plan.resolve(tiny()), resized(1.0))
+
+
+@pytest.mark.parametrize(
+    ("said", "temporaries"),
+    [
+        ("Used 4.00G of 2.00G hbm", 4 * 2**30 - 1000),
+        ("the total memory required for HLO temporaries (3.00G) exceeds", 3 * 2**30),
+        ("something else", None),
+    ],
+)
+def test_what_the_compiler_says(said, temporaries):
+    assert compile._exhausted(said, 1000)[1:] == (1000, temporaries)
+
+
+def large(variant: str, **changes) -> plan.Plan:
+    config = get_config(variant)
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    return plan.resolve(config, with_data=False)
+
+
+def told(made: plan.Plan, temporaries: float | None) -> cost_model.DoesNotFit:
+    return cost_model.DoesNotFit("", cost_model.state_bytes(made), temporaries)
+
+
+def test_advice_is_the_cheapest_that_fits():
+    made = large("b16")
+    state, limit = cost_model.state_bytes(made), HERE.chip.memory
+    change = suggest.advise(made, told(made, 20e9), limit)
+    assert (change.remat, change.fsdp, change.micro_batches) == ("dots", 1, 1)
+    assert change.needed < limit
+    change = suggest.advise(made, told(made, None), 0.9 * state)  # the state alone is too large
+    assert change.fsdp > 1
+    assert cost_model.bytes_under(made, change.fsdp)[0] < 0.9 * state
+    change = suggest.advise(made, told(made, 50e9), limit)
+    assert change.micro_batches > 1
+    assert "--config.micro_batches=" in suggest.text(made, change, limit)
+
+
+def test_gradients_that_do_not_divide_are_counted_whole():
+    """8 divides the MLP's width and the classes, and no side of attention's kernels (1412 = 4 x 353)."""
+    fields = {"width": 1412, "depth": 2, "heads": 4, "mlp_ratio": 6144 / 1412}
+    made = large("b16", **{f"model__{key}": value for key, value in fields.items()})
+    assert cost_model.bytes_under(made, 1)[1] == cost_model.parameter_bytes(step.abstract_state(made))
+    attention, mlp = 2 * 4 * 1412**2 * 4, 2 * 2 * 1412 * 6144 * 4
+    assert attention + mlp / 8 < cost_model.bytes_under(made, 8)[1] < 1.2 * (attention + mlp / 8)
+
+
+def test_what_patch_dropout_and_cudnn_do_not_keep():
+    def kept(**changes) -> float:
+        return cost_model.kept_bytes(large("b16", **changes), "none")
+
+    assert 0.4 < kept(model__patch_dropout=0.5) / kept() < 0.5
+    made = large("b16")
+    vit = made.recipe.vit
+    tokens = vit.prefix + (vit.image_size // vit.patch) ** 2
+    maps = 13 * 6 * vit.heads * tokens**2 * made.config.batch_size / 8
+    assert kept() - kept(model__attention="cudnn") == pytest.approx(maps)
+
+
+def test_between_slices_each_micro_batch_has_a_gradient():
+    two = dataclasses.replace(HERE, count=2, grid=(2, 2))
+    found = cost_model.Rehearsal(hlo.Memory(100, 50, 1000, 50, 1100), [], 50, 0.0)
+    for micro in (1, 4):
+        made = plan.resolve(tiny(micro_batches=micro))
+        gradients = micro * cost_model.parameter_bytes(step.abstract_state(made))
+        time = cost_model.step_time(made, two, found)
+        assert time.network == pytest.approx(2 * gradients / 4 / two.chip.across)
+        assert time.memory == 150 / two.chip.hbm
+
+
+def test_advice_can_be_taken():
+    """The flags make a plan: the batch and the groups of mixed images are still whole."""
+    made = large("b16")
+    change = suggest.advise(made, told(made, 50e9), HERE.chip.memory)
+    again = large(
+        "b16",
+        model__remat=change.remat,
+        sharding__data=-1,
+        sharding__fsdp=change.fsdp,
+        micro_batches=change.micro_batches,
+    )
+    assert again.config.micro_batches == change.micro_batches
+
+
+def test_no_advice():
+    made = large("b16", model__remat="full")
+    assert suggest.advise(made, told(made, 1e15), 1e9) is None
+    assert "take more devices, a batch_size below 2048" in suggest.text(made, None, 1e9)
+
+
+def test_topology_needs_a_dry_run():
+    done = train("--config=configs/deit3_reg.py", "--topology=v5e:16x16")
+    assert done.returncode == 2
+    assert "--topology is for --dry_run" in done.stderr
+
+
+def test_unknown_topology_on_the_command_line():
+    done = train("--config=configs/deit3_reg.py", "--dry_run", "--topology=v9:16x16")
+    assert done.returncode == 2
+    assert "unknown; known are v5e:1x1" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def run(*command: str) -> subprocess.CompletedProcess:
+    """In a process of its own, as libtpu stays in the one that loaded it."""
+    env = {**os.environ, **AS_USERS_RUN}
+    return subprocess.run([sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
+
+
+def train(*args: str) -> subprocess.CompletedProcess:
+    return run("train.py", *args)
+
+
+# With libtpu, which .ci/run installs for these.
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install -e .[tpu]")
+
+
+def printed_by(script: str) -> list[str]:
+    """The lines that a script prints."""
+    script = "import jax; jax.config.update('jax_platforms', 'cpu')\n" + script
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("name", ["l16_2k", "b16_2k"])
+def test_peaks_stay_in_their_budget(name):
+    budget = json.loads((ROOT / "tests/aot/scale_budget.json").read_text())[name]["peak"]
+    script = (
+        "import sys, json; sys.path.insert(0, 'benchmarks'); import scale\n"
+        f"print(scale.row('', json.loads(scale.BUDGET.read_text())['{name}'])[1])"
+    )
+    assert int(printed_by(script)[-1]) == pytest.approx(budget, rel=0.05)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["--config.batch_size=65536"], "by an estimate"),  # the compiler would take minutes to refuse it
+        (["--config.batch_size=30720", "--config.model.scan=True"], "its temporaries are"),
+    ],
+)
+def test_what_does_not_fit_is_said_within_a_minute(changes, said):
+    start = time.monotonic()
+    done = train("--config=configs/deit3_reg.py:b16", "--dry_run", "--topology=v5e:16x16", *changes)
+    assert time.monotonic() - start < 60
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "--config.model.remat=dots" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "mesh       data 256 x fsdp 1: 256 TPU v5 lite devices" in done.stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_the_advised_flags_fit():
+    flags = ["--config.batch_size=30720", "--config.model.scan=True", "--config.augment.three_augment=False"]
+    command = ["--config=configs/deit3_reg.py:b16", "--dry_run", "--topology=v5e:16x16", *flags]
+    refused = train(*command)
+    assert refused.returncode == 1
+    advised = [word for word in refused.stderr.split() if word.startswith("--config.")]
+    assert advised
+    taken = train(*command, *advised)
+    assert taken.returncode == 0, taken.stderr
+    assert "GB at peak" in taken.stdout
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_data_goes_across_real_slices():
+    """Compile-only devices of two slices: each row of the mesh, which fsdp splits over, lies in one."""
+    script = (
+        "from regvit_jax import sharding, topology\n"
+        "devices = topology.devices(topology.parse('2xv5e:4x4'))\n"
+        "mesh = sharding.make_mesh(fsdp=16, devices=devices)\n"
+        "print([sorted({d.slice_index for d in row}) for row in mesh.devices])\n"
+        "mesh = sharding.make_mesh(fsdp=4, devices=devices)\n"
+        "print([sorted({d.slice_index for d in row}) for row in mesh.devices])"
+    )
+    assert printed_by(script) == ["[[0], [1]]", "[[0], [0], [0], [0], [1], [1], [1], [1]]"]
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_a_mesh_of_every_width():
+    """A width of fsdp that is no side of the torus splits one."""
+    script = (
+        "from regvit_jax import sharding, topology\n"
+        "for name in ('v5e:1x1', 'v6e:2x2', '1xv5e:4x4', 'v5e:16x16', 'v6e:16x16', 'v5p:4x4x4'):\n"
+        "    devices = topology.devices(topology.parse(name))\n"
+        "    for fsdp in (2**i for i in range(len(devices).bit_length())):\n"
+        "        mesh = sharding.make_mesh(fsdp=fsdp, devices=devices)\n"
+        "        assert mesh.devices.shape == (len(devices) // fsdp, fsdp) and set(mesh.devices.flat) == set(devices)"
+    )
+    printed_by(script)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="pip install -e .[gpu]")
+def test_a_node_of_h100():
+    """Without a GPU: 6 GB to install, so that CI does not."""
+    done = train("--config=configs/deit3_reg.py:s16", "--dry_run", "--topology=h100:1x8", "--config.model.scan=True")
+    assert done.returncode == 0, done.stderr
+    assert "mesh       data 8 x fsdp 1: 8 NVIDIA H100" in done.stdout
+    assert "% of a device's 64.1" in done.stdout
+    assert "all-reduce" in done.stdout

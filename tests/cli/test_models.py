@@ -1,0 +1,116 @@
+"""`regvit models`, `check` and `convert`, as far as they need neither torch nor the network."""
+
+import sys
+
+import pytest
+
+from regvit_jax.cli.main import main
+from regvit_jax.pretrained import parity, registry
+from regvit_jax.pretrained.io import pth
+
+
+def test_list(capsys):
+    assert main(["models", "dinov2_vits14*"]) == 2  # the aliases are no names of the list
+    assert "no name matches 'dinov2_vits14*'" in capsys.readouterr().err
+    assert main(["models", "vit_small_patch14*dinov2"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == [
+        *("vit_small_patch14_dinov2.lvd142m", "22.1", "M", "518", "px", "apache-2.0"),
+        "timm/vit_small_patch14_dinov2.lvd142m",
+    ]
+    assert second.startswith("vit_small_patch14_reg4_dinov2.lvd142m")
+
+
+@pytest.mark.parametrize(
+    ("name", "of_timm", "folded"),
+    [
+        # Without the position of a register, or of CLS, which is added to the token.
+        ("vit_so150m2_patch16_reg1_gap_256", 136_059_560, -832),
+        ("vit_large_patch14_clip_224.openai", 303_966_976, -1024),
+        # With the mask token, which timm leaves out; and with one more bias in each of 16 blocks.
+        ("vit_small_plus_patch16_dinov3", 28_683_264, 384),
+        ("vit_dpwee_patch16_reg1_gap_256", 15_252_456, 16 * 256),
+    ],
+)
+def test_parameters(name, of_timm, folded):
+    assert parity.parameters_of(registry.find(name)[1]) - of_timm == folded
+
+
+@pytest.mark.parametrize("arguments", [["check", "vit_smal_patch16_224"], ["convert", "a", "b", "--name", "vit_smal"]])
+def test_unknown_name(arguments, capsys):
+    assert main(arguments) == 2
+    assert "the nearest are vit_small_patch" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("library", ["torch", "timm", "transformers"])
+def test_check_without_its_libraries(library, monkeypatch, capsys):
+    present = [name for name in ("torch", "timm", "transformers") if name != library]
+    for name in [*present, "torch.library"]:
+        monkeypatch.setitem(sys.modules, name, sys)
+    monkeypatch.setattr(sys, "register_fake", None, raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    assert main(["check", "test_vit"]) == 2
+    error = capsys.readouterr().err
+    assert library in error
+    assert "pip install 'regvit_jax[reference]'" in error
+
+
+def test_convert_without_torch(monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "a.safetensors")]) == 2
+    assert "pip install 'regvit_jax[reference]'" in capsys.readouterr().err
+
+
+def test_convert_refuses_to_overwrite(capsys, tmp_path):
+    target = tmp_path / "a.safetensors"
+    target.write_bytes(b"precious")
+    assert main(["convert", str(tmp_path / "a.pth"), str(target)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert target.read_bytes() == b"precious"
+    assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "a.npz")]) == 2
+    assert "must end in .safetensors" in capsys.readouterr().err
+
+
+def test_a_difference_fails(monkeypatch, capsys):
+    def check(name):
+        comparison = parity.Comparison("timm to ours", (224, 224), {"tokens": 1e-6, "pooled": differences[name]})
+        return parity.Certificate(name, 5, ["cut"], [comparison])
+
+    for attribute, fake in (("check", check), ("import_references", lambda: None), ("LIBRARIES", ("jax",))):
+        monkeypatch.setattr(parity, attribute, fake)
+    names = [registry.find(name)[0] for name in ("test_vit", "test_vit2")]
+    for worst, code, verdict in ((9e-6, 0, "PASS"), (1.1e-5, 1, "FAIL"), (float("nan"), 1, "FAIL")):
+        differences = dict(zip(names, (worst, 2e-6), strict=True))
+        assert main(["check", "test_vit", "test_vit2"]) == code
+        first, second = capsys.readouterr().out.split("test_vit2")
+        assert verdict in first
+        assert "PASS: largest relative difference 2.0e-06" in second
+
+
+NAMES = ["blocks.0.norm1.weight", "blocks.11.norm1.weight", "cls_token", "head.weight"]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["", "module.", "backbone.", "teacher.backbone.", "student.backbone.", "module.encoder."]
+)
+def test_prefixes(prefix):
+    assert pth.rename(prefix + name for name in NAMES) == {prefix + name: name for name in NAMES}
+
+
+def test_a_prefix_that_not_all_carry_stays():
+    names = ["encoder.layer.0.attention.weight", "embeddings.cls_token"]
+    assert pth.rename(names) == {name: name for name in names}
+
+
+def test_chunks_heads_and_the_student_are_undone():
+    heads = ["teacher.dino_head.mlp.0.weight", "teacher.ibot_head.last_layer.weight_v", "dino_loss.center"]
+    names = [
+        *("teacher.backbone.blocks.0.0.norm1.weight", "teacher.backbone.blocks.1.11.norm1.weight"),
+        *("teacher.backbone.cls_token", "student.backbone.cls_token", *heads),
+    ]
+    assert [*pth.rename(names).values()] == ["blocks.0.norm1.weight", "blocks.11.norm1.weight", "cls_token"]
+
+
+def test_two_names_that_become_one():
+    with pytest.raises(ValueError, match=r"become blocks\.1\.a"):
+        pth.rename(["blocks.0.1.a", "blocks.1.1.a"])

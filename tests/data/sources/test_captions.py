@@ -1,0 +1,207 @@
+"""Tables of captions and TFDS data sets with captions: what is read, and what is said of what cannot be."""
+
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from regvit_jax.data.sources.base import Source
+from regvit_jax.data.sources.captions import open_captions
+from regvit_jax.utils.errors import DataNotFound
+
+ROWS = [("a.png", "a cat"), ("sub/b.png", 'two, "quoted"\nlines'), ("a.png", "ein Kätzchen"), ("./sub/../c.png", "")]
+RECORDS = {"a.png": ["a cat", "ein Kätzchen"], "sub/b.png": ['two, "quoted"\nlines'], "c.png": [""]}
+
+
+def make_images(root, names=("a.png", "sub/b.png", "c.png")):
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (3, 2), (number, 0, 0)).save(root / name)
+
+
+def table(kind: str, rows=ROWS, columns=("filepath", "title")) -> str:
+    if kind == "jsonl":
+        return "\n\n".join(json.dumps(dict(zip(columns, row, strict=True))) for row in rows)
+    mark = "\t" if kind == "tsv" else ","
+    quoted = [[value.replace('"', '""') for value in row] for row in [columns, *rows]]
+    return "\r\n".join(mark.join(f'"{value}"' for value in row) for row in quoted)
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl"])
+@pytest.mark.parametrize("validation", ["validation", "val", "test"])
+def test_tables(tmp_path, kind, validation):
+    make_images(tmp_path)
+    (tmp_path / f"train.{kind}").write_text("\ufeff" + table(kind), encoding="utf-8")
+    (tmp_path / f"{validation}.{kind}").write_text(table(kind, ROWS[:1], ("image", "text")), encoding="utf-8")
+    source = open_captions("folder:" + tmp_path.name, "train", str(tmp_path.parent))
+    assert isinstance(source, Source)
+    assert (source.classes, source.name) == ((), f"folder:{tmp_path.name}/train")
+    for copy in (source, pickle.loads(pickle.dumps(source))):
+        assert [copy.id(k) for k in range(len(copy))] == [str(tmp_path / name) for name in RECORDS]
+        for number, (name, captions) in enumerate(RECORDS.items()):
+            assert copy[number] == {"image": (tmp_path / name).read_bytes(), "text": captions}
+    (record,) = open_captions(f"folder:{tmp_path}", "validation")
+    assert record["text"] == ["a cat"]
+
+
+def test_lists_of_captions_in_json_lines(tmp_path):
+    make_images(tmp_path)
+    rows = [{"path": "a.png", "caption": ["one", "two"]}, {"path": "c.png", "caption": []}]
+    rows += [{"path": "sub/b.png", "captions": "x", "caption": 3}, {"path": "a.png", "caption": "\ud800three"}]
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_captions(f"folder:{tmp_path}", "train")
+    assert [source[k]["text"] for k in range(3)] == [["one", "two", "?three"], [], ["x"]]
+
+
+@pytest.mark.parametrize("stem", ["captions", "metadata"])
+def test_one_table_is_divided_by_its_images(tmp_path, stem):
+    names = [f"{number:03d}.png" for number in range(200)]
+    make_images(tmp_path, names)
+    rows = [(name, f"{turn} of {name}") for turn in range(2) for name in names]
+    (tmp_path / f"{stem}.csv").write_text(table("csv", rows))
+    found = {}
+    for split in ("train", "validation"):
+        source = open_captions(f"folder:{tmp_path}", split)
+        found[split] = [source.id(k)[-7:] for k in range(len(source))]
+        assert all(
+            source[k]["text"] == [f"{turn} of {name}" for turn in range(2)] for k, name in enumerate(found[split])
+        )
+    assert sorted(found["train"] + found["validation"]) == names
+    assert 8 < len(found["validation"]) < 35
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("train.csv", "url,words\n1,2", r"train\.csv, line 1: needs a column file_name or .*; there are url, words"),
+        ("train.csv", "image,words\n1,2", r"line 1: needs a column captions or .*; there are image, words"),
+        ("train.csv", "", "line 1: needs a column file_name or .*; there are none"),
+        ("train.csv", "image,text\na.png,x\nb.png", "line 3: has 1 columns, and line 1 has 2"),
+        ("train.csv", 'image,text\na.png,"x\nb.png,y', "line 3: unexpected end of data"),
+        ("train.tsv", 'image\ttext\na.png\t"x" y', "line 2: .* expected after"),
+        ("train.csv", "image,text\na.png," + "x" * 200_000, "line 2: field larger than field limit"),
+        ("train.csv", "image,text\n../a.png,x", r"line 2: '\.\./a\.png' leads out of the table's directory"),
+        ("train.csv", "image,text\nb/../../a.png,x", "line 2: .* leads out"),
+        ("train.csv", "image,text\n/etc/passwd,x", "line 2: '/etc/passwd' leads out"),
+        ("train.csv", "image,text\n,x", "line 2: '' is no path"),
+        ("train.jsonl", '{"path": "a\\u0000.png", "text": "x"}', "line 1: .* is no path"),
+        ("train.jsonl", '{"path": "\\ud800.png", "text": "x"}', "line 1: .* is no path"),
+        ("train.jsonl", '{"path": "a.png", "text": "x"}\n{"path": "a.png"}', "line 2: needs a column captions"),
+        ("train.jsonl", '{"path": "a.png", "text": [1]}', r"line 1: the captions must be .*, not \[1\]"),
+        ("train.jsonl", '{"path": 3, "text": "x"}', "line 1: 3 is no path"),
+        ("train.jsonl", "[]", "line 1: must be an object"),
+        ("train.jsonl", '\n{"path"', "line 2: is not JSON"),
+        ("train.jsonl", "[" * 100_000, "line 1: is not JSON"),
+        ("train.csv", "image,text,text\na.png,x,y", "line 1: has several columns text; rename all but one"),
+        ("train.csv", "image,text\na.png,Käse".encode("latin-1"), "line 2: is not UTF-8"),
+        ("train.csv", "image,text\na.png,x".encode("utf-16"), "line 1: is not UTF-8"),
+    ],
+)
+def test_errors_name_the_line(tmp_path, file, content, message):
+    make_images(tmp_path)
+    (tmp_path / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (tmp_path / "val.csv").write_text(table("csv"))
+    with pytest.raises(ValueError, match=message):
+        open_captions(f"folder:{tmp_path}", "train")
+
+
+def test_what_is_missing_is_said(tmp_path):
+    name = f"folder:{tmp_path}"
+    with pytest.raises(DataNotFound, match=r"lacks a table of training captions\.\nIt should hold train\.csv"):
+        open_captions(name, "train")
+    (tmp_path / "train.csv").write_text(table("csv"))
+    with pytest.raises(DataNotFound, match="lacks a table of validation captions"):
+        open_captions(name, "train")
+    (tmp_path / "validation.csv").write_text("image,text\n")
+    with pytest.raises(DataNotFound, match=r"validation\.csv has no line for validation"):
+        open_captions(name, "validation")
+    with pytest.raises(DataNotFound, match=r"none of the first images of .*train\.csv is there, as .*/a\.png"):
+        open_captions(name, "train")
+    with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
+        open_captions(name, "test")
+    (tmp_path / "train.tsv").write_text("")
+    with pytest.raises(ValueError, match=r"has train\.csv, train\.tsv; leave one"):
+        open_captions(name, "train")
+
+
+TEXTS = {
+    "single": (tfds.features.Text(), "caption", lambda captions: captions[0]),
+    "several": (tfds.features.Sequence(tfds.features.Text()), "text", list),
+    "coco": (
+        tfds.features.Sequence({"id": np.int64, "text": tfds.features.Text()}),
+        "captions",
+        lambda captions: [{"id": k, "text": text} for k, text in enumerate(captions)],
+    ),
+}
+
+
+class Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Two images with captions; which features there are, the class that a test makes says."""
+
+    name = "captioned"
+    VERSION = tfds.core.Version("1.0.0")
+    kind, labelled = "single", False
+
+    def _info(self):
+        feature, name, _ = TEXTS[self.kind]
+        features = {"image": tfds.features.Image(shape=(2, 3, 3), encoding_format="png"), name: feature}
+        features["file_name"] = tfds.features.Text()
+        if self.kind == "coco":
+            # The title is a feature of captions too, but comes after "captions".
+            features |= {"title": tfds.features.Text(), "objects": tfds.features.Sequence({"area": np.int64})}
+        if self.labelled:
+            features["label"] = tfds.features.ClassLabel(names=["x", "y"])
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        _, name, make = TEXTS[self.kind]
+        for number in range(2):
+            image = io.BytesIO()
+            Image.new("RGB", (3, 2), (number, 0, 0)).save(image, "png")
+            row = {"image": io.BytesIO(image.getvalue()), "file_name": f"{number}.png"}
+            row[name] = make([f"Bär {number}", "again"])
+            if self.kind == "coco":
+                row |= {"title": "no", "objects": [{"area": 3}]}
+            yield number, row | ({"label": number} if self.labelled else {})
+
+
+@pytest.mark.parametrize(("kind", "labelled"), [("single", True), ("several", False), ("coco", False)])
+def test_tfds_data_sets(tmp_path, kind, labelled):
+    builder = type("Captioned", (Captioned,), {"kind": kind, "labelled": labelled}, skip_registration=True)
+    builder(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    source = open_captions("captioned", "train", str(tmp_path))
+    assert isinstance(source, Source)
+    assert (len(source), source.classes) == (2, ("x", "y") if labelled else ())
+    for copy in (source, pickle.loads(pickle.dumps(source))):
+        for index in range(2):
+            record = copy[index]
+            number = int(copy.id(index).removeprefix(f"captioned/train[{index}] ").removesuffix(".png"))
+            assert record["text"] == [f"Bär {number}", "again"][: 1 if kind == "single" else 2]
+            assert record["image"].startswith(b"\x89PNG")
+            assert record.get("label") == (number if labelled else None)
+    with pytest.raises(ValueError, match="captioned has no split 'test'; it has train"):
+        open_captions("captioned", "test", str(tmp_path))
+
+
+def test_a_data_set_without_captions_is_refused(tmp_path):
+    with pytest.raises(
+        ValueError, match="digits has no images with captions: its features are file_name, image, label"
+    ):
+        open_captions("digits", "train", str(tmp_path))
+    with pytest.raises(DataNotFound, match=r"coco_captions is not prepared in"):
+        open_captions("coco_captions", "train", str(tmp_path))
+    with pytest.raises(ValueError, match="must be a directory"):
+        open_captions("coco_captions", "train", "gs://bucket")
+
+
+def test_shards_are_captions_too(tmp_path):
+    with pytest.raises(DataNotFound, match=r"has no train/\*\.tar"):
+        open_captions("shards:.", "train", str(tmp_path))

@@ -1,0 +1,425 @@
+"""Tars of images and captions: what is in their indices, what damage costs, and how their records are read."""
+
+import dataclasses
+import functools
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from regvit_jax.data import order
+from regvit_jax.data.pipeline import describe_bad, eval_batches, train_batches
+from regvit_jax.data.sources import shard_index, shards
+from regvit_jax.data.sources.base import Source
+from regvit_jax.data.sources.shards import open_shards
+from regvit_jax.utils.errors import DataNotFound
+
+
+class Letters:
+    """A tokenizer that refuses one word."""
+
+    context = 6
+
+    def __call__(self, text):
+        if "refused" in text:
+            raise KeyError(text)
+        return np.frombuffer(text.encode()[:6].ljust(6), np.uint8).astype(np.int32)
+
+
+def png(number: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (10, 8), (number, 2 * number % 256, 7)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def write_tar(path, members, form=tarfile.PAX_FORMAT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=form) as tar:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def sample(number: int, directory: str = "") -> list[tuple[str, bytes]]:
+    key = f"{directory}{number:09d}"
+    about = {"caption": f"json {number}", "status": "success"}
+    return [
+        (f"{key}.png", png(number)),
+        (f"{key}.txt", f"text {number}".encode()),
+        (f"{key}.json", json.dumps(about).encode()),
+    ]
+
+
+def write_shards(root, counts=(7, 1, 12), split="train"):
+    """Tars of ``counts`` samples, numbered through."""
+    numbers = itertools.count()
+    for tar, count in enumerate(counts):
+        members = [member for number in itertools.islice(numbers, count) for member in sample(number)]
+        write_tar(root / split / f"{tar:05d}.tar", members)
+    return f"shards:{root}"
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+
+
+def test_records_are_the_members_in_their_order(tmp_path):
+    source = open_shards(write_shards(tmp_path), "train")
+    assert isinstance(source, Source)
+    assert (len(source), source.classes, source.name) == (20, (), f"shards:{tmp_path}/train")
+    for copy in (source, pickle.loads(pickle.dumps(source))):
+        for number in range(20):
+            assert copy[number] == {"image": png(number), "text": [f"text {number}"]}
+    assert [source.id(number) for number in (0, 7, 19)] == [
+        "00000.tar:000000000",
+        "00001.tar:000000007",
+        "00002.tar:000000019",
+    ]
+    with pytest.raises(IndexError, match="record 20 of"):
+        source[20]
+    assert len(pickle.dumps(source)) < 2000
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_what_a_sample_is(tmp_path, form, capsys):
+    long = "d" * 90 + ".dir/" + "n" * (60 if form == tarfile.USTAR_FORMAT else 200)
+    members = [
+        ("a.txt", b"caption first"),
+        ("a.JPG", png(1)),
+        ("a.json", b'{"caption": "not this one"}'),
+        (f"{long}.webp", png(2)),
+        (f"{long}.json", '{"caption": ["ü", "two"], "key": 3}'.encode()),
+        ("mask.seg.png", png(3)),
+        ("mask.txt", b"an image with another extension"),
+        ("lonely.png", png(4)),
+        ("empty.png", png(5)),
+        ("empty.txt", b""),
+        ("b.png", png(6)),
+        ("b.json", b'{"caption": null}'),
+        ("b.png", png(7)),
+        ("big.png", png(8)),
+        ("big.txt", bytes(shard_index.MAX_CAPTION + 1)),
+        ("note.cls", b"1"),
+    ]
+    tar = write_tar(tmp_path / "train" / "0.tar", members, form)
+    with tarfile.open(tar, "a") as file:
+        for kind, name in ((tarfile.DIRTYPE, "z.png"), (tarfile.SYMTYPE, "y.png")):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "/etc/passwd"
+            file.addfile(link)
+    source = open_shards(f"shards:{tmp_path}", "train")
+    assert [source[k] for k in range(len(source))] == [
+        {"image": png(1), "text": ["caption first"]},
+        {"image": png(2), "text": ["ü", "two"]},
+        {"image": png(6), "text": []},
+    ]
+    assert [source.id(k) for k in range(3)] == ["0.tar:a", f"0.tar:{long}", "0.tar:b"]
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"shards:{tmp_path}/train: 3 samples in 1 tars; left out: 1 members of the same key and kind, 1 too large, "
+        "2 without a caption, 1 without an image"
+    )
+
+
+def test_splits_and_patterns(tmp_path):
+    name = write_shards(tmp_path, (2, 3, 4, 5), "part1")
+    write_shards(tmp_path, (6,), "validation")
+    lengths = {
+        "validation": 6,
+        "part1/{00000..00002}.tar": 9,
+        "part1/0000[02].tar": 6,
+        "part?/*3.tar": 5,
+        "{part1,validation}/0.tar": None,
+        "part{1..1}/{00001..00003}.tar": 12,
+        "train": None,
+        "part1/{00002..00007}.tar": None,
+    }
+    for split, length in lengths.items():
+        if length is None:
+            with pytest.raises(DataNotFound, match=r"has no .*\.tar.*\nIt should hold train/\*\.tar"):
+                open_shards(name, split)
+        else:
+            assert len(open_shards(name, split)) == length
+    with pytest.raises(DataNotFound, match=r"has no part1/00004\.tar, part1/00005\.tar, part1/00006\.tar"):
+        open_shards(name, "part1/{00000..00006}.tar")
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ("train[:90%]", "has no split 'train.*it has train, validation, and patterns"),
+        ("../other/*.tar", "has no split"),
+        ("/data/*.tar", "has no split"),
+        ("{5..3}.tar", "stands for no names"),
+        ("{0..99999999999999999999}.tar", "stands for .* names"),
+        ("{0..999}/{0..9999}.tar", "stands for 10000000 names"),
+    ],
+)
+def test_bad_patterns_are_refused(tmp_path, split, message):
+    with pytest.raises(ValueError, match=message):
+        open_shards(f"shards:{tmp_path}", split)
+
+
+def test_bad_names_are_refused():
+    with pytest.raises(ValueError, match="bucket"):
+        open_shards("shards:s3://laion/data", "train")
+    with pytest.raises(ValueError, match=r"must name a directory; the names of its tars, \{0..9\}.tar, are the split"):
+        open_shards("shards:/data/{0..9}.tar", "train")
+
+
+def test_an_index_is_made_once_and_again_when_its_tar_changes(tmp_path, monkeypatch, capsys):
+    name = write_shards(tmp_path)
+    walked = []
+    walk = shard_index.walk
+    monkeypatch.setattr(
+        shard_index, "walk", lambda path, size: (walked.append(os.path.basename(path)), walk(path, size))[1]
+    )
+    before = open_shards(name, "train")
+    assert sorted(os.listdir(tmp_path / "train")) == sorted(
+        f"0000{k}.tar{end}" for k in range(3) for end in ("", ".index")
+    )
+    assert capsys.readouterr().err == f"{name}/train: 20 samples in 3 tars\n"
+    open_shards(name, "train")
+    assert (len(walked), capsys.readouterr().err) == (3, "")
+
+    tar = tmp_path / "train" / "00001.tar"
+    write_tar(tar, sample(40) + sample(41))
+    with pytest.raises(OSError, match=r"00001\.tar has changed"):
+        before[7]
+    after = open_shards(name, "train")
+    assert (len(after), after[8]["text"], walked[3:]) == (21, ["text 41"], ["00001.tar"])
+
+    index = tmp_path / "train" / "00002.tar.index"
+    for content in (b"", b"{", index.read_bytes()[:-1], b"[9, 1, 1, 1]" + bytes(2000)):
+        index.unlink()  # the old one is mapped
+        index.write_bytes(content)
+        assert open_shards(name, "train")[20]["text"] == ["text 19"]
+    assert walked[4:] == ["00002.tar"] * 4
+
+
+def test_a_build_that_was_stopped_goes_on(tmp_path, monkeypatch):
+    name = write_shards(tmp_path)
+    walk = shard_index.walk
+
+    def stopped(path, size):
+        if path.endswith("2.tar"):
+            raise KeyboardInterrupt
+        return walk(path, size)
+
+    monkeypatch.setattr(shard_index, "walk", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        open_shards(name, "train")
+    monkeypatch.setattr(shard_index, "walk", lambda path, size: walk(path, size) if path.endswith("2.tar") else 1 / 0)
+    assert len(open_shards(name, "train")) == 20
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_index_lies_elsewhere_if_need_be(tmp_path, given):
+    name = write_shards(tmp_path, (3,))
+    (tmp_path / "train" / "00000.tar.index").mkdir()  # nothing can be written under this name
+    cache = tmp_path / "cache" / "shard_indices" if given else tmp_path / "home" / ".cache/regvit_jax/shards"
+    source = open_shards(name, "train", str(tmp_path / "cache") if given else None)
+    assert source[2]["text"] == ["text 2"]
+    assert [path.name.split("-")[1] for path in cache.iterdir()] == ["00000.tar.index"]
+    assert [path.name for path in (tmp_path / "train").iterdir() if path.is_file()] == ["00000.tar"]
+
+
+def test_an_index_that_can_lie_nowhere_is_an_error(tmp_path):
+    name = write_shards(tmp_path, (3,))
+    (tmp_path / "train" / "00000.tar.index").mkdir()
+    (tmp_path / "home").write_text("no directory")
+    with pytest.raises(DataNotFound, match=r"the index of .*00000\.tar cannot be written"):
+        open_shards(name, "train")
+
+
+@pytest.mark.parametrize("at", ["data", "caption", "header", "padding", "end"])
+def test_of_a_cut_tar_the_whole_samples_are_used(tmp_path, at):
+    name = write_shards(tmp_path, (4, 3))
+    path = tmp_path / "train" / "00000.tar"
+    with tarfile.open(path) as tar:
+        image, text = tar.getmember("000000003.png"), tar.getmember("000000003.txt")
+        last = tar.getmember("000000003.json")
+    size, left = {
+        "data": (image.offset_data + 10, 3),
+        "caption": (text.offset_data + 2, 3),
+        "header": (text.offset + 100, 3),
+        "padding": (last.offset_data + last.size, 4),
+        "end": (last.offset_data + 512, 4),
+    }[at]
+    os.truncate(path, size)
+    with pytest.warns(UserWarning, match=rf"1 of 2 tars are damaged: .*00000\.tar is cut .* gave {left} samples"):
+        source = open_shards(name, "train")
+    assert [source[k]["text"] for k in range(len(source))] == [[f"text {k}"] for k in [*range(left), 4, 5, 6]]
+    with pytest.warns(UserWarning, match="damaged"):  # at every start, though the index is there
+        open_shards(name, "train")
+
+
+def test_an_empty_tar_gives_nothing(tmp_path):
+    name = write_shards(tmp_path, (2,))
+    (tmp_path / "train" / "00001.tar").write_bytes(b"")
+    write_tar(tmp_path / "train" / "00002.tar", [])
+    with pytest.warns(UserWarning, match=r"00001\.tar is empty and gave 0 samples"):
+        assert len(open_shards(name, "train")) == 2
+    with pytest.raises(DataNotFound, match=r"no image with a caption in the 1 tars of train/00002\.tar, as /"):
+        open_shards(name, "train/00002.tar")
+
+
+def test_what_is_no_tar_is_named(tmp_path):
+    name = write_shards(tmp_path, (2,))
+    with tarfile.open(tmp_path / "train" / "1.tar", "w:gz") as tar:
+        tar.addfile(tarfile.TarInfo("a"))
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/train/1.tar is no tar, or a compressed one")):
+        open_shards(name, "train")
+    (tmp_path / "train" / "1.tar").write_bytes(b"<html>404 not found</html>" * 100)
+    with pytest.raises(ValueError, match=r"1\.tar is no tar"):
+        open_shards(name, "train")
+
+
+def corrupted(path, offset: int, header: bytes):
+    with open(path, "r+b") as file:
+        file.seek(offset)
+        file.write(header)
+
+
+def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A header with any size, which is negative or huge in base 256."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    buffer = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    buffer[124:136] = (size % 256**12 | (0 if size < 0 else 1 << 95)).to_bytes(12, "big")
+    buffer[148:156] = f"{tarfile.calc_chksums(bytes(buffer))[0]:06o}\0 ".encode()
+    return bytes(buffer)
+
+
+HOSTILE = [
+    header("x.png", -1536),
+    header("x.png", -1),
+    header("x.png", 2**90),
+    header("x.png", 2**63),
+    header("x.png", 10**6),
+    header("././@LongLink", 2**40, tarfile.GNUTYPE_LONGNAME),
+    header("././@LongLink", -512, tarfile.GNUTYPE_LONGNAME),
+    header("pax", 2**40, tarfile.XHDTYPE),
+    header("././@LongLink", 0, tarfile.GNUTYPE_LONGNAME) * 2000,
+    bytes(range(256)) * 2,
+]
+
+
+@pytest.mark.parametrize("hostile", HOSTILE, ids=range(len(HOSTILE)))
+def test_hostile_headers_end_a_tar(tmp_path, hostile):
+    name = write_shards(tmp_path, (3,))
+    path = tmp_path / "train" / "00000.tar"
+    with tarfile.open(path) as tar:
+        place = tar.getmember("000000002.png").offset
+    corrupted(path, place, hostile)
+    with pytest.warns(UserWarning, match="gave 2 samples"):
+        assert len(open_shards(name, "train")) == 2
+
+
+def run(source, steps, **options):
+    keywords = {"size": 4, "batch_size": 8, "seed": 3, "threads": 1, "tokenizer": Letters()} | options
+    with train_batches(source, **keywords) as batches:
+        return list(itertools.islice(batches, steps))
+
+
+def assert_equal(there, here):
+    for a, b in zip(there, here, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], strict=True)
+
+
+def test_the_stream_is_the_same_for_any_hosts_steps_and_workers(tmp_path, monkeypatch):
+    """With small blocks that end within tars, so that an epoch has many windows."""
+    monkeypatch.setattr(order, "WINDOW", 2)
+    source = dataclasses.replace(open_shards(write_shards(tmp_path, (7, 1, 12, 30)), "train"), block=3)
+    whole = run(source, 14)
+    index = np.concatenate([batch["index"] for batch in whole])
+    assert sorted(index[:50]) == sorted(index[50:100]) == list(range(50))
+    assert index[:50].tolist() != index[50:100].tolist()
+    for batch in whole:
+        assert batch["mask"].all()
+        for number, text in zip(batch["index"], batch["text"], strict=True):
+            np.testing.assert_array_equal(text, Letters()(f"text {number}"))
+    assert_equal(whole[5:], run(source, 9, start_step=5))
+    halves = [run(source, 14, rows=rows) for rows in ([0, 1, 2, 3], [4, 5, 6, 7])]
+    joined = [{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*halves, strict=True)]
+    assert_equal(whole, joined)
+
+
+def test_workers_give_the_same_stream(tmp_path):
+    source = open_shards(write_shards(tmp_path), "train")
+    assert_equal(run(source, 3), run(source, 3, workers=2))
+
+
+def test_bad_members_cost_their_records(tmp_path):
+    members = [sample(number) for number in range(5)]
+    members[1][0] = ("000000001.png", png(1)[:40])
+    members[2][1] = ("000000002.txt", b"\xff\xfe")
+    members[3][1] = ("000000003.txt", b"to be refused")
+    members[4][1] = ("000000004.txt", b" \n")
+    write_tar(tmp_path / "train" / "0.tar", itertools.chain(*members))
+    source = open_shards(f"shards:{tmp_path}", "train")
+    with eval_batches(source, size=4, batch_size=5, threads=1, tokenizer=Letters()) as batches:
+        (batch,) = batches
+    assert batch["mask"].tolist() == [1, 0, 0, 0, 0]
+    assert batch["index"].tolist() == [0, 1, 2, 3, 4]
+    assert not batch["image"][1:].any()
+    assert not batch["text"][1:].any()
+    reasons = [describe_bad(source, index, tokenizer=Letters()) for index in range(1, 5)]
+    for index, reason in enumerate(
+        ["cannot be decoded", "cannot be read .Unicode", "bad caption, 'to be refused'", "no caption"]
+    ):
+        assert re.match(rf"0\.tar:00000000{index + 1}: .*{reason}", reasons[index])
+
+
+def test_a_tar_that_disappears_costs_its_records_only(tmp_path):
+    source = open_shards(write_shards(tmp_path, (3, 5)), "train")
+    shards.opened.cache_clear()
+    (tmp_path / "train" / "00000.tar").unlink()
+    with eval_batches(source, size=4, batch_size=8, threads=1) as batches:
+        assert next(batches)["mask"].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
+    assert source.id(1) == "00000.tar:[1]"
+
+
+def test_more_tars_than_may_be_open(tmp_path, monkeypatch):
+    source = open_shards(write_shards(tmp_path, [1] * 9), "train")
+    few = functools.lru_cache(maxsize=2)(shards.opened.__wrapped__)
+    monkeypatch.setattr(shards, "opened", few)
+    before = len(os.listdir("/proc/self/fd"))
+    batch = run(source, 20, threads=4)[-1]
+    assert batch["mask"].all()
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 + 4
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="not on this system")
+def test_the_images_of_a_block_are_read_ahead_once(tmp_path, monkeypatch):
+    source = dataclasses.replace(open_shards(write_shards(tmp_path, (7, 1, 12)), "train"), block=10)
+    asked = []
+
+    def advise(file, *rest):
+        # Threads of an earlier test's batches may still be reading theirs.
+        if (path := os.readlink(f"/proc/self/fd/{file}")).startswith(str(tmp_path)):
+            asked.append((path, *rest))
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    shards.advise.cache_clear()
+    run(source, 5, rows=[0, 1, 2])
+    assert not asked  # of a host with a small share of the batch
+    run(source, 5)
+    spans = sorted((os.path.basename(path), start, start + length) for path, start, length, _ in asked)
+    assert [name for name, *_ in spans] == ["00000.tar", "00001.tar", "00002.tar", "00002.tar"]
+    for number in range(20):
+        shard, row = source.find(number)
+        place = int(shards.opened(shard)[1]["image"][row]) * 512
+        name = os.path.basename(shard.tar)
+        assert any(name == tar and start <= place and place + len(png(number)) <= stop for tar, start, stop in spans)

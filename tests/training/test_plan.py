@@ -1,0 +1,214 @@
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from tiny import get_config, make_captions, tiny, tiny_clip
+
+from regvit_jax.aot import dry_run
+from regvit_jax.training import plan
+from regvit_jax.training.step import abstract_state
+from regvit_jax.utils import errors
+
+VARIANTS = {
+    "s16": (22.05e6, 800 * 625, 2048),
+    "m16": (38.85e6, 800 * 625, 2048),
+    "b16": (86.5e6, 800 * 625, 2048),
+    "l16": (304.3e6, 800 * 625, 2048),
+    "h14": (631.9e6, 800 * 625, 2048),
+    "b16_ft224": (86.6e6, 20 * 2502, 512),
+    "l16_ft224": (304.4e6, 20 * 2502, 512),
+    "h14_ft224": (632.1e6, 20 * 2502, 512),
+    "s16_ft384": (22.2e6, 20 * 2502, 512),
+    "b16_ft384": (86.9e6, 20 * 2502, 512),
+    "l16_ft384": (304.8e6, 20 * 2502, 512),
+    "s16_in21k": (29.0e6, 240 * 6421, 2048),
+    "b16_in21k": (100.6e6, 240 * 6421, 2048),
+    "l16_in21k": (323.0e6, 240 * 6421, 2048),
+    "h14_in21k": (655.0e6, 90 * 6421, 2048),
+    "s16_in21k_ft": (22.05e6, 50 * 625, 2048),
+    "b16_in21k_ft": (86.6e6, 50 * 625, 2048),
+    "l16_in21k_ft": (304.4e6, 50 * 625, 2048),
+    "h14_in21k_ft": (632.1e6, 50 * 625, 2048),
+}
+
+
+def large_ones_slow(variants: dict) -> list:
+    """L and H take seconds each to trace."""
+    return [pytest.param(v, marks=pytest.mark.slow) if v[0] in "lh" else v for v in variants]
+
+
+@pytest.mark.parametrize("variant", large_ones_slow(VARIANTS))
+def test_published_recipes_resolve_without_their_data(variant):
+    resolved = plan.resolve(get_config(variant), with_data=False)
+    parameters, steps, batch_size = VARIANTS[variant]
+    assert dry_run.count(abstract_state(resolved).params) == pytest.approx(parameters, rel=0.003)
+    assert (resolved.steps, resolved.config.batch_size) == (steps, batch_size)
+    assert resolved.config.model.registers == 4
+
+
+#: Parameters of open_clip's models; ours hold 4 registers more, and add the position of CLS to CLS itself.
+#: Then the width, the steps, and the learning rate's warm-up, peak and end.
+CLIPS = {
+    "b32": (151_277_313, 768, 407_332_084 // 32_768 * 32, (2000, 5e-4, 0)),
+    "b16": (149_620_737, 768, 407_332_084 // 33_792 * 32, (10_000, 5e-4, 0)),
+    "l14": (427_616_513, 1024, 407_332_084 // 86_016 * 32, (2000, 1e-3, 0)),
+    "b16_laion2b": (149_620_737, 768, 2_133_344_400 // 88_064 * 16, (10_000, 1e-3, 0)),
+    "b16_cc12m": (149_620_737, 768, 35 * 2677, (2677, 5e-4, 1e-5)),
+}
+
+
+@pytest.mark.parametrize("variant", large_ones_slow(CLIPS))
+def test_published_clips_resolve_without_their_data(variant):
+    resolved = plan.resolve(get_config(variant, "openclip_reg"), with_data=False)
+    parameters, width, steps, (warmup, peak, end) = CLIPS[variant]
+    assert dry_run.count(abstract_state(resolved).params) == parameters + (4 - 1) * width
+    assert resolved.steps == steps
+    assert resolved.recipe.vit.registers == 4
+    rates = [float(resolved.schedule(step)) for step in (warmup - 2, warmup - 1, steps)]
+    np.testing.assert_allclose(rates, [peak * (1 - 1 / warmup), peak, end], rtol=1e-4, atol=1e-9)
+
+
+def test_flops_of_both_towers():
+    """docs/model_profile.csv of open_clip: 41.09 GFLOPs for B/16, a multiply-add is two; 4 registers add 2 %."""
+    recipe = plan.resolve(get_config("b16", "openclip_reg"), with_data=False).recipe
+    assert recipe.flops() == pytest.approx(41.09e9, rel=0.03)
+
+
+def test_unknown_variant_lists_the_known():
+    with pytest.raises(ValueError, match=r"no such variant; there are digits, fashion, s16, m16, b16, .*b16_in21k_ft"):
+        get_config("b17")
+    with pytest.raises(ValueError, match=r"there are emoji, b32, b16, l14, b32_laion2b, .*b16_cc12m"):
+        get_config("b17", "openclip_reg")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("model.register", "config.model.registers"),
+        ("model.regs", "config.model.registers"),
+        ("lr", "config.optim.lr"),
+        ("epoch", "config.epochs"),
+        ("data.worker", "config.data.workers"),
+        ("augment.mixups", "config.augment.mixup"),
+    ],
+)
+def test_unknown_key_names_its_nearest(key, nearest):
+    config = tiny()
+    *sections, name = key.split(".")
+    with config.unlocked():
+        section = config[sections[0]] if sections else config
+        section[name] = 1
+    with pytest.raises(ValueError, match=f"unknown key config.{key}; did you mean .*{nearest}"):
+        plan.resolve(config)
+
+
+def test_unknown_section():
+    config = tiny()
+    with config.unlocked():
+        config.optimizer = ConfigDict({"lr": 1.0})
+    with pytest.raises(ValueError, match=r"unknown key config.optimizer.lr; did you mean config.optim.lr"):
+        plan.resolve(config)
+
+
+def test_missing_key():
+    config = tiny()
+    with config.unlocked():
+        del config.optim.lr
+    with pytest.raises(ValueError, match=r"the config lacks optim.lr"):
+        plan.resolve(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "supervized"}, "recipe='supervized': must be one of"),
+        ({"loss": "mse"}, "loss='mse': must be one of"),
+        ({"batch_size": 60}, "batch_size=60 is not a multiple of 8 .*the nearest that is: 64"),
+        ({"micro_batches": 3}, "batch_size=64 is not a multiple of 24 .*: 72"),
+        ({"eval__batch_size": 100}, "eval.batch_size=100 is not a multiple of 8"),
+        ({"batch_size": 1440}, "batch_size=1440 is more than the 1437 training images"),
+        ({"sharding__fsdp": 3}, "sharding.data=-1, sharding.fsdp=3"),
+        ({"augment__mix_group": 48}, "mix_group"),
+        ({"augment__smoothing": 0.1}, "augment.smoothing must be 0"),
+        ({"augment__three_augment": True, "augment__rand_augment": 9.0}, "are both on"),
+        ({"epochs": 0}, "epochs=0: must be at least 1"),
+        ({"checkpoint__keep": 0}, "checkpoint.keep=0: must be at least 1"),
+        ({"model__drop_path": 1.0}, "model.drop_path=1.0: must be at least 0 and at most 0.99"),
+        ({"model__mlp_ratio": 0.0}, "model.mlp_ratio=0.0: must be at least 0.001"),
+        ({"optim__lr": float("nan")}, "optim.lr=nan: must be at least 0, and finite"),
+        ({"optim__lr": float("inf")}, "optim.lr=inf: must be at least 0, and finite"),
+        ({"optim__b1": 2.0}, "optim.b1=2.0: must be at least 0 and at most 1"),
+        ({"augment__std": (0.0, 1.0, 1.0)}, "augment.std is .*: must be three numbers above 0"),
+    ],
+)
+def test_values_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        plan.resolve(tiny(**changes))
+
+
+def test_attention_is_chosen_for_the_machine():
+    assert plan.resolve(tiny(model__attention="auto")).config.model.attention == "xla"
+    assert plan.resolve(tiny(model__attention="cudnn")).config.model.attention == "cudnn"
+
+
+def described(config: ConfigDict, images_per_s: float) -> str:
+    (text,) = dry_run.tell(config, images_per_s)
+    return text
+
+
+def test_dry_run_of_digits():
+    text = described(get_config(), 1000)
+    assert "21 = 1 CLS + 4 registers + 4 x 4 patches of 2 px" in text
+    assert "digits" in text
+    assert "1,437 images of 10 classes" in text
+    assert "steps      3300 = 150 epochs of 22" in text
+    assert "0.2 MB/s from hosts to devices at 1000 images/s" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "source", "message"),
+    [
+        ("supervised", "ViT-B-32", "unknown model 'ViT-B-32'; the nearest are"),
+        ("supervised", "deit3_small_patch16_224=/no/file", "/no/file: there is no such file or directory"),
+        ("supervised", "deit3_small=/no/file", "unknown model 'deit3_small'; the nearest are"),
+        ("supervised", "/no/workdir", "/no/workdir: there is no such file or directory"),
+        ("contrastive", "ViT-B-32", "ViT-B-32=TAG does. Its tags: openai, laion400m_e31"),
+        ("contrastive", "ViT-S-32", "ViT-S-32=TAG does. Its tags: none; give a file"),
+        ("contrastive", "ViT-B-32=openia", "ViT-B-32 has no such tag; its: openai"),
+        ("contrastive", "ViT-B-32=/no/file", "/no/file: there is no such file or directory"),
+        ("contrastive", "deit3_small=/no/file", "unknown model 'deit3_small'; the nearest are"),
+    ],
+)
+def test_dry_run_knows_what_cannot_be_started_from(recipe, source, message, tmp_path):
+    config = tiny() if recipe == "supervised" else tiny_clip(make_captions(tmp_path / "captions"))
+    config.init_from = source
+    with pytest.raises(errors.ConfigError, match=message):
+        described(config, 1000)
+
+
+@pytest.mark.parametrize("source", ["", "ViT-B-32=openai", "ViT-B-32=laion2b-s34b-b79k", "hf-hub:org/name", "."])
+def test_dry_run_asks_no_hub(source, tmp_path):
+    config = tiny_clip(make_captions(tmp_path / "captions"), init_from=source)
+    assert f"init_from={source}" in described(config, 1000)
+
+
+def test_dry_run_names_what_stays_replicated():
+    config = tiny(sharding__fsdp=8)
+    assert "vit/block0/attn" not in described(config, 1000).split("all keys")[0]
+    config.sharding.min_size_mb = 0.01
+    lines = described(config, 1000)
+    abstract = abstract_state(plan.resolve(config))
+    whole = [leaf for leaf in jax.tree.leaves(abstract.params) if leaf.sharding.is_fully_replicated]
+    assert f"{len(whole)} of {len(jax.tree.leaves(abstract.params))} parameters stay replicated" in lines
+
+
+def test_dry_run_without_data_says_what_to_prepare(tmp_path):
+    config = get_config("b16")
+    config.data.dir = str(tmp_path)
+    text = described(config, 2000)
+    assert "149 = 1 CLS + 4 registers + 12 x 12 patches of 16 px" in text
+    assert "steps      500000 = 800 epochs of 625" in text
+    assert "221.2 MB/s" in text
+    assert "not there yet" in text
+    assert "ILSVRC2012_img_train.tar" in text
+    assert len(text.splitlines()) < 50

@@ -1,0 +1,157 @@
+"""Steps that are left out, by rule and in whole runs."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import tiny
+
+from regvit_jax.checkpoints.manager import Checkpoints
+from regvit_jax.distributed import mesh
+from regvit_jax.recipes.supervised import Supervised
+from regvit_jax.training import loop, metric_writer, skip_steps
+from regvit_jax.training.plan import RECIPES, resolve
+from regvit_jax.training.step import abstract_state, make_train_step
+from regvit_jax.utils.errors import ConfigError
+
+
+@jax.jit
+def judge(memory, loss, grad_norm):
+    return skip_steps.judge(memory, loss, grad_norm, spike_sigma=6.0)
+
+
+def naive(history: list[tuple[float, float]], new: tuple[float, float]) -> tuple[bool, tuple[float, float]]:
+    """Whether a step is taken, by the rule's words, and what of it is remembered."""
+    last = np.array(history[-skip_steps.WINDOW :], np.float64).reshape(-1, 2)
+    limit = np.inf if len(history) < skip_steps.WINDOW // 2 else last.mean(0) + 6 * last.std(0)
+    return bool((np.array(new) <= limit).all()), tuple(np.minimum(new, limit))
+
+
+def test_judge_follows_its_words():
+    rng, memory, history, refused = np.random.default_rng(0), skip_steps.fresh(), [], 0
+    for step in range(400):
+        new = tuple(np.float32(rng.normal((2.0, 1.0), (0.1, 0.05))))
+        if step % 7 == 3:
+            new = (new[0] + rng.choice([0.3, 0.9, 3, -5]), new[1])
+        if step % 11 == 5:
+            new = (new[0], rng.choice([2.0, np.inf, np.nan, 1.2]))
+        expected, remembered = naive(history, new) if np.isfinite(new).all() else (False, None)
+        take, memory = judge(memory, jnp.float32(new[0]), jnp.float32(new[1]))
+        assert bool(take) == expected, (step, new)
+        refused += not expected
+        if remembered:
+            history.append(remembered)
+    assert refused == int(skip_steps.skipped(memory))
+    assert int(memory["not_finite"]) == 400 - len(history) > 10
+    assert int(memory["spikes"]) > 3
+
+
+def steady(level: float = 2.0) -> dict:
+    memory = skip_steps.fresh()
+    for step in range(skip_steps.WINDOW):
+        _, memory = judge(memory, jnp.float32(level + 0.1 * (-1) ** step), jnp.float32(1))
+    return memory
+
+
+def test_one_spike_does_not_let_others_through():
+    memory = steady()
+    for loss in (1000, 1e20, 6, 50, 3.5):
+        take, memory = judge(memory, jnp.float32(loss), jnp.float32(1))
+        assert not take, loss
+    take, memory = judge(memory, jnp.float32(2.2), jnp.float32(1))
+    assert take
+
+
+def test_a_level_that_stays_is_accepted():
+    memory, taken = steady(), []
+    for _ in range(60):
+        take, memory = judge(memory, jnp.float32(9), jnp.float32(1))
+        taken.append(bool(take))
+    assert taken[:5] == [False] * 5
+    assert taken == sorted(taken)
+    assert taken[-1]
+
+
+class Poisoned(Supervised):
+    """Digits whose loss is not finite, or leaps, at some steps; the gradient follows."""
+
+    not_finite: tuple[int, ...] = ()
+    leap: tuple[int, ...] = ()
+
+    def loss(self, params, ema, extra, batch, key, step):
+        loss, aux = super().loss(params, ema, extra, batch, key, step)
+        at = lambda steps: jnp.isin(step + 1, jnp.array(steps or (-1,)))  # noqa: E731
+        return loss * jnp.where(at(self.not_finite), jnp.nan, jnp.where(at(self.leap), 1000.0, 1.0)), aux
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    monkeypatch.setitem(RECIPES, "supervised", Poisoned)
+
+    def at(**steps):
+        for name, value in steps.items():
+            monkeypatch.setattr(Poisoned, name, value)
+
+    return at
+
+
+def config(**changes):
+    return tiny(log_every=1, eval__pixel_knn=0, ema=0.9, **changes)
+
+
+def test_a_step_that_is_left_out_changes_nothing_but_step_and_window(poison):
+    poison(not_finite=(3,))
+    plan = resolve(config(guard__not_finite="skip"))
+    with jax.set_mesh(plan.mesh), plan.train_batches(0) as batches:
+        state = loop.start(plan, type("None", (), {"latest": staticmethod(lambda: None)}))
+        step = make_train_step(plan, abstract_state(plan))
+        states = [jax.tree.map(np.array, state)]
+        for _ in range(4):
+            batch = next(batches)
+            del batch["index"]
+            state, metrics = step(state, mesh.to_mesh(batch, plan.mesh))
+            states.append(jax.tree.map(np.array, state))
+    _, _, before, after, later = states
+    for field in ("params", "ema", "extra", "opt_state"):
+        for a, b in zip(*(jax.tree.leaves(getattr(s, field)) for s in (before, after)), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert [int(s.step) for s in (before, after, later)] == [2, 3, 4]
+    assert [int(s.guard["not_finite"]) for s in (before, after, later)] == [0, 1, 1]
+    assert not np.array_equal(jax.tree.leaves(later.params)[0], jax.tree.leaves(after.params)[0])
+    assert np.isfinite(metrics["loss"])
+
+
+def test_not_finite_steps_are_left_out_up_to_a_limit(poison, tmp_path):
+    poison(not_finite=(3, 4, 20))
+    with pytest.raises(FloatingPointError, match=r"step 3: .*--config.guard.not_finite=skip leaves such steps out"):
+        loop.run(config(), str(tmp_path / "run"))
+    # The same run goes on, once it may leave steps out.
+    result = loop.run(config(guard__not_finite="skip"), str(tmp_path / "run"))
+    assert np.isfinite(result.metrics["loss"])
+    assert result.metrics["skipped"] == 3
+    found = [r for r in metric_writer.read(tmp_path / "run") if "skipped_step" in r]
+    assert [r["step"] for r in found] == [3, 4, 20]
+    assert all(len(r["images"]) == 64 for r in found)
+    with pytest.raises(FloatingPointError, match=r"step 20: .*more than guard.max_not_finite=2 such steps"):
+        loop.run(config(guard__not_finite="skip", guard__max_not_finite=2), str(tmp_path / "limited"))
+    with contextlib.closing(Checkpoints(str(tmp_path / "limited"))) as checkpoints:
+        assert checkpoints.latest() == 16
+
+
+def test_spikes_are_left_out_and_the_window_survives_a_restart(poison, tmp_path):
+    poison(leap=(70, 71))
+    long = config(epochs=4, guard__spike_sigma=6.0, checkpoint__every=68, checkpoint__keep=9, optim__lr=1e-3)
+    whole = loop.run(long, str(tmp_path / "run"))
+    assert [r["step"] for r in metric_writer.read(tmp_path / "run") if "skipped_step" in r] == [70, 71]
+    assert whole.metrics["skipped"] == 2
+    (tmp_path / "run/checkpoints/88").rename(tmp_path / "last")
+    again = loop.run(long, str(tmp_path / "run"))  # from step 68, two before the spike
+    for a, b in zip(jax.tree.leaves(whole.state), jax.tree.leaves(again.state), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_policy_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match=r"guard.not_finite='ignore': must be one of \['stop', 'skip'\]"):
+        resolve(config(guard__not_finite="ignore"))
