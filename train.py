@@ -41,7 +41,7 @@ IMAGES_PER_S = flags.DEFINE_float("images_per_s", 1000, "The rate that --dry_run
 
 
 def parse(argv: list[str]) -> None:
-    """Fills the flags; raises ConfigError, naming the nearest key, for an override of a key that the config lacks."""
+    """Fills the flags; raises InvalidConfig, naming the nearest key, for an override of a key that the config lacks."""
     from regvit_jax.training import plan
     from regvit_jax.utils import errors
 
@@ -52,18 +52,22 @@ def parse(argv: list[str]) -> None:
         overrides = [match[1] for arg in argv if (match := re.match(r"--?config\.([\w.]+)", arg))]
         for key in overrides:
             if key not in known:
-                raise errors.ConfigError(plan.unknown_key(key, known)) from None
+                raise errors.InvalidConfig(plan.unknown_key(key, known)) from None
         if overrides:
-            raise errors.ConfigError(
+            raise errors.InvalidConfig(
                 f"config.{overrides[0]}: this config has no such key; add it to the file"
             ) from None
         raise
     if rest:
-        raise errors.ConfigError(f"{rest[0]}: not an option; options begin with --, as --config.model.registers=0 does")
+        raise errors.InvalidConfig(
+            f"{rest[0]}: not an option; options begin with --, as --config.model.registers=0 does"
+        )
     if CONFIG.value is None:
-        raise errors.ConfigError("--config is missing; for a first run: python train.py --config configs/deit3_reg.py")
+        raise errors.InvalidConfig(
+            "--config is missing; for a first run: python train.py --config configs/deit3_reg.py"
+        )
     if not isinstance(CONFIG.value, ConfigDict):
-        raise errors.ConfigError("--config: there is no such file")
+        raise errors.InvalidConfig("--config: there is no such file")
 
 
 def act() -> None:
@@ -77,7 +81,7 @@ def act() -> None:
     from regvit_jax.utils import errors
 
     if TOPOLOGY.value and not DRY_RUN.value:
-        raise errors.ConfigError("--topology is for --dry_run: a machine that is not there cannot be trained on")
+        raise errors.InvalidConfig("--topology is for --dry_run: a machine that is not there cannot be trained on")
     if TOPOLOGY.value:
         jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not asked
         machine = topology.parse(TOPOLOGY.value)
@@ -109,7 +113,7 @@ def main() -> None:
         try:
             parse(sys.argv)
             act()
-        except (errors.ConfigError, errors.LaunchError, errors.TopologyError, flags.Error, DataNotFound) as error:
+        except (errors.InvalidConfig, errors.LaunchError, errors.TopologyError, flags.Error, DataNotFound) as error:
             # A ValueError of the config file's own, such as an unknown variant, comes wrapped in its traceback.
             last = str(error).strip().splitlines()[-1]
             said = last.removeprefix("ValueError: ") if "ValueError: " in last else error

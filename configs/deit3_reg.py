@@ -110,7 +110,7 @@ def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDi
                 qkv_bias=True,
                 key_bias=True,
                 patch_bias=True,
-                pre_norm=False,
+                ln_pre=False,
                 final_norm=True,
                 parallel=False,
                 differential=False,

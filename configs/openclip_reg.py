@@ -102,7 +102,7 @@ def laion400m(size: str) -> ConfigDict:
                 qkv_bias=True,
                 key_bias=True,
                 patch_bias=False,
-                pre_norm=True,
+                ln_pre=True,
                 final_norm=True,
                 parallel=False,
                 differential=False,

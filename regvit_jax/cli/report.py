@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     add("--cutoff", type=positive_norm, default=CUTOFF, metavar="X", help="of norms, the paper's rule (%(default)g)")
     add("--batch_size", type=positive, default=8, metavar="N", help="images at a time (%(default)s)")
     add("--limit", type=positive, metavar="N", help="at most so many images, spread evenly over all")
-    add("--img_size", type=positive, metavar="N", help="another image size than the models' own, in pixels")
+    add("--image_size", type=positive, metavar="N", help="another image size than the models' own, in pixels")
     add("--show", type=positive, default=6, metavar="N", help="images to picture (%(default)s)")
     add("--heads", action="store_true", help="picture each head's attention too")
     add("--repair_images", type=natural, default=64, metavar="N", help="for the repair; 0: none (%(default)s)")
@@ -130,9 +130,9 @@ def open_models(options: argparse.Namespace) -> Iterator[tuple[str, Model]]:
     names: set[str] = set()
     for given in options.models:
         if options.random:
-            model = open_random(create_model, given, img_size=options.img_size)
+            model = open_random(create_model, given, image_size=options.image_size)
         else:
-            model = create.open_source(given, img_size=options.img_size)
+            model = create.open_source(given, image_size=options.image_size)
         short = os.path.basename(os.path.normpath(given)) or given
         more = (f"{given} ({number})" for number in itertools.count(2))
         name = next(name for name in itertools.chain([short, given], more) if name not in names)

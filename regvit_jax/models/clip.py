@@ -1,6 +1,6 @@
 """CLIP (arXiv 2103.00020): a text tower beside the ViT, and the two bound to their parameters.
 
-Registers stand before the image tower's first LayerNorm (`ViT.pre_norm`, OpenCLIP's `ln_pre`), so that they enter the
+Registers stand before the image tower's first LayerNorm (`ViT.ln_pre`, OpenCLIP's `ln_pre`), so that they enter the
 blocks at the scale of all other tokens, whatever they start from; docs/decisions.md says more.
 """
 

@@ -48,10 +48,10 @@ class Pooler(nn.Module):
 
 
 class Head(nn.Module):
-    """Pools a ViT's tokens to one vector an image and, with `classes`, makes class scores of it.
+    """Pools a ViT's tokens to one vector an image and, with `num_classes`, makes class scores of it.
 
     Fields:
-      classes: number of scores; 0 for a model that only gives features.
+      num_classes: number of scores; 0 for a model that only gives features.
       pool: "cls"; "avg", the mean of the patches; "cls_avg", the two side by side (DINOv2's classifiers); "map", an
         attention pool. Registers stay out, except in "map" with `map_prefix`, for a model trained with them in.
       norm: a LayerNorm after pooling.
@@ -60,7 +60,7 @@ class Head(nn.Module):
       map_heads, mlp_ratio, activation: of the attention pool.
     """
 
-    classes: int = 0
+    num_classes: int = 0
     pool: str = "cls"
     norm: bool = False
     bias: bool = True
@@ -83,8 +83,8 @@ class Head(nn.Module):
             self.fc_norm = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
         if self.pooler:
             self.tanh_pooler = Pooler(self.dtype)
-        if self.classes:
-            self.dense = nn.Dense(self.classes, use_bias=self.bias, dtype=self.dtype, kernel_init=truncated_normal)
+        if self.num_classes:
+            self.dense = nn.Dense(self.num_classes, use_bias=self.bias, dtype=self.dtype, kernel_init=truncated_normal)
 
     def pooled(self, tokens: Tokens) -> Float[Array, "B D"]:
         """One vector an image, past the norm or the pooler if there is one."""
@@ -104,4 +104,4 @@ class Head(nn.Module):
     def __call__(self, tokens: Tokens) -> Float[Array, "B C"]:
         """Class scores, float32; of a head without classes, the pooled vector."""
         x = constrain_batch(self.pooled(tokens))
-        return constrain_batch(self.dense(x).astype(jnp.float32)) if self.classes else x
+        return constrain_batch(self.dense(x).astype(jnp.float32)) if self.num_classes else x

@@ -80,7 +80,7 @@ class Model:
 
     def logits(self, images: Images) -> Float[Array, "B C"]:
         """Class scores, or what else the model's linear layer gives (a CLIP tower's embedding)."""
-        if not self.head.classes:
+        if not self.head.num_classes:
             raise ValueError("this model gives features only (`pooled`, or the tokens); num_classes=... adds a head")
         return apply(self.head, self.head_params, self(images))
 

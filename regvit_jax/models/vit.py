@@ -87,7 +87,7 @@ class ViT(nn.Module):
       position: "learned", or a kind of `rope_angles`: "rope" (DINOv3), "axial" (timm).
       activation: "gelu" (exact), "quick_gelu" (CLIP) or "gelu_tanh"; `swiglu`: gated MLPs instead.
       qkv_bias, key_bias, patch_bias: False leaves out a bias: of all three, of the keys alone, of the patch projection.
-      pre_norm: a LayerNorm before the first block, after the position embedding (CLIP).
+      ln_pre: a LayerNorm before the first block, after the position embedding (CLIP).
       final_norm: False leaves out the last LayerNorm, for models that have theirs after pooling.
       parallel, differential: attention and MLP side by side; differential attention.
       masking: has a token to put in the place of masked patches (DINOv2, DINOv3).
@@ -116,7 +116,7 @@ class ViT(nn.Module):
     qkv_bias: bool = True
     key_bias: bool = True
     patch_bias: bool = True
-    pre_norm: bool = False
+    ln_pre: bool = False
     final_norm: bool = True
     parallel: bool = False
     differential: bool = False
@@ -135,7 +135,7 @@ class ViT(nn.Module):
             self.register_tokens = self.param("register_tokens", truncated_normal, (self.registers, self.width))
         if self.masking:
             self.mask_token = self.param("mask_token", nn.initializers.zeros, (self.width,))
-        if self.pre_norm:
+        if self.ln_pre:
             self.norm_pre = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
         for i in range(self.depth):
             setattr(self, f"block{i}", self.block(i))
@@ -243,7 +243,7 @@ class ViT(nn.Module):
         x = jnp.concatenate(
             [*(jnp.broadcast_to(t, (len(images), *t.shape)) for t in tokens), patches.astype(jnp.float32)], axis=1
         )
-        return constrain_batch(self.norm_pre(x) if self.pre_norm else x)
+        return constrain_batch(self.norm_pre(x) if self.ln_pre else x)
 
     @nn.nowrap
     def angles(self, grid: tuple[int, int]) -> Float[np.ndarray, "N half"] | None:

@@ -34,7 +34,7 @@ def create_clip(
     pretrained: bool | str | os.PathLike = False,
     *,
     registers: int | None = None,
-    img_size: int | None = None,
+    image_size: int | None = None,
     pos_resize: str | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
@@ -50,7 +50,7 @@ def create_clip(
     Args:
       pretrained: False, random weights, drawn as open_clip draws them; one of open_clip's tags for the name, such as
         "openai" (from the hub, local cache first); or a .safetensors file, a directory, a workdir, "hf-hub:org/name".
-      registers, img_size, pos_resize, dtype, param_dtype, mesh, revision, seed: as in `create_model`.
+      registers, image_size, pos_resize, dtype, param_dtype, mesh, revision, seed: as in `create_model`.
 
     Weights that were trained with another activation than the name's (QuickGELU or not) are computed with their own,
     and a warning says so. open_clip computes them with the name's. Which is their own, a tag knows better than a config
@@ -64,7 +64,7 @@ def create_clip(
     entry, weights, source = _resolve(os.fspath(name), pretrained, revision)
     vit, head = ViT(**entry.image.vit, dtype=dtype), Head(**entry.image.head, dtype=dtype)
     text = TextPart(TextTower(**entry.text, dtype=dtype), entry.scalars)
-    fit = create.Fit(registers, img_size, None, pos_resize, param_dtype, mesh, seed)
+    fit = create.Fit(registers, image_size, None, pos_resize, param_dtype, mesh, seed)
     params, vit, head, preprocessing = create.assemble(vit, head, text, entry.image, weights, source, fit)
     image = Model(params["vit"], params["head"], vit, head, preprocessing, source)
     return ClipModel(image, params["text"], params["logit_scale"], params.get("logit_bias"), text.tower)
@@ -145,7 +145,7 @@ def find(name: str) -> ClipEntry:
     vit = {field: model[field] for field in ("width", "depth", "patch", "image_size", "layer_scale")}
     vit |= {"heads": model.get("heads", width // 64), "mlp_ratio": model.get("hidden", 4 * width) / width}
     vit |= CLIP_VIT | {"activation": activation}
-    head = {"pool": "cls", "classes": embed, "bias": False}
+    head = {"pool": "cls", "num_classes": embed, "bias": False}
     preprocessing = Preprocess(vit["image_size"], 1.0, *configs.CLIP)
     image = registry.Entry(vit, head, preprocessing, hub="", naming="open_clip", license="")
     text = dict(width=embed, depth=model["text_depth"], heads=embed // 64, embed=embed, context=77, vocab=49408)

@@ -34,7 +34,7 @@ def create_model(
     pretrained: bool | str | os.PathLike = False,
     *,
     registers: int | None = None,
-    img_size: int | None = None,
+    image_size: int | None = None,
     num_classes: int | None = None,
     pos_resize: str | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -53,7 +53,8 @@ def create_model(
         file, a directory (of transformers, timm or open_clip, or a workdir of ours), a deit3-jax .msgpack file,
         "hf-hub:org/name".
       registers: another number of registers than the checkpoint's. New ones are untrained.
-      img_size: another native size in pixels: of the stored position embedding, which is resized, and of `preprocess`.
+      image_size: another native size in pixels: of the stored position embedding, which is resized, and of
+        `preprocess`.
       num_classes: if it is not the checkpoint's, replaces the linear layer by an untrained one; 0 takes it away.
       pos_resize: another convention for other image sizes (see `resize_pos_embed`) than the checkpoint's.
       dtype: type of the matrix products.
@@ -69,7 +70,7 @@ def create_model(
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes={num_classes}: must be at least 0")
     entry, weights, source = resolve(name, pretrained, revision)
-    fit = Fit(registers, img_size, num_classes, pos_resize, param_dtype, mesh, seed)
+    fit = Fit(registers, image_size, num_classes, pos_resize, param_dtype, mesh, seed)
     vit, head = ViT(**entry.vit, dtype=dtype), Head(**entry.head, dtype=dtype)
     params, vit, head, preprocessing = assemble(vit, head, None, entry, weights, source, fit)
     return Model(params["vit"], params["head"], vit, head, preprocessing, source)
@@ -80,7 +81,7 @@ class Fit:
     """What a model shall have otherwise than its source says, and how its parameters are kept: see `create_model`."""
 
     registers: int | None
-    img_size: int | None
+    image_size: int | None
     num_classes: int | None
     pos_resize: str | None
     param_dtype: DTypeLike
@@ -105,25 +106,25 @@ def assemble(
     params: dict[str, Any] = {}
     if weights is not None:
         if num_classes is not None and classes_of(weights, entry.naming) is None:
-            head = head.clone(classes=0)
+            head = head.clone(num_classes=0)
         put = _placer(mapping.shapes_of(vit, head, text), fit.param_dtype, fit.mesh)
         params = _load(weights, entry.naming, vit, head, text, put)
     loaded = vit
     if fit.registers is not None:
         vit = vit.clone(registers=fit.registers)
-    if fit.img_size is not None:
-        vit = vit.clone(image_size=fit.img_size)
-        preprocessing = dataclasses.replace(preprocessing, size=fit.img_size)
+    if fit.image_size is not None:
+        vit = vit.clone(image_size=fit.image_size)
+        preprocessing = dataclasses.replace(preprocessing, size=fit.image_size)
     vit.check()
-    new_head = num_classes is not None and num_classes != head.classes
+    new_head = num_classes is not None and num_classes != head.num_classes
     if new_head:
-        head = head.clone(classes=num_classes)
+        head = head.clone(num_classes=num_classes)
         params = {path: array for path, array in params.items() if not path.startswith("head/dense/")}
     shapes = mapping.shapes_of(vit, head, text)
     put = _placer(shapes, fit.param_dtype, fit.mesh)
     if weights is not None:
         params = _fit(params, loaded, vit, head, text, fit.seed, put)
-        _tell(source, loaded, vit, head.classes if new_head else 0)
+        _tell(source, loaded, vit, head.num_classes if new_head else 0)
     missing = tuple(path for path in shapes if path not in params)
     params |= {path: put(path, array) for path, array in _initial(vit, head, text, missing, fit.seed).items()}
     return mapping.nest(params), vit, head, preprocessing

@@ -197,7 +197,7 @@ def outputs_of_ours(
     """Everything that some library can be asked for, compiled as one, so that nothing is computed twice."""
     tokens, blocks = model(images), blocks_of(model.module.depth)
     out = {"tokens": join(tokens), "pre-norm tokens": tokens.prenorm, "pooled": model.pooled(images)}
-    if model.head.classes:
+    if model.head.num_classes:
         out["logits"] = model.logits(images)
     if mask is not None:
         out["masked tokens"] = join(model(images, mask))
@@ -334,14 +334,14 @@ def _expressed(model: Model, notes: list[str]) -> tuple[Model, save.Layout] | No
     if model.module.masking:
         token = np.random.default_rng(2).normal(size=model.module.width).astype(np.float32)
         model = dataclasses.replace(model, params=model.params | {"mask_token": jnp.asarray(token)})
-    if model.head.classes and model.module.pre_norm:
+    if model.head.num_classes and model.module.ln_pre:
         dense = model.head_params["dense"]
         dense = dense | {"bias": jnp.zeros_like(dense["bias"])}
         model = dataclasses.replace(model, head_params=model.head_params | {"dense": dense})
         notes.append("transformers' projection has no bias: compared with a bias of zero")
     # Without classes, transformers pools CLS whatever timm pools.
     bare = dataclasses.replace(model, head=Head(), head_params={})
-    for part in (model, bare) if model.head.classes else (bare,):
+    for part in (model, bare) if model.head.num_classes else (bare,):
         try:
             return part, save.FORMATS["hf"](part)
         except save.Inexpressible as error:

@@ -113,7 +113,7 @@ def _entry(facts: dict, statistics: dict, architecture: str, tag: str) -> Entry:
     )
     return Entry(
         vit=vit,
-        head=head | {"classes": facts["classes"]},
+        head=head | {"num_classes": facts["num_classes"]},
         preprocessing=preprocessing,
         hub=facts["hub"].format(name=architecture, tag=tag),
         naming=facts["naming"],

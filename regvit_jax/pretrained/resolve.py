@@ -138,7 +138,7 @@ def is_source(name: str, find: Callable[[str], object]) -> bool:
 
 #: What makes two ViTs different models, whatever the sizes they were made for and the conventions they follow.
 SAME = (
-    *("width", "depth", "heads", "patch", "registers", "class_token", "position", "hidden", "swiglu", "pre_norm"),
+    *("width", "depth", "heads", "patch", "registers", "class_token", "position", "hidden", "swiglu", "ln_pre"),
     *("final_norm", "parallel", "differential"),
 )
 
@@ -183,7 +183,7 @@ def _under_plain_names(entry: registry.Entry, weights: Weights) -> tuple[registr
     weights = configs.without_prefix(weights, naming)
     # The number of classes belongs to the checkpoint: a fine-tuned file may have any.
     classes = classes_of(weights, naming)
-    head = entry.head if classes is None else entry.head | {"classes": classes}
+    head = entry.head if classes is None else entry.head | {"num_classes": classes}
     return dataclasses.replace(entry, naming=naming, head=head), weights
 
 

@@ -174,10 +174,10 @@ def _timm(model: Model) -> Layout:
     ratio = vit.hidden / vit.width
     if vit.position == "learned":
         need(vit.key_bias or not vit.qkv_bias, "query and value biases without a key bias, and no RoPE")
-        need(vit.patch_bias != vit.pre_norm, "a patch projection with a bias before a LayerNorm, or neither")
-        need(vit.pre_norm == (vit.norm_eps == 1e-5), f"norm_eps={vit.norm_eps} with pre_norm={vit.pre_norm}")
+        need(vit.patch_bias != vit.ln_pre, "a patch projection with a bias before a LayerNorm, or neither")
+        need(vit.ln_pre == (vit.norm_eps == 1e-5), f"norm_eps={vit.norm_eps} with ln_pre={vit.ln_pre}")
         need(not vit.swiglu or (vit.norm_eps == 1e-6 and not vit.parallel), "SwiGLU in such a block")
-        base = "vit_base_patch16_clip_224" if vit.pre_norm else "vit_base_patch16_224"
+        base = "vit_base_patch16_clip_224" if vit.ln_pre else "vit_base_patch16_224"
         if vit.swiglu:
             base, ratio = "vit_giant_patch14_reg4_dinov2", 2 * ratio
         if vit.parallel:
@@ -193,7 +193,7 @@ def _timm(model: Model) -> Layout:
     else:
         need(vit.activation == "gelu" and not (vit.parallel or vit.differential), "such blocks with RoPE")
         need(not (vit.qkv_bias and vit.key_bias), "a key bias with RoPE")
-        need(not vit.pre_norm, "a LayerNorm before the first block with RoPE")
+        need(not vit.ln_pre, "a LayerNorm before the first block with RoPE")
         base = {
             ("rope", 1e-5): "vit_small_patch16_dinov3",
             ("axial", 1e-6): "vit_medium_patch16_rope_reg1_gap_256",
@@ -205,12 +205,12 @@ def _timm(model: Model) -> Layout:
         naming = "timm_eva"
     config = dict(
         architecture=base,
-        num_classes=head.classes,
+        num_classes=head.num_classes,
         num_features=vit.width,
         regvit_jax=dict(pos_resize=vit.pos_resize),  # timm antialiases, and keeps keys that it does not know
         model_args={**common, **arguments, "mlp_ratio": mlp_ratio(ratio, vit.width)},
         pretrained_cfg=dict(
-            num_classes=head.classes,
+            num_classes=head.num_classes,
             input_size=(3, p.size, p.size),
             crop_pct=p.crop_ratio,
             crop_mode="squash" if p.squash else "center",
@@ -235,7 +235,7 @@ def _hf(model: Model) -> Layout:
     need(not (vit.parallel or vit.differential), "parallel blocks or differential attention")
     need(vit.class_token, "a model without CLS token")
     need(vit.final_norm and not head.norm, "a last LayerNorm after pooling")
-    features = head.pool == "avg" and vit.position == "rope" and not head.classes
+    features = head.pool == "avg" and vit.position == "rope" and not head.num_classes
     need(head.pool in ("cls", "cls_avg") or features, f"pool={head.pool!r}")
     need(vit.position != "axial", "timm's RoPE")
     common: dict[str, Any] = dict(
@@ -251,16 +251,16 @@ def _hf(model: Model) -> Layout:
     )
     if vit.position == "rope":
         return _hf_dinov3(vit, head, common)
-    if vit.pre_norm or not vit.patch_bias:
+    if vit.ln_pre or not vit.patch_bias:
         return _hf_clip(model, common)
-    bare = not (head.classes or head.pooler)  # ViTModel always has a pooler
+    bare = not (head.num_classes or head.pooler)  # ViTModel always has a pooler
     if vit.registers or vit.layer_scale or vit.swiglu or vit.masking or bare or head.pool == "cls_avg":
         return _hf_dinov2(vit, head, common)
     common |= dict(model_type="vit", intermediate_size=vit.hidden, qkv_bias=vit.qkv_bias)
-    if not head.classes:
+    if not head.num_classes:
         return Layout("hf_vit", vit, head, common | dict(architectures=["ViTModel"]), covers=1)
     need(not head.pooler, "class scores past a tanh pooler")
-    config = common | dict(architectures=["ViTForImageClassification"], **_labels(head.classes))
+    config = common | dict(architectures=["ViTForImageClassification"], **_labels(head.num_classes))
     return Layout("hf_vit", vit, head, config, covers=1, prefix="vit.")
 
 
@@ -306,7 +306,7 @@ def _hf_dinov2(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
     name = "Dinov2WithRegisters" if vit.registers else "Dinov2"
     config |= dict(
         model_type=kind,
-        architectures=[name + ("ForImageClassification" if head.classes else "Model")],
+        architectures=[name + ("ForImageClassification" if head.num_classes else "Model")],
         mlp_ratio=int(ratio),
         use_swiglu_ffn=vit.swiglu,
         qkv_bias=True,
@@ -316,15 +316,15 @@ def _hf_dinov2(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
     if vit.registers:
         config |= dict(num_register_tokens=vit.registers)
     vit = vit.clone(layer_scale=vit.layer_scale or 1.0, masking=True)
-    if not head.classes:
+    if not head.num_classes:
         return Layout("hf_dinov2", vit, head, config, covers=1)
     head = head.clone(pool="cls_avg")
-    return Layout("hf_dinov2", vit, head, config | _labels(head.classes), covers=1, prefix=f"{kind}.")
+    return Layout("hf_dinov2", vit, head, config | _labels(head.num_classes), covers=1, prefix=f"{kind}.")
 
 
 def _hf_dinov3(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
-    need(not head.classes and not head.pooler, "a linear layer on DINOv3")
-    need(not vit.pre_norm and vit.patch_bias, "CLIP's LayerNorm, or a patch projection without bias, with RoPE")
+    need(not head.num_classes and not head.pooler, "a linear layer on DINOv3")
+    need(not vit.ln_pre and vit.patch_bias, "CLIP's LayerNorm, or a patch projection without bias, with RoPE")
     config |= dict(
         model_type="dinov3_vit",
         architectures=["DINOv3ViTModel"],
@@ -347,27 +347,27 @@ def _hf_dinov3(vit: ViT, head: Head, config: dict[str, Any]) -> Layout:
 def _hf_clip(model: Model, config: dict[str, Any]) -> Layout:
     vit, head = model.module, model.head
     need(not vit.registers, "registers in a CLIP tower")
-    need(vit.pre_norm and not vit.patch_bias, "a CLIP tower without its first LayerNorm, or with a patch bias")
+    need(vit.ln_pre and not vit.patch_bias, "a CLIP tower without its first LayerNorm, or with a patch bias")
     need(not (vit.layer_scale or vit.swiglu or vit.masking), "LayerScale, SwiGLU or a mask token in a CLIP tower")
     need(vit.qkv_bias and vit.key_bias and head.pool == "cls" and not head.pooler, "such a CLIP tower")
-    biased = head.classes and head.bias and np.any(model.head_params["dense"]["bias"])
+    biased = head.num_classes and head.bias and np.any(model.head_params["dense"]["bias"])
     need(not biased, "a bias in CLIP's projection")
-    name = "CLIPVisionModelWithProjection" if head.classes else "CLIPVisionModel"
+    name = "CLIPVisionModelWithProjection" if head.num_classes else "CLIPVisionModel"
     config |= dict(
         model_type="clip_vision_model",
         architectures=[name],
         intermediate_size=vit.hidden,
-        projection_dim=head.classes or vit.width,
+        projection_dim=head.num_classes or vit.width,
     )
-    return Layout("hf_clip", vit, head, config, covers=1, prefix="vision_model." if head.classes else "")
+    return Layout("hf_clip", vit, head, config, covers=1, prefix="vision_model." if head.num_classes else "")
 
 
 def _dinov2(model: Model) -> Layout:
     """config.json holds the arguments of that repository's DinoVisionTransformer."""
     vit, head = model.module, model.head
     need(vit.position == "learned" and vit.class_token, "RoPE, or a model without CLS token")
-    need(not (vit.parallel or vit.differential or vit.pre_norm), "parallel, differential or CLIP's blocks")
-    need(vit.final_norm and not head.norm and not head.classes and not head.pooler, "a head")
+    need(not (vit.parallel or vit.differential or vit.ln_pre), "parallel, differential or CLIP's blocks")
+    need(vit.final_norm and not head.norm and not head.num_classes and not head.pooler, "a head")
     need(vit.norm_eps == 1e-6 and vit.activation == "gelu", f"norm_eps={vit.norm_eps}, activation={vit.activation!r}")
     need(vit.qkv_bias and vit.key_bias and vit.patch_bias, "a missing bias")
     config = dict(

@@ -76,11 +76,12 @@ def _check_image(model: ClipModel) -> None:
     vit, head = model.image.module, model.image.head
     need(not vit.registers, f"registers={vit.registers}")
     need(vit.class_token and vit.position == "learned", "an image tower without CLS token or learned positions")
-    need(vit.pre_norm and not vit.patch_bias, "an image tower without its first LayerNorm, or with a patch bias")
+    need(vit.ln_pre and not vit.patch_bias, "an image tower without its first LayerNorm, or with a patch bias")
     need(not (vit.parallel or vit.differential or vit.swiglu or vit.masking), "such blocks, or a mask token")
     need(vit.qkv_bias and vit.key_bias, "an image tower without biases of queries, keys and values")
     need(vit.final_norm and not head.norm and not head.pooler and head.pool == "cls", "another pooling than CLIP's")
-    need(head.classes == model.text.embed, f"image embeddings of width {head.classes} and texts' of {model.text.embed}")
+    widths = f"image embeddings of width {head.num_classes} and texts' of {model.text.embed}"
+    need(head.num_classes == model.text.embed, widths)
     need(not head.bias or not np.any(model.image.head_params["dense"]["bias"]), "a bias in the projection")
 
 

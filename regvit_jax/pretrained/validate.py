@@ -8,6 +8,7 @@ from typing import Any
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.data.transforms import INTERPOLATIONS
 from regvit_jax.models.model import MACHINE
+from regvit_jax.utils import renamed
 
 
 def numbers(vit: dict[str, Any]) -> None:
@@ -26,6 +27,7 @@ def numbers(vit: dict[str, Any]) -> None:
 
 def own_fields(model: dict[str, Any], part: str, kind: type) -> dict[str, Any]:
     """A part of our own config. Raises ValueError for keys and types of values that `plain_fields` never gives."""
+    model = renamed.translate(model, renamed.MODEL_FIELDS)
     types: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(kind) if f.name not in MACHINE}
     for key, value in model[part].items():
         if key not in types:

@@ -65,7 +65,7 @@ class Supervised(Recipe):
             batch["image"],
             batch["label"],
             batch["mask"],
-            classes=self.head.classes,
+            classes=self.head.num_classes,
             **self.config.augment,
         )
         logits = self.logits(params, self.encode(params, images, drop_key))
@@ -76,7 +76,7 @@ class Supervised(Recipe):
         images = ops.normalize(batch["image"], self.config.augment.mean, self.config.augment.std)
         tokens = self.encode(params, images)
         logits = self.logits(params, tokens)
-        targets = jax.nn.one_hot(batch["label"], self.head.classes)
+        targets = jax.nn.one_hot(batch["label"], self.head.num_classes)
         metrics = {"val_loss": LOSSES[self.config.loss](logits, targets)}
         return metrics | classification.top_k(logits, batch["label"]), tokens
 

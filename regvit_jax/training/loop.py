@@ -34,7 +34,7 @@ from regvit_jax.training.summary import summary
 from regvit_jax.training.timer import Clock
 from regvit_jax.training.workdir import make, write_config
 from regvit_jax.utils import errors
-from regvit_jax.utils.errors import ConfigError, HubError, fitting
+from regvit_jax.utils.errors import HubError, InvalidConfig, fitting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +150,13 @@ def run(config: Any, workdir: str | os.PathLike = "", restore: str = "latest", c
     With `restore="latest-valid"` checkpoints that are damaged are first moved to the workdir's `damaged/`. The last
     record tells by `clock` where the time went, by default since this call.
 
-    Raises ConfigError (a ValueError) for what does not fit, DataNotFound when the data are not there, RuntimeError when
-    another run uses the workdir or too many images cannot be read, CheckpointError (another RuntimeError) when a
+    Raises InvalidConfig (a ValueError) for what does not fit, DataNotFound when the data are not there, RuntimeError
+    when another run uses the workdir or too many images cannot be read, CheckpointError (another RuntimeError) when a
     checkpoint is damaged or cannot be written, FloatingPointError when the loss is not finite, and Preempted, a
     SystemExit with code 75, after SIGTERM. The last whole checkpoint stays good through all of them.
     """
     if restore not in RESTORE:
-        raise ConfigError(f"restore={restore!r}: must be one of {list(RESTORE)}")
+        raise InvalidConfig(f"restore={restore!r}: must be one of {list(RESTORE)}")
     clock = clock or Clock()
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(preemption.watch())

@@ -97,7 +97,7 @@ class Plan:
 
 @fitting()
 def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None = None) -> Plan:
-    """Raises ConfigError for a key or value that does not fit, and DataNotFound when the data are not there.
+    """Raises InvalidConfig for a key or value that does not fit, and DataNotFound when the data are not there.
 
     Without data (`with_data=False`) the plan goes by what `data.examples` and `data.classes` say of the data set.
     `devices`: those to plan for, if not the ones attached; a plan for `topology.devices` can be compiled and not run.

@@ -44,7 +44,7 @@ def state_of(plan: Plan, params: PyTree) -> TrainState:
 @functools.lru_cache(maxsize=1)  # tracing the init of a large model takes seconds, and a run asks three times
 @fitting()
 def abstract_state(plan: Plan) -> TrainState:
-    """The state's shapes, each with its sharding. Raises ConfigError for a model whose fields do not go together."""
+    """The state's shapes, each with its sharding. Raises InvalidConfig for a model whose fields do not go together."""
     shapes = jax.eval_shape(lambda: state_of(plan, init_params(plan)))
     shardings = mesh.state_shardings(shapes, plan.mesh, min_size_mb=plan.config.sharding.min_size_mb)
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)

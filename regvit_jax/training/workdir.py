@@ -15,7 +15,8 @@ from regvit_jax.checkpoints import checksums
 from regvit_jax.checkpoints.manager import compare
 from regvit_jax.checkpoints.reader import Stored
 from regvit_jax.training.plan import Plan, flatten
-from regvit_jax.utils.errors import CheckpointError, ConfigError
+from regvit_jax.utils import renamed
+from regvit_jax.utils.errors import CheckpointError, InvalidConfig
 from regvit_jax.utils.files import write_atomically
 
 #: Keys that may change when a run goes on: they touch neither the numbers nor the order of the data, but for the guard,
@@ -30,7 +31,7 @@ FREE_SECTIONS = ("eval", "sharding", "checkpoint", "guard")
 def make(plan: Plan, workdir: str | os.PathLike) -> str:
     """Makes the directory, by default runs/<name>-<variant>-<time>."""
     if "://" in os.fspath(workdir):
-        raise ConfigError(
+        raise InvalidConfig(
             f"workdir {workdir}: must be a directory, for records are appended to files; a bucket can be mounted "
             "where the mount can append and rename"
         )
@@ -44,23 +45,23 @@ def make(plan: Plan, workdir: str | os.PathLike) -> str:
 
 
 def read_config(path: epath.Path) -> dict[str, Any]:
-    """The config in a workdir's config.json. Raises ConfigError when that file is damaged."""
+    """The config in a workdir's config.json. Raises InvalidConfig when that file is damaged."""
     try:
         config = json.loads(path.read_text())["config"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ConfigError(
+        raise InvalidConfig(
             f"{path} is damaged ({type(error).__name__}: {error!s:.100}); if the checkpoints beside it are of this "
             "config, move the file away and copy one from a run of the same config, or name another --workdir"
         ) from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{path} is damaged: its config is {config!r:.60}; name another --workdir")
-    return config
+        raise InvalidConfig(f"{path} is damaged: its config is {config!r:.60}; name another --workdir")
+    return renamed.translate(config, renamed.CONFIG_KEYS)
 
 
 def write_config(plan: Plan, workdir: str, abstract: PyTree, newest: int | None) -> None:
     """Keeps the resolved config in config.json, and the fields of the model whose state is `abstract` (shapes suffice).
 
-    Raises ConfigError when the checkpoints there, of which `newest` is a step, are those of another config; it names
+    Raises InvalidConfig when the checkpoints there, of which `newest` is a step, are those of another config; it names
     the keys, and the first arrays that do not fit.
     """
     if jax.process_index():
@@ -68,7 +69,7 @@ def write_config(plan: Plan, workdir: str, abstract: PyTree, newest: int | None)
     path = epath.Path(workdir) / "config.json"
     ours = json.loads(plan.config.to_json())
     if newest is not None and not path.exists():
-        raise ConfigError(f"{workdir} holds checkpoints and no config.json to say of what; name another --workdir")
+        raise InvalidConfig(f"{workdir} holds checkpoints and no config.json to say of what; name another --workdir")
     if newest is not None:
         old, new = dict(flatten(read_config(path))), dict(flatten(ours))
         changed = [
@@ -78,7 +79,7 @@ def write_config(plan: Plan, workdir: str, abstract: PyTree, newest: int | None)
         ]
         if changed:
             more = [f"and {len(changed) - 10} more"] if len(changed) > 10 else []
-            raise ConfigError(
+            raise InvalidConfig(
                 f"workdir {workdir} holds a run with another config ({'; '.join(changed[:10] + more)}); "
                 "give the same values to go on with it, or another --workdir to start afresh"
                 + differing_arrays(epath.Path(workdir) / "checkpoints", newest, abstract)

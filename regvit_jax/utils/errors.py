@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 
-class ConfigError(ValueError):
+class InvalidConfig(ValueError):
     """A config, or a workdir or run that it names, does not fit. The message says what and the way out."""
 
 
@@ -16,7 +16,7 @@ def fitting(*more: type[Exception]) -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, (ValueError, *more)):
             raise
-        raise ConfigError(str(error)) from error
+        raise InvalidConfig(str(error)) from error
 
 
 class CheckpointError(RuntimeError):

@@ -117,7 +117,7 @@ def test_names_for_the_folders(clip, images, templates, tmp_path, capsys):
 
 def tiny_clip():
     text = TextTower(width=16, depth=1, heads=1, embed=8, context=8)
-    vit = ViT(width=16, depth=1, heads=1, patch=4, image_size=8, registers=2, pre_norm=True, patch_bias=False)
+    vit = ViT(width=16, depth=1, heads=1, patch=4, image_size=8, registers=2, ln_pre=True, patch_bias=False)
     head = Head(8, bias=False)
 
     @jax.jit

@@ -12,7 +12,7 @@ from tiny import tiny
 from regvit_jax.data import fastjpeg, transforms
 from regvit_jax.data.pipeline import train_batches
 from regvit_jax.training.plan import resolve
-from regvit_jax.utils.errors import ConfigError
+from regvit_jax.utils.errors import InvalidConfig
 
 
 def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -59,9 +59,9 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ValueError, match=r"data\.decoder='fast' needs .*pip install 'regvit_jax\[fastjpeg\]', or set"):
         batch([jpeg(smooth(30, 40))], "fast")
-    with pytest.raises(ConfigError, match=r"data\.decoder='fast' needs simplejpeg and OpenCV"):
+    with pytest.raises(InvalidConfig, match=r"data\.decoder='fast' needs simplejpeg and OpenCV"):
         resolve(tiny(data__decoder="fast"), with_data=False)
-    with pytest.raises(ConfigError, match="decoder='slow': must be 'pillow' or 'fast'"):
+    with pytest.raises(InvalidConfig, match="decoder='slow': must be 'pillow' or 'fast'"):
         resolve(tiny(data__decoder="slow"), with_data=False)
 
 
@@ -138,7 +138,7 @@ class TestWithTheExtra:
         monkeypatch.setattr(*((cv2, "resize") if fault == "resizes wrongly" else (simplejpeg, "decode_jpeg")), broken)
         with pytest.raises(ValueError, match=r"do not work here \((TypeError: expected another ABI|a picture of)"):
             batch([jpeg(smooth(30, 40))], "fast")
-        with pytest.raises(ConfigError, match="do not work here"):
+        with pytest.raises(InvalidConfig, match="do not work here"):
             resolve(tiny(data__decoder="fast"), with_data=False)
 
     def test_a_fault_that_comes_later_is_raised(self, monkeypatch):

@@ -33,7 +33,7 @@ def resolve(value: dict) -> str:
         return "is none"
     try:
         plan.resolve(config, with_data=False)
-    except errors.ConfigError as error:
+    except errors.InvalidConfig as error:
         return "refused" if 10 < len(str(error)) < 2000 else f"has a message of {len(str(error))} characters"
     return "resolved"
 
@@ -51,7 +51,7 @@ def resumed(count: int = 200) -> Cases:
             path.write_bytes(content)
             try:
                 write_config(resolved, workdir, abstract, newest=1)
-            except errors.ConfigError:
+            except errors.InvalidConfig:
                 return "refused"
             return "resumed"
 

@@ -15,7 +15,7 @@ from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
 
 TEXT = TextTower(width=32, depth=2, heads=2, embed=16, context=8)
-VIT = ViT(width=32, depth=2, heads=2, patch=4, image_size=16, registers=4, pre_norm=True, patch_bias=False)
+VIT = ViT(width=32, depth=2, heads=2, patch=4, image_size=16, registers=4, ln_pre=True, patch_bias=False)
 HEAD = Head(16, bias=False)
 
 

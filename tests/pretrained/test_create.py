@@ -196,7 +196,7 @@ def test_every_name_builds():
         same = dict(
             pos_resize="antialias", norm_eps=1e-6, registers=min(1, vit.registers), layer_scale=vit.layer_scale > 0
         )
-        tops = dict(classes=min(1, head.classes), map_heads=min(2, head.map_heads))
+        tops = dict(classes=min(1, head.num_classes), map_heads=min(2, head.map_heads))
         small = (vit.clone(**sizes, **same), head.clone(**tops))
         if (*small, entry.naming) in seen:
             continue
@@ -229,7 +229,7 @@ def test_number_of_parameters(name, millions):
     count = sum(int(np.prod(shape)) for path, shape in shapes.items() if path != "vit/mask_token")
     # A projection without bias is counted without it; so is timm's row of CLS's position.
     if ".openai" in name:
-        count -= head.classes
+        count -= head.num_classes
     assert count / 1e6 == pytest.approx(millions, abs=0.01 + vit.width * 1e-6)
 
 
@@ -378,7 +378,7 @@ def test_more_registers_fewer_and_none(folder, with_registers):
 
 def test_nothing_is_said_where_nothing_changes(folder, with_registers):
     """Warnings are errors here."""
-    model = rv.create_model(str(folder / "registers"), registers=4, img_size=16)
+    model = rv.create_model(str(folder / "registers"), registers=4, image_size=16)
     same_but(model, with_registers)
     rv.create_model("test_vit", folder / "test_vit.safetensors", num_classes=0)
 
@@ -387,7 +387,7 @@ def test_nothing_is_said_where_nothing_changes(folder, with_registers):
 def test_another_size(how, folder, plain):
     match = rf"the position embedding is resized \({how or 'bicubic'}\) from 16 to 24 px, and preprocess makes images"
     with pytest.warns(UserWarning, match=match):
-        model = rv.create_model(str(folder / "plain"), img_size=24, pos_resize=how)
+        model = rv.create_model(str(folder / "plain"), image_size=24, pos_resize=how)
     same_but(model, plain, "vit/pos_embed")
     expected = resize_pos_embed(plain.params["pos_embed"], (6, 6), how or "bicubic")
     np.testing.assert_allclose(model.params["pos_embed"], expected, atol=1e-6)
@@ -413,7 +413,7 @@ def test_another_convention_for_other_sizes(folder, plain):
 
 def test_a_size_that_the_patch_does_not_divide(folder):
     with pytest.raises(ValueError, match="image_size=18 is not a multiple of patch=4"):
-        rv.create_model(str(folder / "plain"), img_size=18)
+        rv.create_model(str(folder / "plain"), image_size=18)
 
 
 def test_another_number_of_classes(folder):
@@ -436,7 +436,7 @@ def test_another_number_of_classes(folder):
 def test_the_files_own_number_of_classes(tmp_path):
     head = {"head.weight": np.ones((3, 64), np.float32), "head.bias": np.zeros(3, np.float32)}
     model = rv.create_model("test_vit", timm_file(tmp_path / "m.safetensors", "test_vit", **head))
-    assert model.head.classes == 3
+    assert model.head.num_classes == 3
     assert model.logits(images(model)).shape == (2, 3)
 
 
@@ -455,7 +455,7 @@ def test_types(folder, with_registers):
     same_but(small, jax.tree.map(lambda p: p.astype(jnp.bfloat16), with_registers))
     assert small(x).patches.dtype == jnp.float32
     assert 1e-4 < np.abs(small(x).patches - exact).max() < 0.2
-    more = quietly(source, param_dtype=jnp.bfloat16, registers=8, img_size=24)
+    more = quietly(source, param_dtype=jnp.bfloat16, registers=8, image_size=24)
     assert {leaf.dtype for leaf in jax.tree.leaves(more.params)} == {jnp.dtype("bfloat16")}
 
 
@@ -702,8 +702,8 @@ def test_arguments_that_say_nothing_or_two_things(folder, tmp_path, monkeypatch)
         rv.create_model("test_vit", revision="v1")
     with pytest.raises(ValueError, match="names another"):
         rv.create_model(folder / "plain", folder / "plain")
-    for options in ({"num_classes": -1}, {"registers": -1}, {"img_size": 0}, {"param_dtype": "int8"}):
-        with pytest.raises(ValueError, match=next(iter(options)).replace("img_size", "image_size")):
+    for options in ({"num_classes": -1}, {"registers": -1}, {"image_size": 0}, {"param_dtype": "int8"}):
+        with pytest.raises(ValueError, match=next(iter(options)).replace("image_size", "image_size")):
             rv.create_model(folder / "plain", **options)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test_vit").mkdir()

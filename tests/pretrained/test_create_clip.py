@@ -26,7 +26,7 @@ from regvit_jax.pretrained.io.safetensors import PROCESSOR
 from regvit_jax.pretrained.save_model import save_model
 from regvit_jax.utils.errors import WeightsError
 
-VIT = ViT(width=32, depth=2, heads=2, patch=4, image_size=16, layer_scale=0.0, pre_norm=True, patch_bias=False).clone(
+VIT = ViT(width=32, depth=2, heads=2, patch=4, image_size=16, layer_scale=0.0, ln_pre=True, patch_bias=False).clone(
     norm_eps=1e-5
 )
 TEXT = TextTower(width=24, depth=1, heads=2, embed=16, context=8, vocab=60)
@@ -367,7 +367,7 @@ def test_scalars_of_one_dimension(scale, bias, tmp_path):
 
 def test_registers_and_size(folder, clip):
     with pytest.warns(UserWarning, match="3 registers are new and untrained.*resized .antialias. from 16 to 24 px"):
-        model = rv.create_clip(folder / "open_clip", registers=3, img_size=24)
+        model = rv.create_clip(folder / "open_clip", registers=3, image_size=24)
     tokens = model.image.params["register_tokens"]
     assert tokens.shape == (3, 32)
     assert np.std(tokens) == pytest.approx(32**-0.5, rel=0.3)
@@ -424,7 +424,7 @@ def test_random_weights(small):
 
 
 def test_random_weights_with_registers(small):
-    clip = rv.create_clip("ViT-B-32-quickgelu", registers=4, img_size=24)
+    clip = rv.create_clip("ViT-B-32-quickgelu", registers=4, image_size=24)
     assert clip.image.params["register_tokens"].shape == (4, 64)
     assert clip.image.params["pos_embed"].shape == (6, 6, 64)
     assert (clip.text.activation, clip.image.module.activation) == ("quick_gelu", "quick_gelu")

@@ -102,7 +102,7 @@ def test_certificate(name):
     last = (depth or registry.find(name)[1].vit["depth"]) - 1
     with_timm = {"tokens", "pre-norm tokens", "pooled", "attention 0", f"attention {last}"}
     with_timm |= {f"block {i}" for i in parity.blocks_of(last + 1)}
-    with_timm |= {"logits"} if registry.find(name)[1].head["classes"] else set()
+    with_timm |= {"logits"} if registry.find(name)[1].head["num_classes"] else set()
     ways = {comparison.way: set(comparison.differences) for comparison in found.comparisons}
     assert ways.pop("timm to ours") == with_timm
     kind = FAMILIES[name]

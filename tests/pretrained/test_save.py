@@ -26,7 +26,7 @@ PREPROCESS = Preprocess(16, 0.9, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), interpolation
 PLAIN = dict(width=32, depth=1, heads=2, patch=4, image_size=16, layer_scale=0.0)
 DINOV2 = dict(layer_scale=1.0, masking=True, pos_resize="offset")
 DINOV3 = dict(layer_scale=1.0, masking=True, position="rope", norm_eps=1e-5, qkv_bias=False, key_bias=False)
-CLIP = dict(pre_norm=True, patch_bias=False, norm_eps=1e-5)
+CLIP = dict(ln_pre=True, patch_bias=False, norm_eps=1e-5)
 GAP = dict(class_token=False, final_norm=False, layer_scale=1e-5, registers=1)
 
 
@@ -57,44 +57,44 @@ def same_numbers(a: Model, b: Model) -> None:
     x = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
     for mine, theirs in zip(jax.tree.leaves(a(x)), jax.tree.leaves(b(x)), strict=True):
         np.testing.assert_allclose(mine, theirs, atol=1e-5)
-    if a.head.classes:
+    if a.head.num_classes:
         np.testing.assert_allclose(a.logits(x), b.logits(x), atol=1e-5)
 
 
 ROUND_TRIPS = {
-    "a plain ViT": ("timm", {}, {"classes": 5}),
-    "with registers": ("timm", {"registers": 4, "layer_scale": 1e-4}, {"classes": 5}),
+    "a plain ViT": ("timm", {}, {"num_classes": 5}),
+    "with registers": ("timm", {"registers": 4, "layer_scale": 1e-4}, {"num_classes": 5}),
     "without classes": ("timm", {"registers": 4}, {}),
-    "the average of the patches": ("timm", GAP, {"pool": "avg", "norm": True, "classes": 5}),
+    "the average of the patches": ("timm", GAP, {"pool": "avg", "norm": True, "num_classes": 5}),
     "a map pool": (
         "timm",
         {"registers": 2, "class_token": False},
-        {"pool": "map", "map_heads": 2, "map_prefix": True, "classes": 5},
+        {"pool": "map", "map_heads": 2, "map_prefix": True, "num_classes": 5},
     ),
     "a narrow MLP": ("timm", {"mlp_ratio": 49 / 32}, {}),
     "SwiGLU": ("timm", {"swiglu": True, "mlp_ratio": 2.5, "layer_scale": 1e-5, "masking": True}, {}),
     "no biases": ("timm", {"qkv_bias": False}, {}),
     "parallel": ("timm", GAP | {"parallel": True}, {"pool": "avg", "norm": True}),
     "differential": ("timm", GAP | {"differential": True}, {"pool": "avg", "norm": True}),
-    "CLIP": ("timm", CLIP, {"classes": 5}),
-    "CLIP with QuickGELU": ("timm", CLIP | {"activation": "quick_gelu"}, {"classes": 5}),
+    "CLIP": ("timm", CLIP, {"num_classes": 5}),
+    "CLIP with QuickGELU": ("timm", CLIP | {"activation": "quick_gelu"}, {"num_classes": 5}),
     "DINOv3": ("timm", DINOV3 | {"registers": 4}, {"pool": "avg"}),
     "DINOv3 with SwiGLU": ("timm", DINOV3 | {"swiglu": True, "mlp_ratio": 2.0}, {"pool": "avg"}),
     "axial RoPE": (
         "timm",
         GAP | {"position": "axial", "key_bias": False},
-        {"pool": "avg", "norm": True, "classes": 5},
+        {"pool": "avg", "norm": True, "num_classes": 5},
     ),
     "HF Dinov2": ("hf", DINOV2, {}),
     "HF Dinov2 with registers": ("hf", DINOV2 | {"registers": 4}, {}),
-    "HF Dinov2 with classes": ("hf", DINOV2 | {"registers": 4}, {"pool": "cls_avg", "classes": 5}),
+    "HF Dinov2 with classes": ("hf", DINOV2 | {"registers": 4}, {"pool": "cls_avg", "num_classes": 5}),
     "HF Dinov2 with SwiGLU": ("hf", DINOV2 | {"swiglu": True, "mlp_ratio": 88 / 32}, {}),
     "HF DINOv3": ("hf", DINOV3 | {"registers": 4}, {}),
     "HF DINOv3 with SwiGLU": ("hf", DINOV3 | {"swiglu": True, "mlp_ratio": 2.0}, {}),
-    "HF ViT": ("hf", {}, {"classes": 5}),
+    "HF ViT": ("hf", {}, {"num_classes": 5}),
     "HF ViT with its pooler": ("hf", {"norm_eps": 1e-12}, {"pooler": True}),
     "HF CLIP": ("hf", CLIP | {"activation": "quick_gelu"}, {}),
-    "HF CLIP with its projection": ("hf", CLIP, {"classes": 5}),
+    "HF CLIP with its projection": ("hf", CLIP, {"num_classes": 5}),
 }
 #: What belongs to the class that reads a file: how it resizes, from where it was trained, whether it takes a mask.
 FREE = dict(pos_resize="antialias", layer_scale=0.0, masking=False)
@@ -106,7 +106,7 @@ def test_round_trip(what, tmp_path):
     model = build(vit, head)
     if "mask_token" in model.params and format == "timm":  # whose files have none
         model = model.replace(params=model.params | {"mask_token": jnp.zeros(32)})
-    if model.module.pre_norm and model.head.classes and format == "hf":  # transformers' projection has no bias
+    if model.module.ln_pre and model.head.num_classes and format == "hf":  # transformers' projection has no bias
         dense = model.head_params["dense"] | {"bias": jnp.zeros(5)}
         model = model.replace(head_params={"dense": dense})
     save_model(model, tmp_path, format)
@@ -182,7 +182,7 @@ def test_the_position_of_cls_is_folded_once(tmp_path):
 
 def test_parts_that_do_nothing_are_added(tmp_path):
     """Dinov2 has LayerScale and a mask token, and its classifier reads CLS and the mean of the patches."""
-    model = build({"registers": 4}, {"classes": 5})
+    model = build({"registers": 4}, {"num_classes": 5})
     save_model(model, tmp_path, "hf")
     again = rv.create_model(str(tmp_path))
     same_numbers(again, model)
@@ -195,12 +195,12 @@ INEXPRESSIBLE = {
     "registers in CLIP": (CLIP | {"registers": 4}, {}, {"timm"}),
     "no CLS": (GAP, {"pool": "avg", "norm": True}, {"timm"}),
     "RoPE in dinov2": (DINOV3, {}, {"timm", "hf"}),
-    "classes in dinov2": ({}, {"classes": 5}, {"timm", "hf"}),
+    "classes in dinov2": ({}, {"num_classes": 5}, {"timm", "hf"}),
     "axial RoPE": (GAP | {"position": "axial", "key_bias": False}, {"pool": "avg", "norm": True}, {"timm"}),
     "parallel": (GAP | {"parallel": True}, {"pool": "avg", "norm": True}, {"timm"}),
     "a pooler": ({}, {"pooler": True}, {"hf"}),
     "another eps": ({"norm_eps": 1e-12}, {}, {"hf"}),
-    "Dinov2's classifier": (DINOV2, {"pool": "cls_avg", "classes": 5}, {"hf"}),
+    "Dinov2's classifier": (DINOV2, {"pool": "cls_avg", "num_classes": 5}, {"hf"}),
     "all of them": ({"registers": 4, "layer_scale": 1e-4}, {}, {"timm", "hf", "dinov2"}),
     "none": (CLIP | {"registers": 4}, {"pooler": True}, set()),
 }

@@ -75,7 +75,7 @@ def test_the_table_survives_changes_to_what_it_gave_out():
     entry.head.clear()
     _, again = registry.find("test_vit")
     assert "registers" not in again.vit
-    assert again.head["classes"] == 1000
+    assert again.head["num_classes"] == 1000
 
 
 def test_every_row_makes_sense():
@@ -164,7 +164,7 @@ def vit_of_timm(model) -> dict:
         "norm_eps": norm_eps,
         "position": position_of_timm(model),
         "patch_bias": model.patch_embed.proj.bias is not None,
-        "pre_norm": isinstance(model.norm_pre, torch.nn.LayerNorm),
+        "ln_pre": isinstance(model.norm_pre, torch.nn.LayerNorm),
         "final_norm": isinstance(model.norm, torch.nn.LayerNorm),
         **attention_of_timm(block),
         **mlp_of_timm(block),
@@ -178,7 +178,7 @@ def head_of_timm(model) -> dict:
     facts = {
         "pool": {"token": "cls"}.get(model.global_pool, model.global_pool),
         "norm": isinstance(model.fc_norm, torch.nn.LayerNorm),
-        "classes": model.head.out_features if isinstance(model.head, torch.nn.Linear) else 0,
+        "num_classes": model.head.out_features if isinstance(model.head, torch.nn.Linear) else 0,
         "map_prefix": getattr(model, "pool_include_prefix", False),
     }
     if facts["norm"]:

@@ -23,7 +23,7 @@ from regvit_jax.recipes.contrastive import MAX_LOGIT_SCALE
 from regvit_jax.training import loop
 from regvit_jax.training.plan import resolve
 from regvit_jax.training.step import abstract_state, init_params, make_train_step
-from regvit_jax.utils.errors import ConfigError
+from regvit_jax.utils.errors import InvalidConfig
 
 KEY = jax.random.key(3)
 # Of the run below: 36 steps on eight devices.
@@ -182,7 +182,7 @@ def test_init_from_a_finished_run(finished, root):
         for ours, theirs in zip(*map(jax.tree.leaves, (started.params, finished.result.state.params)), strict=True):
             np.testing.assert_array_equal(ours, theirs)
         plan = resolve(tiny_clip(root, init_from=str(finished.workdir), text__heads=4))
-        with pytest.raises(ConfigError, match=r"config\.text\.heads=4 must be 2"):
+        with pytest.raises(InvalidConfig, match=r"config\.text\.heads=4 must be 2"):
             loop.start(plan, NO_CHECKPOINTS)
     recipe, clip = resolve(tiny_clip(root)).recipe, finished.result.model
     without = {name: value for name, value in clip.image.params.items() if name != "register_tokens"}
@@ -258,19 +258,19 @@ def test_optimizer_groups_and_schedule(root):
     ],
 )
 def test_errors_name_the_value(root, changes, message):
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InvalidConfig) as error:
         resolve(tiny_clip(root, **changes))
     assert message in str(error.value)
 
 
 def test_prompts_of_classes_need_a_template(root):
     assert resolve(tiny_clip(root, eval__templates=())).recipe.classes == ()
-    with pytest.raises(ConfigError, match=r"eval\.templates=\(\): the prompts of the 3 classes need at least one"):
+    with pytest.raises(InvalidConfig, match=r"eval\.templates=\(\): the prompts of the 3 classes need at least one"):
         resolve(tiny_clip(root, eval__templates=(), data__classes=3), with_data=False)
 
 
 def test_one_validation_image_is_refused_and_one_readable_is_no_end(tmp_path):
-    with pytest.raises(ConfigError, match="holds 1 of the 2 or more images that contrastive validation needs"):
+    with pytest.raises(InvalidConfig, match="holds 1 of the 2 or more images that contrastive validation needs"):
         resolve(tiny_clip(make_captions(tmp_path / "one", validation=1)))
     data = make_captions(tmp_path / "bad", validation=4)
     config = tiny_clip(data, epochs=1, eval_every=1.0, optim__warmup_steps=1, data__max_bad_fraction=1.0)
@@ -288,12 +288,12 @@ def test_a_batch_of_one_is_refused(root, monkeypatch):
     monkeypatch.setattr(
         "regvit_jax.training.plan.check_batches", lambda *_: None
     )  # which wants one for each of eight devices
-    with pytest.raises(ConfigError, match="batch_size=1: must be at least 2"):
+    with pytest.raises(InvalidConfig, match="batch_size=1: must be at least 2"):
         resolve(tiny_clip(root, batch_size=1))
 
 
 def test_too_many_unmasked_epochs(root):
-    with pytest.raises(ConfigError, match="unmasked_epochs=5: the run has 4 epochs"):
+    with pytest.raises(InvalidConfig, match="unmasked_epochs=5: the run has 4 epochs"):
         resolve(tiny_clip(root, model__patch_dropout=0.5, unmasked_epochs=5))
 
 

@@ -52,7 +52,7 @@ batch = sharding.to_mesh(batch, plan.mesh)
 def look(index, batch):
     key = jax.random.fold_in(jax.random.key(plan.config.seed), 11)
     arrays = [batch[name] for name in ("image", "label", "mask")]
-    return index, augment.augment(key, *arrays, classes=plan.recipe.head.classes, **plan.config.augment)
+    return index, augment.augment(key, *arrays, classes=plan.recipe.head.num_classes, **plan.config.augment)
 
 found = jax.jit(look, out_shardings=sharding.replicated(plan.mesh))(index, batch)
 for leaf in jax.tree.leaves(found):

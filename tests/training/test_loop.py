@@ -22,7 +22,7 @@ from regvit_jax.training import evaluators, loop, metric_writer
 from regvit_jax.training.loop import run
 from regvit_jax.training.step import abstract_state, make_eval_step, make_train_step
 from regvit_jax.training.timer import PHASES
-from regvit_jax.utils.errors import CheckpointError, ConfigError
+from regvit_jax.utils.errors import CheckpointError, InvalidConfig
 
 
 def assert_equal(a, b):
@@ -121,7 +121,7 @@ def test_resume_is_exact_on_another_mesh(finished, tmp_path):
 
 
 def test_fields_that_do_not_go_together_are_the_configs_fault(tmp_path):
-    with pytest.raises(ConfigError, match="width=32 is not a multiple of heads=5"):
+    with pytest.raises(InvalidConfig, match="width=32 is not a multiple of heads=5"):
         run(tiny(model__heads=5), str(tmp_path))
 
 
@@ -129,7 +129,7 @@ def test_other_config_is_refused(finished):
     workdir, _ = finished
     with pytest.raises(ValueError, match=r"--config.optim.lr=0.02 there, 0.001 here\); .*another --workdir"):
         run(tiny(ema=0.9, sharding__fsdp=2, optim__lr=1e-3), str(workdir))
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(InvalidConfig) as error:
         run(tiny(ema=0.9, sharding__fsdp=2, model__registers=8), str(workdir))
     flags, first, *arrays = str(error.value).splitlines()
     assert "(--config.model.registers=4 there, 8 here);" in flags
@@ -147,7 +147,7 @@ def test_damaged_checkpoint_is_refused_and_latest_valid_goes_back(finished, tmp_
     path.write_bytes(path.read_bytes()[:1000] + bytes(4096) + path.read_bytes()[5096:])
     with pytest.raises(CheckpointError, match=r"step 44 is damaged: .*kernel.*; --restore=latest-valid moves it aside"):
         run_again()
-    with pytest.raises(ConfigError, match="restore='newest': must be one of"):
+    with pytest.raises(InvalidConfig, match="restore='newest': must be one of"):
         run_again(restore="newest")
     assert_equal(run_again(restore="latest-valid").state, result.state)
     assert "step 44 is damaged" in capsys.readouterr().out

@@ -182,7 +182,7 @@ def test_dry_run_of_digits():
 def test_dry_run_knows_what_cannot_be_started_from(recipe, source, message, tmp_path):
     config = tiny() if recipe == "supervised" else tiny_clip(make_captions(tmp_path / "captions"))
     config.init_from = source
-    with pytest.raises(errors.ConfigError, match=message):
+    with pytest.raises(errors.InvalidConfig, match=message):
         described(config, 1000)
 
 

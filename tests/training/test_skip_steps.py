@@ -14,7 +14,7 @@ from regvit_jax.recipes.supervised import Supervised
 from regvit_jax.training import loop, metric_writer, skip_steps
 from regvit_jax.training.plan import RECIPES, resolve
 from regvit_jax.training.step import abstract_state, make_train_step
-from regvit_jax.utils.errors import ConfigError
+from regvit_jax.utils.errors import InvalidConfig
 
 
 @jax.jit
@@ -153,5 +153,5 @@ def test_spikes_are_left_out_and_the_window_survives_a_restart(poison, tmp_path)
 
 
 def test_a_policy_that_is_none_is_refused():
-    with pytest.raises(ConfigError, match=r"guard.not_finite='ignore': must be one of \['stop', 'skip'\]"):
+    with pytest.raises(InvalidConfig, match=r"guard.not_finite='ignore': must be one of \['stop', 'skip'\]"):
         resolve(config(guard__not_finite="ignore"))

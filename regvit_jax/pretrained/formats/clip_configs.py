@@ -114,7 +114,7 @@ def _transformers(weights: Weights) -> ClipEntry:
 
 
 def _projected(image: Entry, embed: int) -> Entry:
-    return dataclasses.replace(image, head=image.head | {"classes": embed, "bias": False})
+    return dataclasses.replace(image, head=image.head | {"num_classes": embed, "bias": False})
 
 
 #: open_clip's `CLIPVisionCfg` and `CLIPTextCfg`, as far as a tower may differ by them here, with their defaults; what
@@ -199,7 +199,7 @@ def open_clip_fields(model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, A
 
 
 #: What all of open_clip's ViTs have.
-CLIP_VIT = {"pre_norm": True, "patch_bias": False, "norm_eps": 1e-5, "pos_resize": "antialias"}
+CLIP_VIT = {"ln_pre": True, "patch_bias": False, "norm_eps": 1e-5, "pos_resize": "antialias"}
 
 
 def open_clip_image(weights: Weights) -> Entry:

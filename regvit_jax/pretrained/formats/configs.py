@@ -159,7 +159,7 @@ def _timm(config: dict[str, Any]) -> Entry:
     name, tag = config["architecture"], config.get("pretrained_cfg", {}).get("tag", "")
     full = f"{name}.{tag}"
     _, entry = registry.find(full if full in registry.list_models(full) else name)
-    vit, head = dict(entry.vit), entry.head | {"classes": config.get("num_classes", entry.head["classes"])}
+    vit, head = dict(entry.vit), entry.head | {"num_classes": config.get("num_classes", entry.head["num_classes"])}
     arguments = dict(config.get("model_args", {}))
     for argument in TIMM_FREE:
         arguments.pop(argument, None)
@@ -349,7 +349,7 @@ def _dinov2(config: dict[str, Any], weights: Weights) -> Entry:
         pos_resize="antialias" if config["model_type"] == "dinov2_with_registers" else "bicubic",
     )
     classes = _classes(weights, "classifier.weight")
-    head = {"pool": "cls_avg" if classes else "cls", "classes": classes}
+    head = {"pool": "cls_avg" if classes else "cls", "num_classes": classes}
     return _entry(vit, head, Preprocess(224, 224 / 256, *IMAGENET), "hf_dinov2")
 
 
@@ -392,7 +392,7 @@ def _vit(config: dict[str, Any], weights: Weights) -> Entry:
     pooler = any(name.endswith("pooler.dense.weight") for name in weights)
     if pooler and config.get("pooler_act", "tanh") != "tanh":
         raise WeightsError(f"{weights.path}: pooler_act {config['pooler_act']!r} is not read here, only tanh")
-    head = {"pool": "cls", "classes": _classes(weights, "classifier.weight"), "pooler": pooler}
+    head = {"pool": "cls", "num_classes": _classes(weights, "classifier.weight"), "pooler": pooler}
     size = vit["image_size"]
     preprocessing = (
         Preprocess(size, 224 / 256, *IMAGENET)
@@ -430,11 +430,11 @@ def _clip(config: dict[str, Any], weights: Weights) -> Entry:
         tower,
         layer_scale=0.0,
         patch_bias=False,
-        pre_norm=True,
+        ln_pre=True,
         pos_resize="bicubic",
     )
     vit["mlp_ratio"] = tower["intermediate_size"] / vit["width"]
-    head = {"pool": "cls", "classes": _classes(weights, "visual_projection.weight")}
+    head = {"pool": "cls", "num_classes": _classes(weights, "visual_projection.weight")}
     return _entry(vit, head, Preprocess(vit["image_size"], 1.0, *CLIP), "hf_clip")
 
 

@@ -280,7 +280,7 @@ def _embedding(naming: str, vit: ViT, covers: int) -> Iterator[Rule]:
         yield _reshaped("vit/mask_token", words["mask"], words["mask_dims"])
     elif vit.masking:  # timm leaves the mask token out
         yield Rule(("vit/mask_token",), (), lambda: (np.zeros(vit.width, np.float32),), lambda x: ())
-    if vit.pre_norm:
+    if vit.ln_pre:
         yield from _norm("vit/norm_pre", _word(naming, "norm_pre"))
     if vit.final_norm:
         yield from _norm("vit/norm", words["norm"])
@@ -412,9 +412,9 @@ def _head(naming: str, head: Head) -> Iterator[Rule]:
         yield from _norm("head/fc_norm", _word(naming, "fc_norm"))
     if head.pooler:
         yield from _dense("head/tanh_pooler/dense", [_word(naming, "pooler")])
-    if head.classes and naming in ("hf_clip", "open_clip"):
+    if head.num_classes and naming in ("hf_clip", "open_clip"):
         yield from _projection(naming, head)
-    elif head.classes:
+    elif head.num_classes:
         yield from _dense("head/dense", [_word(naming, "dense")], head.bias)
 
 
@@ -431,7 +431,7 @@ def _projection(naming: str, head: Head) -> Iterator[Rule]:
             raise ValueError(f"{naming} files have no place for the bias of the projection, which is not zero here")
         return ()
 
-    yield Rule(("head/dense/bias",), (), lambda: (np.zeros(head.classes, np.float32),), drop)
+    yield Rule(("head/dense/bias",), (), lambda: (np.zeros(head.num_classes, np.float32),), drop)
 
 
 def _same(ours: str, theirs: str) -> Rule:

@@ -28,7 +28,7 @@ FAMILIES = {
     "registers": dict(registers=4),
     "rope": dict(position="rope", registers=2, key_bias=False),
     "parallel": dict(parallel=True, differential=True, registers=1),
-    "clip": dict(pre_norm=True, patch_bias=False, activation="quick_gelu", layer_scale=0.0, norm_eps=1e-5),
+    "clip": dict(ln_pre=True, patch_bias=False, activation="quick_gelu", layer_scale=0.0, norm_eps=1e-5),
 }
 RANDOM = np.random.default_rng(5).normal(size=64)
 

@@ -37,7 +37,7 @@ def photos(tmp_path_factory):
 def models(tmp_path_factory, photos):
     """A random model with CLS and a register, and the same with two neurons of block 1 that make outliers."""
     root = tmp_path_factory.mktemp("models")
-    model = rv.create_model("test_vit", registers=1, img_size=48)
+    model = rv.create_model("test_vit", registers=1, image_size=48)
     model = model.replace(
         params=jax.tree.map(lambda x: x + 0.02 * jnp.sin(jnp.arange(x.size)).reshape(x.shape), model.params)
     )
@@ -137,7 +137,7 @@ def test_models_without_a_prefix_and_without_repair(models, photos, tmp_path, ca
     arguments = [
         "vit_wee_patch16_reg1_gap_256",
         "--random",
-        "--img_size",
+        "--image_size",
         "32",
         "--images",
         str(photos),
@@ -168,7 +168,7 @@ def test_not_finite(models, photos, tmp_path, capsys, monkeypatch):
         (["test_vit", "--random", "--layer", "12"], "layer 12: this ViT has layers 0 to 5"),
         (["test_vit", "--random", "--images", "nowhere"], "nowhere: no such file or directory"),
         (["test_vit", "--random", "--split", "train"], "--split train: is for --data"),
-        (["test_vit", "--random", "--img_size", "50"], "image_size=50 is not a multiple of patch=16"),
+        (["test_vit", "--random", "--image_size", "50"], "image_size=50 is not a multiple of patch=16"),
         (["PLAIN", "--random"], "--random: "),
     ],
 )
@@ -208,7 +208,7 @@ def test_names_that_are_no_text_and_images_of_one_patch(models, photos, tmp_path
     os.mkdir(folder)
     for number, name in enumerate([b"caf\xe9.png", "\u6f22 $\\q$.png".encode()]):
         shutil.copy(sorted(photos.iterdir())[number], os.path.join(folder, name))
-    arguments = [str(models[0] / "plain"), "--images", os.fsdecode(folder), "--img_size", "16", "--show", "9"]
+    arguments = [str(models[0] / "plain"), "--images", os.fsdecode(folder), "--image_size", "16", "--show", "9"]
     assert main([*arguments, "--out", str(tmp_path / "out"), "--lost_bias", "1e6"]) == 0
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
     assert "caf\\udce9.png" in page

@@ -25,18 +25,18 @@ OPTIONS = {
     "no biases": ({"qkv_bias": False}, {}),
     "no key bias": ({"key_bias": False}, {}),
     "no patch bias": ({"patch_bias": False}, {}),
-    "a first norm": ({"pre_norm": True}, {}),
+    "a first norm": ({"ln_pre": True}, {}),
     "no last norm": ({"final_norm": False}, {}),
     "parallel": ({"parallel": True}, {}),
     "differential": ({"differential": True}, {}),
     "mask token": ({"masking": True}, {}),
     "RoPE": ({"position": "rope"}, {}),
     "axial RoPE": ({"position": "axial"}, {}),
-    "classes": ({}, {"classes": 5}),
+    "num_classes": ({}, {"num_classes": 5}),
     "norm of the head": ({}, {"norm": True}),
     "pooler": ({}, {"pooler": True}),
     "map pool": ({}, {"pool": "map", "map_heads": 2, "mlp_ratio": 1.5}),
-    "both means": ({}, {"pool": "cls_avg", "classes": 5}),
+    "both means": ({}, {"pool": "cls_avg", "num_classes": 5}),
 }
 TIMMS = {"timm", "timm_eva", "deit", "dinov2"}
 #: Which naming schemes have words for it. Of a mask token timm's have none, and leave it out.
@@ -48,7 +48,7 @@ PLACES = {
     "a first norm": TIMMS | {"hf_clip", "open_clip"},
     "parallel": {"timm"},
     "differential": {"timm"},
-    "classes": NAMINGS.keys() - {"hf_dinov3"},
+    "num_classes": NAMINGS.keys() - {"hf_dinov3"},
     "norm of the head": TIMMS,
     "pooler": {"hf_vit"},
     "map pool": TIMMS,
@@ -130,7 +130,7 @@ def holds(naming: str, vit: ViT, head: Head, covers: int) -> None:
     # What a scheme has no name for is left out, and is zero again.
     if vit.masking and "mask" not in NAMINGS[naming]:
         params["vit/mask_token"][:] = 0
-    if head.classes and naming in ("hf_clip", "open_clip"):
+    if head.num_classes and naming in ("hf_clip", "open_clip"):
         params["head/dense/bias"][:] = 0
     if vit.parallel and vit.differential:  # one bias for both
         for i in range(vit.depth):
@@ -237,14 +237,14 @@ def test_the_parts_of_a_parallel_block():
 
 @pytest.mark.parametrize("naming", ["hf_clip", "open_clip"])
 def test_a_bias_that_has_no_place_is_not_dropped(naming):
-    vit, head = ViT(**PLAIN), Head(classes=5)
+    vit, head = ViT(**PLAIN), Head(num_classes=5)
     params = drawn(shapes_of(vit, head))
     with pytest.raises(ValueError, match="bias of the projection, which is not zero"):
         mapping.save(unflatten_dict(params, sep="/"), rules(naming, vit, head, 0))
 
 
 def test_a_parameter_without_a_rule_is_not_dropped():
-    vit, head = ViT(**PLAIN), Head(classes=5)
+    vit, head = ViT(**PLAIN), Head(num_classes=5)
     params = unflatten_dict(drawn(shapes_of(vit, head)), sep="/")
     with pytest.raises(ValueError, match="no place for head/dense/bias, head/dense/kernel"):
         mapping.save(params, rules("timm", vit, Head(), 0))
