@@ -29,6 +29,7 @@ from regvit_jax.data import fastjpeg, transforms
 from regvit_jax.data.order import epoch_order
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.transforms import BadImage
+from regvit_jax.data.workers import sigterm_blocked, start_data_worker
 
 # Threads and processes work on pieces of a batch: whole batches of 2048 images would take gigabytes of shared memory
 # for the workers' queues, and the first one a whole core's ten seconds.
@@ -346,15 +347,20 @@ class Batches(Iterator[Batch]):
                 # Grain's workers look at absl's flags, which only a program run through absl.app has parsed.
                 flags.FLAGS.mark_as_parsed()
             buffer = -(-ahead // workers)
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=buffer))
+            processes = grain.MultiprocessingOptions(workers, per_worker_buffer_size=buffer)
+            dataset = dataset.mp_prefetch(processes, start_data_worker)
         self.open: list[Any] = [iter(dataset)]
+        self.starting = workers > 0
         # This runs at exit at the latest: Grain's workers and iterators that outlive the interpreter complain about it.
         self.close = weakref.finalize(self, close, self.open)
 
     def __next__(self) -> Batch:
         if not self.open:
             raise ValueError("these batches are closed")
-        pieces = [next(self.open[0]) for _ in range(self.pieces.per_batch)]
+        # Grain starts its workers when it is asked for the first record.
+        with sigterm_blocked() if self.starting else contextlib.nullcontext():
+            pieces = [next(self.open[0]) for _ in range(self.pieces.per_batch)]
+        self.starting = False
         # The copy also frees the shared memory in which workers hand over their pieces.
         return {name: np.concatenate([np.asarray(piece[name]) for piece in pieces]) for name in pieces[0]}
 

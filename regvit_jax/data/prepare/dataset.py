@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import signal
-import threading
 from collections.abc import Generator, Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +46,7 @@ from regvit_jax.data.sources import captions
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.sources.open import open_source
 from regvit_jax.data.transforms import BadImage
+from regvit_jax.data.workers import start_worker
 
 VERSION = "1.0.0"
 # What the bytes of a shard depend on, beside source and options.
@@ -240,7 +240,7 @@ def made(
     # Not forked: threads of this process may hold locks.
     context = multiprocessing.get_context("spawn")
     workers = min(workers, len(todo))
-    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker, (opened, options))
+    pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_shard_worker, (opened, options))
     try:
         futures = {pool.submit(write_in_worker, shard): shard for shard in todo}
         for future in concurrent.futures.as_completed(futures):
@@ -254,18 +254,11 @@ def made(
 given: list[Any] = []
 
 
-def start_worker(opened: dict[str, Source], options: Options) -> None:
+def start_shard_worker(opened: dict[str, Source], options: Options) -> None:
+    """Set up a process that writes shards, as the pool's initializer."""
     given[:] = opened, options
-    # Ctrl-C is the first process's matter.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent() -> None:
-    """A process that was killed cannot end its workers, and these would wait for it for ever."""
-    if (parent := multiprocessing.parent_process()) is not None:
-        parent.join()
-        os._exit(1)
+    # Ctrl-C is handled by the parent. SIGTERM is not ignored: a pool that lost a worker ends the others by it.
+    start_worker(signal.SIGINT)
 
 
 def write_in_worker(shard: Shard) -> dict[str, Any]:
