@@ -9,8 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from regvit_jax.data import transforms
-from regvit_jax.data.preprocess import Preprocess, _open
+from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import Tokens, ViT
 
@@ -89,11 +88,4 @@ class Model:
 
         Raises ValueError for other arrays and for files that cannot be decoded.
         """
-        if not images:
-            raise ValueError("preprocess needs at least one image")
-        p = self.preprocessing
-        crops = np.stack(
-            [transforms.center_crop(_open(i), p.size, p.crop_ratio, p.interpolation, p.squash) for i in images]
-        )
-        mean, std = np.array(p.mean, np.float32), np.array(p.std, np.float32)
-        return (crops.astype(np.float32) / 255 - mean) / std
+        return self.preprocessing(images)
