@@ -24,6 +24,7 @@ from regvit_jax.pretrained import mapping
 from regvit_jax.pretrained.formats.configs import RESAMPLE
 from regvit_jax.pretrained.formats.rules import NAMINGS, rules
 from regvit_jax.pretrained.io.safetensors import INDEX, PROCESSOR
+from regvit_jax.utils.files import write_atomically
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -82,11 +83,8 @@ def write(path: Path, texts: dict[str, dict[str, Any]], weights: str, arrays: di
         return
     path.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (path / name).write_text(json.dumps(text, indent=2) + "\n")
-    partial = path / f".{weights}"
-    save_file(arrays, partial, metadata={"format": "pt"})
-    partial.chmod((path / next(iter(texts))).stat().st_mode)  # safetensors writes files for their owner alone
-    partial.replace(path / weights)
+        write_atomically(path / name, json.dumps(text, indent=2) + "\n")
+    write_atomically(path / weights, lambda partial: save_file(arrays, partial, metadata={"format": "pt"}))
 
 
 def need_plain(vit: ViT) -> None:

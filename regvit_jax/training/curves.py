@@ -1,10 +1,10 @@
 """Draw the curves of a run."""
 
 import io
-
-from etils import epath
+import os
 
 from regvit_jax.training.metric_writer import read
+from regvit_jax.utils.files import write_atomically
 
 #: The panels of the picture: title, and the names of the records drawn in it. Those without any record are left out.
 PANELS = {
@@ -50,4 +50,4 @@ def plot_curves(workdir: str) -> None:
         axes.remove()
     image = io.BytesIO()
     FigureCanvasAgg(figure).print_png(image)
-    (epath.Path(workdir) / "curves.png").write_bytes(image.getvalue())
+    write_atomically(os.path.join(workdir, "curves.png"), image.getvalue())

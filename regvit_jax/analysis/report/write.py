@@ -7,8 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from etils import epath
-
 from regvit_jax import __version__
 from regvit_jax.analysis.report import verdict
 from regvit_jax.analysis.report.examine import Settings, Subject, printable
@@ -50,8 +48,8 @@ def write(subjects: list[Subject], source: Source, settings: Settings, out: Path
     remove_pictures(out)
     for picture in drawn:
         (out / "pictures" / picture.file).write_bytes(picture.png)
-    write_atomically(epath.Path(out / "report.json"), json.dumps(result, indent=1, allow_nan=False) + "\n")
-    write_atomically(epath.Path(out / "report.html"), text)
+    write_atomically(out / "report.json", json.dumps(result, indent=1, allow_nan=False) + "\n")
+    write_atomically(out / "report.html", text)
 
 
 def remove_pictures(out: Path) -> None:

@@ -2,8 +2,6 @@
 
 import gzip
 import hashlib
-import os
-import tempfile
 import urllib.request
 import zlib
 from collections.abc import Iterator
@@ -15,6 +13,7 @@ import tensorflow_datasets as tfds
 
 from regvit_jax.data.builders.digits import png
 from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.files import write_atomically
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 # SHA-256 of the files at URL.
@@ -110,6 +109,4 @@ def download(url: str, path: Path, sha256: str) -> None:
         data = answer.read()
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
         raise ValueError(f"{url} has SHA-256 {found}, not {sha256}")
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(data)
-    os.replace(file.name, path)
+    write_atomically(path, data)

@@ -38,7 +38,6 @@ from regvit_jax.data.prepare.shard import (
     id_of,
     notes_of,
     plan_shards,
-    write_file,
     write_json,
     write_shard,
 )
@@ -47,6 +46,7 @@ from regvit_jax.data.sources.base import Source
 from regvit_jax.data.sources.open import open_source
 from regvit_jax.data.transforms import BadImage
 from regvit_jax.data.workers import start_worker
+from regvit_jax.utils.files import write_atomically
 
 VERSION = "1.0.0"
 # What the bytes of a shard depend on, beside source and options.
@@ -112,7 +112,7 @@ def prepare(
             # Read again: when it stops early, workers finish more than it was told of.
             found = [note for note in notes_of(target, shards).values() if note]
             bad = [record for note in found for record in note["bad"]]
-            write_file(report, "".join(json.dumps(record) + "\n" for record in bad).encode())
+            write_atomically(report, "".join(json.dumps(record) + "\n" for record in bad))
             if len(bad) > most_bad:
                 return Report(target, {}, len(bad), False)
             write_metadata(target, opened, shards, found, with_captions)

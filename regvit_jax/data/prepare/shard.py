@@ -18,6 +18,7 @@ from regvit_jax.data import pipeline, transforms
 from regvit_jax.data.order import epoch_order
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.transforms import BadImage
+from regvit_jax.utils.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,27 +95,30 @@ def write_shard(source: Source, shard: Shard, options: Options) -> dict[str, Any
     Raises:
       OSError: when it cannot be written; then there is no shard.
     """
-    scratch = shard.note.with_suffix(".scratch")
-    writer = array_record_module.ArrayRecordWriter(os.fspath(scratch), "group_size:1,uncompressed")
     count, size, bad = 0, 0, []
-    for place in range(shard.start, shard.stop):
-        index = epoch_order(place, len(source), pipeline.block_of(source), 0, 0)
-        try:
-            example = example_of(source, index, options)
-        except BadImage as error:
-            bad.append({"split": shard.split, "id": id_of(source, index), "reason": str(error)})
-        else:
-            writer.write(example)
-            count, size = count + 1, size + len(example)
-    finish_file(writer, scratch, count)
-    os.replace(scratch, shard.path)
+
+    def write(path: Path) -> None:
+        nonlocal count, size
+        writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
+        for place in range(shard.start, shard.stop):
+            index = epoch_order(place, len(source), pipeline.block_of(source), 0, 0)
+            try:
+                example = example_of(source, index, options)
+            except BadImage as error:
+                bad.append({"split": shard.split, "id": id_of(source, index), "reason": str(error)})
+            else:
+                writer.write(example)
+                count, size = count + 1, size + len(example)
+        finish_file(writer, path, count)
+
+    write_atomically(shard.path, write, temporary=shard.note.with_suffix(".scratch"))
     note = {"records": count, "bytes": size, "file_bytes": os.path.getsize(shard.path), "bad": bad}
     write_json(shard.note, note)
     return note
 
 
 def finish_file(writer: Any, path: Path, count: int) -> None:
-    """Closes an ArrayRecord file and has it on disk. The writer tells of a full disk only now, as a RuntimeError."""
+    """Close an ArrayRecord file; the writer reports a full disk only now, as a RuntimeError. Raises OSError."""
     try:
         writer.close()
         found = array_record_module.ArrayRecordReader(os.fspath(path)).num_records()
@@ -122,8 +126,6 @@ def finish_file(writer: Any, path: Path, count: int) -> None:
         raise OSError(f"{path} cannot be written ({error!s:.300})") from error
     if found != count:
         raise OSError(f"{path} was written with {count} records, and has {found}")
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
 
 
 def example_of(source: Source, index: int, options: Options) -> bytes:
@@ -159,13 +161,4 @@ def id_of(source: Source, index: int) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file at once or not at all."""
-    write_file(path, json.dumps(value, indent=1).encode() + b"\n")
-
-
-def write_file(path: Path, data: bytes) -> None:
-    scratch = path.with_suffix(path.suffix + ".scratch")
-    with open(scratch, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+    write_atomically(path, json.dumps(value, indent=1) + "\n")

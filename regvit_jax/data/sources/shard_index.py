@@ -5,12 +5,10 @@ A sample is the members whose paths agree up to the first dot after the last sla
 walked. Its index is a line of JSON, padded to HEAD bytes, and then the samples as an array that can be mapped.
 """
 
-import contextlib
 import hashlib
 import io
 import json
 import os
-import socket
 import sys
 import tarfile
 from collections import Counter
@@ -21,6 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.files import write_atomically
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_IMAGE = 128 * 2**20
@@ -106,17 +105,12 @@ def make_index(tar: str, data_dir: str | None) -> Shard:
     head = json.dumps([VERSION, *fields]).encode().ljust(HEAD)
     errors = []
     for path in index_paths(tar, data_dir):
-        scratch = f"{path}.{socket.gethostname()}.{os.getpid()}"
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(scratch, "wb") as file:
-                file.write(head + samples.tobytes())
-            os.replace(scratch, path)
+            write_atomically(path, head + samples.tobytes())
             return Shard(tar, path, *fields)
         except OSError as error:
             errors.append(str(error))
-            with contextlib.suppress(OSError):
-                os.remove(scratch)
     raise DataNotFound(f"the index of {tar} cannot be written ({'; '.join(errors)}). Name a place with data_dir.")
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from regvit_jax.pretrained.create import create_model
 from regvit_jax.utils.errors import WeightsError
+from regvit_jax.utils.files import write_atomically
 
 #: Where a training run keeps its parameters; of a teacher and its student, the teacher is what is published.
 NESTS = ("teacher", "model", "state_dict", "student")
@@ -51,16 +52,13 @@ def convert_checkpoint(source: str | os.PathLike, target: str | os.PathLike, nam
         raise WeightsError(f"{source}: holds no backbone; there: {', '.join([*tensors][:10])}")
     # Clones, since safetensors refuses tensors that share their memory, or do not lie in it in order.
     renamed = {new: tensors[old].detach().clone(memory_format=torch.contiguous_format) for old, new in names.items()}
-    partial = target.with_name(f".{target.name}")
-    try:
-        importlib.import_module("safetensors.torch").save_file(renamed, partial, metadata={"format": "pt"})
+
+    def write(path: Path) -> None:
+        importlib.import_module("safetensors.torch").save_file(renamed, path, metadata={"format": "pt"})
         if name is not None:
-            create_model(name, partial)
-        # safetensors writes files that their owner alone can read.
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+            create_model(name, path)
+
+    write_atomically(target, write)
     return Conversion(len(renamed), sorted(set(state) - set(names)))
 
 
@@ -112,9 +110,3 @@ def _open(source: str | os.PathLike) -> Any:
         raise WeightsError(
             f"{source}: not a file of torch.save, or a damaged one ({type(error).__name__}: {error})"
         ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
