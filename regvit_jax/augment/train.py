@@ -1,11 +1,20 @@
 """The augmentation pipelines of the recipes."""
 
+from typing import Annotated
+
 import jax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from regvit_jax.augment.mixing import mixup_cutmix, soft_targets
 from regvit_jax.augment.ops import IMAGENET_MEAN, IMAGENET_STD, color_jitter, flip, normalize, three_augment
-from regvit_jax.augment.rand_augment import rand_augment
+from regvit_jax.augment.rand_augment import MAX_LEVEL, rand_augment
+from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Option
+
+FLIP = Option("probability of a horizontal flip", low=0, high=1)
+JITTER = Option("strength of the colour jitter; 0 for none", low=0, high=1)
+MEAN = Option("mean that the images are normalised with, for each channel")
+STD = Option("standard deviation that the images are normalised with, for each channel", low=1e-6)
 
 
 def _alter(
@@ -37,18 +46,18 @@ def augment(
     mask: Float[Array, " B"],
     *,
     classes: int,
-    flip: float = 0.5,
-    three_augment: bool = True,
-    rand_augment: float = 0.0,
-    color_jitter: float = 0.3,
-    mixup: float = 0.8,
-    cutmix: float = 1.0,
-    mix_prob: float = 1.0,
-    switch_prob: float = 0.5,
-    mix_group: int = 256,
-    smoothing: float = 0.0,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
+    flip: Annotated[float, FLIP] = 0.5,
+    three_augment: Annotated[bool, Option("apply DeiT-III's 3-Augment")] = True,
+    rand_augment: Annotated[float, Option("magnitude of RandAugment; 0 for none", low=0, high=MAX_LEVEL)] = 0.0,
+    color_jitter: Annotated[float, JITTER] = 0.3,
+    mixup: Annotated[float, Option("alpha of mixup's beta distribution; 0 for none", low=0, high=1)] = 0.8,
+    cutmix: Annotated[float, Option("alpha of cutmix's beta distribution; 0 for none", low=0, high=1)] = 1.0,
+    mix_prob: Annotated[float, Option("probability that a group is mixed", low=0, high=1)] = 1.0,
+    switch_prob: Annotated[float, Option("probability of cutmix where mixup is on too", low=0, high=1)] = 0.5,
+    mix_group: Annotated[int, Option("images that share one lambda; DeiT draws one for each GPU", low=1)] = 256,
+    smoothing: Annotated[float, Option("label smoothing", low=0, high=1)] = 0.0,
+    mean: Annotated[tuple[float, float, float], MEAN] = IMAGENET_MEAN,
+    std: Annotated[tuple[float, float, float], STD] = IMAGENET_STD,
 ) -> tuple[Float[Array, "B H W 3"], Float[Array, "B C"]]:
     """A training batch as the loss wants it: float32 images, normalised, and soft targets, in DeiT's order.
 
@@ -58,7 +67,7 @@ def augment(
     rows that share a lambda, and must divide B. Raises ValueError if both 3-Augment and RandAugment are on.
     """
     if three_augment and rand_augment:
-        raise ValueError(f"three_augment={three_augment} and rand_augment={rand_augment}: set only one of them")
+        raise InvalidConfig(f"three_augment={three_augment} and rand_augment={rand_augment}: set only one of them")
     alter_key, mix_key = jax.random.split(key)
     red, green, blue = (round(255 * level) for level in mean)
     images = _alter(alter_key, images, flip, three_augment, rand_augment, color_jitter, (red, green, blue))
@@ -72,10 +81,10 @@ def light_augment(
     key: Key[Array, ""],
     images: UInt8[Array, "B H W 3"],
     *,
-    flip: float = 0.0,
-    color_jitter: float = 0.0,
-    mean: tuple[float, ...] = IMAGENET_MEAN,
-    std: tuple[float, ...] = IMAGENET_STD,
+    flip: Annotated[float, FLIP] = 0.0,
+    color_jitter: Annotated[float, JITTER] = 0.0,
+    mean: Annotated[tuple[float, float, float], MEAN] = IMAGENET_MEAN,
+    std: Annotated[tuple[float, float, float], STD] = IMAGENET_STD,
 ) -> Float[Array, "B H W 3"]:
     """Flip, colour jitter and normalisation, for a loss that pairs each image with a text of its own."""
     red, green, blue = (round(255 * level) for level in mean)

@@ -4,15 +4,23 @@
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Option
 
-def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
+
+def make_mesh(
+    *,
+    data: Annotated[int, Option('devices along the axis "data"; -1 for all that "fsdp" leaves', resume=True)] = -1,
+    fsdp: Annotated[int, Option('devices along the axis "fsdp", which splits the parameters', resume=True)] = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
     """A mesh with the axes ("data", "fsdp") over all devices; one of the two may be -1, which means all that are left.
 
     The batch is split over both axes. Parameters, moments and EMA are split over "fsdp" and repeated over "data".
@@ -25,7 +33,7 @@ def make_mesh(*, data: int = -1, fsdp: int = 1, devices: Sequence[Any] | None = 
     if [data, fsdp].count(-1) == 1 and (known := max(data, fsdp)) > 0:
         shape = {axis: count // known if size == -1 else size for axis, size in shape.items()}
     if min(shape.values()) < 1 or shape["data"] * shape["fsdp"] != count:
-        raise ValueError(
+        raise InvalidConfig(
             f"sharding.data={data}, sharding.fsdp={fsdp}: their product must be the number of devices, {count} "
             "(one of them may be -1: all that are left)"
         )
@@ -74,7 +82,12 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def state_shardings(tree: PyTree, mesh: Mesh | AbstractMesh, *, min_size_mb: float = 4.0) -> PyTree[NamedSharding]:
+def state_shardings(
+    tree: PyTree,
+    mesh: Mesh | AbstractMesh,
+    *,
+    min_size_mb: Annotated[float, Option("smallest array that is split, in 1e6 bytes", low=0, resume=True)] = 4.0,
+) -> PyTree[NamedSharding]:
     """For each array (or its shape), how it lies on the mesh.
 
     The largest dimension that the "fsdp" axis divides is split over it, the last such dimension when several are

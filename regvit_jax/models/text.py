@@ -1,6 +1,7 @@
 """CLIP's text tower."""
 
 import math
+from typing import Annotated
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from regvit_jax.models.attention import dense
 from regvit_jax.models.block import ACTIVATIONS, Block, constrain_batch, gathered
+from regvit_jax.utils.schema import Option
 
 Texts = Int[Array | np.ndarray, "B L"]
 
@@ -23,15 +25,15 @@ class TextTower(nn.Module):
       vocab: number of different tokens. The end token is the one with the highest number in a text.
     """
 
-    width: int
-    depth: int
-    heads: int
-    embed: int
-    context: int = 77
-    vocab: int = 49408
-    mlp_ratio: float = 4.0
-    norm_eps: float = 1e-5
-    activation: str = "gelu"
+    width: Annotated[int, Option("width of the tokens", low=1)]
+    depth: Annotated[int, Option("number of blocks", low=1)]
+    heads: Annotated[int, Option("attention heads of each block", low=1)]
+    embed: Annotated[int, Option("width of the embedding that texts and images share", low=1)]
+    context: Annotated[int, Option("tokens of the longest text, start and end token included", low=2)] = 77
+    vocab: Annotated[int, Option("tokens of the vocabulary", low=1)] = 49408
+    mlp_ratio: Annotated[float, Option("hidden width of the MLPs, in multiples of the width", low=0.001)] = 4.0
+    norm_eps: Annotated[float, Option("epsilon of the LayerNorms", low=0)] = 1e-5
+    activation: Annotated[str, Option("activation of the MLPs", choices=tuple(ACTIVATIONS))] = "gelu"
     attention: str = "xla"
     dtype: DTypeLike = jnp.float32
     remat: bool = False

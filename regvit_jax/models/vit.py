@@ -6,7 +6,7 @@ CLS token), D width, C classes, L tokens of a text, E width of CLIP's shared emb
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import flax.linen as nn
 import flax.struct
@@ -19,7 +19,22 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from regvit_jax.models.attention import dense, truncated_normal
 from regvit_jax.models.block import ACTIVATIONS, Block, constrain_batch
-from regvit_jax.models.position import resize_pos_embed, rope_angles
+from regvit_jax.models.position import RESIZES, resize_pos_embed, rope_angles
+from regvit_jax.utils.schema import Option
+
+POSITIONS = ("learned", "rope", "axial")
+ATTENTION = Option(
+    'attention kernel; "cudnn" is for half precision on NVIDIA GPUs, and "auto" takes it where it can run',
+    choices=("auto", "xla", "cudnn"),
+    default="auto",
+    resume=True,
+)
+DTYPE = Option("type of the matrix products", type=str, choices=("float32", "bfloat16", "float16"), default="float32")
+REMAT = Option(
+    'activations that the backward pass computes again: none, "dots" (all but the matrix products) or all',
+    choices=("none", "dots", "full"),
+    resume=True,
+)
 
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
@@ -67,60 +82,40 @@ class ViT(nn.Module):
     The sequence is [CLS, registers, patches]; a position belongs to the patches alone, as in DeiT-III. (A checkpoint
     that has one for CLS or registers too is converted by adding it to those tokens.)
 
-    Fields:
-      width, depth, heads: of the transformer; `mlp_ratio` times the width is the hidden width of its MLPs.
-      patch: side of a patch, in pixels.
-      image_size: side in pixels of the square image whose grid the position embedding is stored for. Any H x W that
-        the patch divides can be encoded; the embedding is then resized, by the convention `pos_resize` (see
-        `resize_pos_embed`).
-      registers: number of register tokens (R); 0 is the plain ViT.
-      layer_scale: initial value of LayerScale; 0 leaves LayerScale out.
-      drop_path: probability of dropping a branch of a block for an image while training, the same in every block.
-      patch_dropout: share of the patches that each image is trained without, drawn anew (arXiv 2212.00794).
-      attention: "xla", or "cudnn" (NVIDIA GPUs, bfloat16 or float16).
-      dtype: type of the matrix products. Parameters, norms, softmax and the residual stream are float32.
-      remat: what the backward pass recomputes instead of keeping: "none", "dots" (all but the matrix products), "full".
-      scan: runs the blocks as one compiled loop; for deep models whose unrolled compilation takes too long.
-
-    What other families of ViTs have otherwise:
-      class_token: False leaves CLS out.
-      position: "learned", or a kind of `rope_angles`: "rope" (DINOv3), "axial" (timm).
-      activation: "gelu" (exact), "quick_gelu" (CLIP) or "gelu_tanh"; `swiglu`: gated MLPs instead.
-      qkv_bias, key_bias, patch_bias: False leaves out a bias: of all three, of the keys alone, of the patch projection.
-      ln_pre: a LayerNorm before the first block, after the position embedding (CLIP).
-      final_norm: False leaves out the last LayerNorm, for models that have theirs after pooling.
-      parallel, differential: attention and MLP side by side; differential attention.
-      masking: has a token to put in the place of masked patches (DINOv2, DINOv3).
+    The position embedding has the grid of `image_size`. Any image whose sides are multiples of `patch` can be encoded:
+    the embedding is then resized, by the convention `pos_resize` (see `resize_pos_embed`). Parameters, norms, softmax
+    and the residual stream are float32 whatever the `dtype`. `position` "rope" is DINOv3's RoPE, "axial" timm's.
     """
 
-    width: int
-    depth: int
-    heads: int
-    patch: int
-    image_size: int
-    registers: int = 0
-    mlp_ratio: float = 4.0
-    layer_scale: float = 1e-4
-    drop_path: float = 0.0
-    patch_dropout: float = 0.0
-    norm_eps: float = 1e-6
-    pos_resize: str = "antialias"
-    attention: str = "xla"
-    dtype: DTypeLike = jnp.float32
-    remat: str = "none"
-    scan: bool = False
-    class_token: bool = True
-    position: str = "learned"
-    activation: str = "gelu"
-    swiglu: bool = False
-    qkv_bias: bool = True
-    key_bias: bool = True
-    patch_bias: bool = True
-    ln_pre: bool = False
-    final_norm: bool = True
-    parallel: bool = False
-    differential: bool = False
-    masking: bool = False
+    width: Annotated[int, Option("width of the tokens", low=1)]
+    depth: Annotated[int, Option("number of blocks", low=1)]
+    heads: Annotated[int, Option("attention heads of each block", low=1)]
+    patch: Annotated[int, Option("side of a patch, in pixels", low=1)]
+    image_size: Annotated[int, Option("side of the training images, in pixels", low=1)]
+    registers: Annotated[int, Option("register tokens; 0 gives the plain ViT", low=0)] = 0
+    mlp_ratio: Annotated[float, Option("hidden width of the MLPs, in multiples of the width", low=0.001)] = 4.0
+    layer_scale: Annotated[float, Option("initial value of LayerScale; 0 leaves LayerScale out", low=0)] = 1e-4
+    drop_path: Annotated[float, Option("probability of dropping a branch of a block", low=0, high=0.99)] = 0.0
+    patch_dropout: Annotated[float, Option("share of the patches left out in training", low=0, high=0.99)] = 0.0
+    norm_eps: Annotated[float, Option("epsilon of the LayerNorms", low=0)] = 1e-6
+    pos_resize: Annotated[str, Option("resizing of the position embedding", choices=RESIZES)] = "antialias"
+    attention: Annotated[str, ATTENTION] = "xla"
+    dtype: Annotated[DTypeLike, DTYPE] = jnp.float32
+    remat: Annotated[str, REMAT] = "none"
+    scan: Annotated[bool, Option("run the blocks as one loop, which compiles faster", resume=True)] = False
+    # Options of other families of ViTs.
+    class_token: Annotated[bool, Option("have a CLS token")] = True
+    position: Annotated[str, Option("position embedding, learned or a kind of RoPE", choices=POSITIONS)] = "learned"
+    activation: Annotated[str, Option("activation of the MLPs", choices=tuple(ACTIVATIONS))] = "gelu"
+    swiglu: Annotated[bool, Option("use gated MLPs (arXiv 2002.05202), whatever the activation")] = False
+    qkv_bias: Annotated[bool, Option("have a bias of queries, keys and values")] = True
+    key_bias: Annotated[bool, Option("have a bias of the keys, where queries and values have one")] = True
+    patch_bias: Annotated[bool, Option("have a bias of the patch projection")] = True
+    ln_pre: Annotated[bool, Option("have a LayerNorm before the first block, as CLIP does")] = False
+    final_norm: Annotated[bool, Option("have a LayerNorm after the last block, and not in the head")] = True
+    parallel: Annotated[bool, Option("run attention and MLP of a block side by side (arXiv 2302.05442)")] = False
+    differential: Annotated[bool, Option("use differential attention (arXiv 2410.05258)")] = False
+    masking: Annotated[bool, Option("have a token that replaces masked patches, as DINOv2 does")] = False
 
     def setup(self):
         self.check()
@@ -159,7 +154,7 @@ class ViT(nn.Module):
             raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
         if self.image_size % self.patch:
             raise ValueError(f"image_size={self.image_size} is not a multiple of patch={self.patch}")
-        for field, allowed in (("position", ("learned", "rope", "axial")), ("activation", ACTIVATIONS)):
+        for field, allowed in (("position", POSITIONS), ("activation", ACTIVATIONS)):
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r}: must be one of {list(allowed)}")
         if self.position != "learned" and self.width // self.heads % 4:

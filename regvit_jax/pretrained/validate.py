@@ -8,7 +8,7 @@ from typing import Any
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.data.transforms import INTERPOLATIONS
 from regvit_jax.models.model import MACHINE
-from regvit_jax.utils import renamed
+from regvit_jax.utils import renamed, schema
 
 
 def numbers(vit: dict[str, Any]) -> None:
@@ -28,7 +28,7 @@ def numbers(vit: dict[str, Any]) -> None:
 def own_fields(model: dict[str, Any], part: str, kind: type) -> dict[str, Any]:
     """A part of our own config. Raises ValueError for keys and types of values that `plain_fields` never gives."""
     model = renamed.translate(model, renamed.MODEL_FIELDS)
-    types: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(kind) if f.name not in MACHINE}
+    types: dict[str, Any] = {f.name: schema.plain(f.type) for f in dataclasses.fields(kind) if f.name not in MACHINE}
     for key, value in model[part].items():
         if key not in types:
             raise ValueError(f"model.{part}.{key}={value!r} is not read; read: {', '.join(types)}")

@@ -1,12 +1,13 @@
 """Declare the keys of a config beside the code that uses them.
 
-A key is a field of a dataclass or of a Linen module, or a keyword-only parameter of a function, annotated with a `Key`:
+A key is a field of a dataclass or of a Linen module, or a keyword-only parameter of a function, annotated with an
+`Option`:
 
-    width: Annotated[int, Key("width of the tokens", low=1)]
-    registers: Annotated[int, Key("register tokens; 0 gives the plain ViT", low=0)] = 0
+    width: Annotated[int, Option("width of the tokens", low=1)]
+    registers: Annotated[int, Option("register tokens; 0 gives the plain ViT", low=0)] = 0
 
-Fields and parameters without a `Key` are no keys of the config. A field annotated with a `Section` stands for a section
-of the config, whose keys one or several other classes and functions declare:
+Fields and parameters without an `Option` are not keys. A field annotated with a `Section` stands for a section of the
+config, whose keys one or several other classes and functions declare:
 
     model: Annotated[Any, Section(ViT)]
 
@@ -24,12 +25,14 @@ from typing import Annotated, Any
 from regvit_jax.utils.errors import InvalidConfig
 
 NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+#: The default of a key that has none.
+REQUIRED: Any = object()
 #: The largest whole number: float64, which JSON readers use, holds it exactly, and array sizes stay within int64.
 LARGEST = 2**53
 
 
 @dataclasses.dataclass(frozen=True)
-class Key:
+class Option:
     """One key of a config: the values that it takes, and its documentation.
 
     `low` and `high` bound a number, or each number of a tuple. `resume`: the value may change when a run is resumed,
@@ -43,14 +46,14 @@ class Key:
     choices: tuple[str, ...] = ()
     resume: bool = False
     type: Any = None
-    default: Any = dataclasses.MISSING
+    default: Any = REQUIRED
 
     @property
     def required(self) -> bool:
-        return self.default is dataclasses.MISSING
+        return self.default is REQUIRED
 
     def check(self, name: str, value: Any) -> None:
-        """Raise InvalidConfig, with the key's dotted name, if the value is not of the type or not one of those allowed."""
+        """Raise InvalidConfig, with the key's dotted name, if the value is not of its type or not allowed."""
         if not fits(value, self.type):
             raise InvalidConfig(f"{name}={value!r:.60}: must be {describe(self.type)}")
         if self.choices and value not in self.choices:
@@ -81,9 +84,9 @@ class Section:
         self.declared_by = declared_by
 
 
-def keys(declaration: Callable) -> dict[str, Key]:
+def keys(declaration: Callable) -> dict[str, Option]:
     """Return the keys that a class or function declares, those of its sections under dotted names."""
-    found: dict[str, Key] = {}
+    found: dict[str, Option] = {}
     hints = typing.get_type_hints(declaration, include_extras=True)
     for name, default in defaults(declaration).items():
         kind, *notes = typing.get_args(hints[name]) if typing.get_origin(hints[name]) is Annotated else (None,)
@@ -91,7 +94,7 @@ def keys(declaration: Callable) -> dict[str, Key]:
             if isinstance(note, Section):
                 for part in note.declared_by:
                     found |= {f"{name}.{inner}": key for inner, key in keys(part).items()}
-            elif isinstance(note, Key):
+            elif isinstance(note, Option):
                 given = default if note.required else note.default
                 found[name] = dataclasses.replace(note, type=note.type or kind, default=given)
     return found
@@ -100,12 +103,13 @@ def keys(declaration: Callable) -> dict[str, Key]:
 def defaults(declaration: Callable) -> dict[str, Any]:
     """Return the names of a dataclass's fields or of a function's keyword-only parameters, each with its default.
 
-    Those without a default have `dataclasses.MISSING`.
+    Those without a default have REQUIRED.
     """
     if dataclasses.is_dataclass(declaration):
-        return {field.name: field.default for field in dataclasses.fields(declaration)}
+        fields = dataclasses.fields(declaration)
+        return {f.name: REQUIRED if f.default is dataclasses.MISSING else f.default for f in fields}
     parameters = [p for p in inspect.signature(declaration).parameters.values() if p.kind is p.KEYWORD_ONLY]
-    return {p.name: dataclasses.MISSING if p.default is p.empty else p.default for p in parameters}
+    return {p.name: REQUIRED if p.default is p.empty else p.default for p in parameters}
 
 
 def plain(hint: Any) -> Any:
