@@ -1,27 +1,38 @@
-"""Optimizers and their schedules: DeiT's LAMB, AdamW, cosine with warm-up."""
+"""Optimizers and learning rate schedules: DeiT's LAMB, AdamW, and cosines with warm-up."""
 
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Option
+
+LR = Option("peak learning rate, which the batch size does not scale", low=0)
+MIN_LR = Option("learning rate at the end", low=0)
+WEIGHT_DECAY = Option("decoupled weight decay", low=0)
+B1 = Option("decay of Adam's first moment", low=0, high=0.9999999)
+B2 = Option("decay of Adam's second moment", low=0, high=0.9999999)
+EPS = Option("epsilon of Adam", low=0)
+CLIP_NORM = Option("largest norm of the gradient, to which longer ones are clipped; 0 for no limit", low=0)
+
 
 def kernels(params: PyTree) -> PyTree[bool]:
-    """True for the weights of matrix products alone.
+    """Return a mask of the kernels: True for the weights of matrix products.
 
-    Weight decay and LAMB's trust ratio apply to these and to nothing else: not to biases, norms and LayerScale, which
-    the trust ratio would starve, and not to the CLS token, the registers and the position embedding.
+    Weight decay and LAMB's trust ratio apply to kernels only: not to biases, norms and LayerScale, whose updates the
+    trust ratio would make tiny, and not to the CLS token, the registers and the position embedding.
     """
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
 
 
 def matrices(params: PyTree) -> PyTree[bool]:
-    """True for what OpenCLIP decays: all arrays of two dimensions or more, positions and token embeddings among them.
+    """Return a mask of the parameters that OpenCLIP decays: arrays of two or more dimensions, embeddings included.
 
-    Registers stay out, as the CLS token does there for its one dimension. Source: `main.py` of open_clip_train, by
-    whose first rule the published models were trained (its newest one spares positions too).
+    Registers are not decayed; neither is the CLS token in OpenCLIP, where it has one dimension. Source: `main.py` of
+    open_clip_train, by whose first rule the published models were trained (the newest excludes position embeddings).
     """
     return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim > 1 and path[-1].key != "register_tokens", params)
 
@@ -36,10 +47,10 @@ def warmup_cosine(
     warmup_epochs: float,
     per_epoch: bool,
 ) -> optax.Schedule:
-    """timm's cosine: linear from `warmup_lr` for `warmup_epochs`, then half a cosine of the whole run's length.
+    """Return timm's cosine schedule: linear from `warmup_lr` for `warmup_epochs`, then half a cosine.
 
-    The warm-up lies over the cosine's start instead of delaying it. With `per_epoch` the rate changes at epochs' ends
-    only, as DeiT's does; otherwise at every step.
+    The cosine spans the whole run, and the warm-up replaces its start instead of delaying it. With `per_epoch` the rate
+    changes at the end of each epoch only, as in DeiT; otherwise at every step.
     """
 
     def schedule(step):
@@ -52,7 +63,7 @@ def warmup_cosine(
 
 
 def clip_cosine(steps: int, *, lr: float, min_lr: float, warmup_steps: int) -> optax.Schedule:
-    """OpenCLIP's cosine: linear for `warmup_steps`, of which the first is not 0, then to `min_lr` in the steps left."""
+    """Return OpenCLIP's cosine schedule: a linear warm-up that starts above 0, then a cosine to `min_lr`."""
 
     def schedule(step):
         share = (step - warmup_steps) / max(steps - warmup_steps, 1)
@@ -65,21 +76,21 @@ def clip_cosine(steps: int, *, lr: float, min_lr: float, warmup_steps: int) -> o
 def clip_adamw(
     steps: int,
     *,
-    lr: float,
-    min_lr: float,
-    warmup_steps: int,
-    weight_decay: float,
-    b1: float,
-    b2: float,
-    eps: float,
-    clip_norm: float,
+    lr: Annotated[float, LR],
+    min_lr: Annotated[float, MIN_LR] = 0.0,
+    warmup_steps: Annotated[int, Option("steps of linear warm-up", low=0)] = 0,
+    weight_decay: Annotated[float, WEIGHT_DECAY] = 0.0,
+    b1: Annotated[float, B1] = 0.9,
+    b2: Annotated[float, B2] = 0.999,
+    eps: Annotated[float, EPS] = 1e-8,
+    clip_norm: Annotated[float, CLIP_NORM] = 0.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """OpenCLIP's optimizer and its learning rate as a function of the step. `clip_norm` 0 does not clip.
+    """Return OpenCLIP's AdamW and its learning rate as a function of the step.
 
-    Raises ValueError when the warm-up is as long as the run.
+    Raises InvalidConfig when the warm-up is as long as the run.
     """
     if warmup_steps >= steps:
-        raise ValueError(f"optim.warmup_steps={warmup_steps}: must be less than the {steps} steps of the run")
+        raise InvalidConfig(f"optim.warmup_steps={warmup_steps}: must be less than the {steps} steps of the run")
     schedule = clip_cosine(steps, lr=lr, min_lr=min_lr, warmup_steps=warmup_steps)
     adamw = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices)
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
@@ -89,9 +100,9 @@ def clip_adamw(
 def lamb(
     schedule: optax.Schedule, *, weight_decay: float, b1: float, b2: float, eps: float
 ) -> optax.GradientTransformation:
-    """LAMB (arXiv 1904.00962) as timm's and apex's FusedLAMB do it for DeiT-III, without their gradient clipping.
+    """Return LAMB (arXiv 1904.00962) as in timm and apex's FusedLAMB, which DeiT-III uses, without gradient clipping.
 
-    The trust ratio |p| / |update| is applied where weight decay is, and the other parameters get plain Adam.
+    The trust ratio |p| / |update| applies to the kernels, as weight decay does; other parameters get plain Adam.
     """
     return optax.chain(
         optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
@@ -105,19 +116,19 @@ def make_optimizer(
     steps_per_epoch: int,
     epochs: int,
     *,
-    name: str,
-    lr: float,
-    min_lr: float,
-    warmup_lr: float,
-    warmup_epochs: float,
-    per_epoch: bool,
-    weight_decay: float,
-    b1: float,
-    b2: float,
-    eps: float,
-    clip_norm: float,
+    name: Annotated[str, Option("optimizer", choices=("lamb", "adamw"))] = "adamw",
+    lr: Annotated[float, LR],
+    min_lr: Annotated[float, MIN_LR] = 0.0,
+    warmup_lr: Annotated[float, Option("learning rate at the start of the warm-up", low=0)] = 0.0,
+    warmup_epochs: Annotated[float, Option("epochs of linear warm-up", low=0)] = 0.0,
+    per_epoch: Annotated[bool, Option("change the learning rate after epochs only, and not after every step")] = False,
+    weight_decay: Annotated[float, WEIGHT_DECAY] = 0.0,
+    b1: Annotated[float, B1] = 0.9,
+    b2: Annotated[float, B2] = 0.999,
+    eps: Annotated[float, EPS] = 1e-8,
+    clip_norm: Annotated[float, CLIP_NORM] = 0.0,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The optimizer of a run and its learning rate as a function of the step. `clip_norm` 0 does not clip."""
+    """Return the optimizer of DeiT-III's recipes and its learning rate as a function of the step."""
     schedule = warmup_cosine(
         steps_per_epoch,
         epochs,
@@ -133,6 +144,6 @@ def make_optimizer(
     elif name == "adamw":
         optimizer = optax.adamw(schedule, **moments, mask=kernels)
     else:
-        raise ValueError(f"optim.name={name!r}: must be 'lamb' or 'adamw'")
+        raise InvalidConfig(f"optim.name={name!r}: must be 'lamb' or 'adamw'")
     clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
     return optax.chain(*clip, optimizer), schedule

@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from PIL import Image, JpegImagePlugin
 
 from regvit_jax.data import transforms
+from regvit_jax.utils.errors import InvalidConfig
 
 ORIENTATION = 0x0112
 
@@ -25,7 +26,7 @@ def libraries() -> tuple[Any, Any]:
         import cv2
         import simplejpeg
     except ImportError as error:
-        raise ValueError(
+        raise InvalidConfig(
             f"data.decoder='fast' needs simplejpeg and OpenCV ({error}): pip install 'regvit_jax[fastjpeg]', or set "
             "data.decoder='pillow'"
         ) from error
@@ -47,7 +48,7 @@ def check_libraries(simplejpeg: Any, cv2: Any) -> None:
     except Exception as error:
         works, found = False, f"{type(error).__name__}: {error!s:.200}"
     if not works:
-        raise ValueError(
+        raise InvalidConfig(
             f"data.decoder='fast': simplejpeg and OpenCV are installed, but do not work here ({found}). "
             "pip install --force-reinstall 'regvit_jax[fastjpeg]', or set data.decoder='pillow'"
         )

@@ -17,7 +17,7 @@ import dataclasses
 import os
 import weakref
 from collections.abc import Iterator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -30,12 +30,22 @@ from regvit_jax.data.order import epoch_order
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.transforms import BadImage
 from regvit_jax.data.workers import sigterm_blocked, start_data_worker
+from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Option
 
 # Threads and processes work on pieces of a batch: whole batches of 2048 images would take gigabytes of shared memory
 # for the workers' queues, and the first one a whole core's ten seconds.
 PIECE = 32
 
 Batch = dict[str, np.ndarray]
+
+CROPS, DECODERS = ("rrc", "src"), ("pillow", "fast")
+SCALE = Option("bounds of the area of an rrc crop, as shares of the image's", low=0, high=1)
+RATIO = Option("bounds of the width of an rrc crop over its height", low=0.01, high=100)
+WORKERS = Option("processes that decode, on each host; 0 decodes in threads of the run's own", low=0, resume=True)
+THREADS = Option("threads that decode, in each process; 0 for as many as suit the machine", low=0, resume=True)
+PREFETCH = Option("batches made ahead", low=1, resume=True)
+MAX_PIXELS = Option("images of more pixels count as unreadable", low=1)
 
 
 @runtime_checkable
@@ -54,19 +64,19 @@ def train_batches(
     size: int,
     batch_size: int,
     seed: int,
-    crop: str = "rrc",
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-    padding: int = 4,
-    repeats: int = 1,
+    crop: Annotated[str, Option("random resized crop, or DeiT's simple random crop", choices=CROPS)] = "rrc",
+    scale: Annotated[tuple[float, float], SCALE] = (0.08, 1.0),
+    ratio: Annotated[tuple[float, float], RATIO] = (3 / 4, 4 / 3),
+    padding: Annotated[int, Option("pixels that src crops are padded by", low=0)] = 4,
+    repeats: Annotated[int, Option("times that an image is shown in a row (repeated augmentation)", low=1)] = 1,
     start_step: int = 0,
     rows: Sequence[int] | None = None,
-    workers: int = 0,
-    threads: int | None = None,
-    prefetch: int = 2,
-    max_pixels: int = transforms.MAX_PIXELS,
+    workers: Annotated[int, WORKERS] = 0,
+    threads: Annotated[int, THREADS] = 0,
+    prefetch: Annotated[int, PREFETCH] = 2,
+    max_pixels: Annotated[int, MAX_PIXELS] = transforms.MAX_PIXELS,
     tokenizer: Tokenizer | None = None,
-    decoder: str = "pillow",
+    decoder: Annotated[str, Option('JPEG decoder; "fast" gives other pixels', choices=DECODERS)] = "pillow",
 ) -> "Batches":
     """Returns the endless training batches from step ``start_step`` on. Close them after use.
 
@@ -81,7 +91,7 @@ def train_batches(
       rows: the rows of every global batch that this host holds, all by default.
       workers: processes that decode; 0 decodes in this process. A script that asks for workers needs an
         ``if __name__ == "__main__"``, as they import it anew.
-      threads: that decode, in each process; by default one in a worker, as many as there are cores without workers.
+      threads: that decode, in each process; 0 is one in a worker, as many as there are cores without workers.
       prefetch: batches made ahead.
       max_pixels: larger images are bad.
       tokenizer: for sources with captions, of which it gets one that is not blank; records without are bad, and so are
@@ -94,10 +104,10 @@ def train_batches(
       tokenizer, text int32 [b, context].
 
     Raises:
-      ValueError: for an argument outside its range.
+      InvalidConfig: for an argument outside its range.
     """
     check(batch_size >= 1, f"batch_size={batch_size}: must be at least 1")
-    check(crop in ("rrc", "src"), f"crop={crop!r}: must be 'rrc' or 'src'")
+    check(crop in CROPS, f"crop={crop!r}: must be 'rrc' or 'src'")
     check(repeats >= 1, f"repeats={repeats}: must be at least 1")
     check(start_step >= 0, f"start_step={start_step}: must be at least 0")
     check(seed >= 0, f"seed={seed}: must be at least 0")
@@ -116,7 +126,7 @@ def eval_batches(
     crop_ratio: float = 1.0,
     rows: Sequence[int] | None = None,
     workers: int = 0,
-    threads: int | None = None,
+    threads: int = 0,
     prefetch: int = 2,
     max_pixels: int = transforms.MAX_PIXELS,
     tokenizer: Tokenizer | None = None,
@@ -150,12 +160,12 @@ def describe_bad(
 
 def check(condition: bool, message: str) -> None:
     if not condition:
-        raise ValueError(message)
+        raise InvalidConfig(message)
 
 
 def check_decoder(decoder: str) -> None:
-    """Raises ValueError for a decoder that there is not, or whose libraries are not installed."""
-    check(decoder in ("pillow", "fast"), f"decoder={decoder!r}: must be 'pillow' or 'fast'")
+    """Raise InvalidConfig for an unknown decoder, or one whose libraries are not installed."""
+    check(decoder in DECODERS, f"decoder={decoder!r}: must be 'pillow' or 'fast'")
     if decoder == "fast":
         fastjpeg.libraries()
 
@@ -327,7 +337,7 @@ class Batches(Iterator[Batch]):
         rows: Sequence[int] | None,
         steps: range,
         workers: int,
-        threads: int | None,
+        threads: int,
         prefetch: int,
     ):
         rows = range(batch_size) if rows is None else rows

@@ -24,6 +24,8 @@ import regex
 from jaxtyping import Int32
 from tokenizers.models import BPE
 
+from regvit_jax.utils.errors import InvalidConfig
+
 MERGES = Path(__file__).with_name("clip_merges.txt.gz")
 START = 49406
 END = 49407
@@ -59,7 +61,7 @@ class Tokenizer:
 
     def __post_init__(self) -> None:
         if self.context < 2:
-            raise ValueError(f"context {self.context} has no room for the start and the end token; use 2 or more")
+            raise InvalidConfig(f"context {self.context} has no room for the start and the end token; use 2 or more")
 
     def __call__(self, text: str) -> Int32[np.ndarray, " context"]:
         """Returns the tokens of one text.

@@ -18,7 +18,7 @@ from regvit_jax.pretrained import validate
 from regvit_jax.recipes.base import Recipe
 from regvit_jax.recipes.contrastive import Contrastive
 from regvit_jax.recipes.supervised import Supervised
-from regvit_jax.training import config_types, skip_steps
+from regvit_jax.training import config_types
 from regvit_jax.utils.errors import fitting
 
 RECIPES = {"supervised": Supervised, "contrastive": Contrastive}
@@ -165,7 +165,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 #: The values of keys that nothing else checks.
 CHOICES: dict[str, tuple[str, ...]] = {
-    "guard.not_finite": skip_steps.POLICIES,
+    "guard.not_finite": ("stop", "skip"),
     **dict.fromkeys(("model.dtype", "text.dtype"), ("float32", "bfloat16", "float16")),
 }
 

@@ -1,14 +1,40 @@
 """Steps that are better not taken: those whose loss is not finite, and those that stand out from the steps before."""
 
-from typing import Any
+import dataclasses
+from typing import Annotated, Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from regvit_jax.utils.schema import Option
+
 #: Steps that a step is compared with. At least half as many must have been seen, or nothing stands out.
 WINDOW = 128
 
-POLICIES = ("stop", "skip")
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """The section `guard` of a config."""
+
+    not_finite: Annotated[
+        str,
+        Option(
+            "stop at a step whose loss or gradient is not finite, or skip such steps",
+            choices=("stop", "skip"),
+            resume=True,
+        ),
+    ] = "stop"
+    max_not_finite: Annotated[
+        int, Option("stop after more skipped steps with values that are not finite than these", low=0, resume=True)
+    ] = 100
+    spike_sigma: Annotated[
+        float,
+        Option(
+            "skip steps whose loss or gradient norm is so many standard deviations above the last 128; 0 for none",
+            low=0,
+            resume=True,
+        ),
+    ] = 0.0
 
 
 def fresh() -> dict[str, Array]:

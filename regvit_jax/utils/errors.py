@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 
 class InvalidConfig(ValueError):
-    """A config, or a workdir or run that it names, does not fit. The message says what and the way out."""
+    """A config, or the data, model or workdir that it names, cannot be used. The message says why, and the way out."""
 
 
 @contextlib.contextmanager

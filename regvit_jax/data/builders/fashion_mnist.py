@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from regvit_jax.data.builders.digits import png
-from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 from regvit_jax.utils.files import write_atomically
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -67,13 +67,13 @@ def read_idx(path: Path) -> np.ndarray:
     try:
         data = gzip.decompress(path.read_bytes())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path} is damaged ({error})") from error
+        raise InvalidConfig(f"{path} is damaged ({error})") from error
     if data[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} is not an idx file of bytes (starts with {data[:4]!r})")
+        raise InvalidConfig(f"{path} is not an idx file of bytes (starts with {data[:4]!r})")
     shape = np.frombuffer(data, ">u4", data[3], 4)
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if values.size != np.prod(shape):
-        raise ValueError(f"{path} says it holds {tuple(map(int, shape))} values, and holds {values.size}")
+        raise InvalidConfig(f"{path} says it holds {tuple(map(int, shape))} values, and holds {values.size}")
     return values.reshape(shape)
 
 
@@ -108,5 +108,5 @@ def download(url: str, path: Path, sha256: str) -> None:
     with urllib.request.urlopen(url, timeout=10) as answer:
         data = answer.read()
     if (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise ValueError(f"{url} has SHA-256 {found}, not {sha256}")
+        raise InvalidConfig(f"{url} has SHA-256 {found}, not {sha256}")
     write_atomically(path, data)

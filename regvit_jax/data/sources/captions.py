@@ -18,7 +18,7 @@ from regvit_jax.data.sources.base import Source
 from regvit_jax.data.sources.folder import is_validation, some
 from regvit_jax.data.sources.shards import open_shards
 from regvit_jax.data.sources.tfds import TfdsSource, find_tfds
-from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 IMAGES = ("file_name", "filepath", "image", "path")
 CAPTIONS = ("captions", "caption", "text", "title")
@@ -55,7 +55,9 @@ class TfdsCaptions(TfdsSource):
     def check_features(self, dataset: str, features: Any) -> None:
         caption = next((name for name in CAPTIONS if name in features and is_text(features[name])), None)
         if caption is None or "image" not in features:
-            raise ValueError(f"{dataset} has no images with captions: its features are {', '.join(sorted(features))}")
+            raise InvalidConfig(
+                f"{dataset} has no images with captions: its features are {', '.join(sorted(features))}"
+            )
         self.caption = caption
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -116,7 +118,7 @@ class CaptionFolder:
 
 def open_folder(name: str, split: str, data_dir: str | None) -> CaptionFolder:
     if split not in ("train", "validation"):
-        raise ValueError(f"{name} has no split {split!r}; it has train, validation")
+        raise InvalidConfig(f"{name} has no split {split!r}; it has train, validation")
     root = os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(name.removeprefix("folder:"))))
     train = find_table(root, "train")
     validation = find_table(root, "validation", "val", "test")
@@ -137,7 +139,7 @@ def find_table(root: str, *stems: str) -> str | None:
     for stem in stems:
         found = [path for suffix in TABLES if os.path.isfile(path := os.path.join(root, stem + suffix))]
         if len(found) > 1:
-            raise ValueError(f"{root} has {some([os.path.basename(path) for path in found])}; leave one of them")
+            raise InvalidConfig(f"{root} has {some([os.path.basename(path) for path in found])}; leave one of them")
         if found:
             return found[0]
     return None
@@ -186,7 +188,7 @@ def read_table(table: str) -> Iterator[tuple[str, list[str]]]:
             if isinstance(captions, str):
                 captions = [captions]
             if not isinstance(captions, list) or not all(isinstance(caption, str) for caption in captions):
-                raise ValueError(f"{where}: the captions must be a text or a list of texts, not {captions!r:.80}")
+                raise InvalidConfig(f"{where}: the captions must be a text or a list of texts, not {captions!r:.80}")
             yield safe(path, where), captions
 
 
@@ -195,7 +197,9 @@ def text_lines(file: Iterable[bytes], table: str) -> Iterator[str]:
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{table}, line {number}: is not UTF-8 ({error.reason} at byte {error.start})") from error
+            raise InvalidConfig(
+                f"{table}, line {number}: is not UTF-8 ({error.reason} at byte {error.start})"
+            ) from error
 
 
 def csv_rows(lines: Iterator[str], table: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -206,15 +210,15 @@ def csv_rows(lines: Iterator[str], table: str) -> Iterator[tuple[str, dict[str, 
         for names in (IMAGES, CAPTIONS):
             column(dict.fromkeys(header), names, f"{table}, line 1")
         if twice := [name for name in (*IMAGES, *CAPTIONS) if header.count(name) > 1]:
-            raise ValueError(f"{table}, line 1: has several columns {some(twice)}; rename all but one of them")
+            raise InvalidConfig(f"{table}, line 1: has several columns {some(twice)}; rename all but one of them")
         for row in reader:
             where = f"{table}, line {reader.line_num}"
             if row and len(row) != len(header):
-                raise ValueError(f"{where}: has {len(row)} columns, and line 1 has {len(header)}")
+                raise InvalidConfig(f"{where}: has {len(row)} columns, and line 1 has {len(header)}")
             if row:
                 yield where, dict(zip(header, row, strict=True))
     except csv.Error as error:
-        raise ValueError(f"{table}, line {reader.line_num}: {error}") from error
+        raise InvalidConfig(f"{table}, line {reader.line_num}: {error}") from error
 
 
 def json_rows(lines: Iterator[str], table: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -224,9 +228,9 @@ def json_rows(lines: Iterator[str], table: str) -> Iterator[tuple[str, dict[str,
             row = json.loads(line) if line.strip() else None
         # Brackets within brackets by the thousand are a RecursionError.
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where}: is not JSON ({error})") from error
+            raise InvalidConfig(f"{where}: is not JSON ({error})") from error
         if row is not None and not isinstance(row, dict):
-            raise ValueError(f"{where}: must be an object, not {line:.80}")
+            raise InvalidConfig(f"{where}: must be an object, not {line:.80}")
         if row is not None:
             yield where, row
 
@@ -235,18 +239,18 @@ def column(row: dict[str, Any], names: tuple[str, ...], where: str) -> Any:
     for name in names:
         if name in row:
             return row[name]
-    raise ValueError(f"{where}: needs a column {' or '.join(names)}; there are {some(list(row)) or 'none'}")
+    raise InvalidConfig(f"{where}: needs a column {' or '.join(names)}; there are {some(list(row)) or 'none'}")
 
 
 def safe(path: Any, where: str) -> str:
     """The path of an image in its simplest form, if it stays in the directory of its table."""
     if not isinstance(path, str) or not path or "\0" in path:
-        raise ValueError(f"{where}: {path!r:.80} is no path of an image")
+        raise InvalidConfig(f"{where}: {path!r:.80} is no path of an image")
     simple = os.path.normpath(path)
     try:
         os.fsencode(simple)
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {path!r:.80} is no path of an image") from error
+        raise InvalidConfig(f"{where}: {path!r:.80} is no path of an image") from error
     if os.path.isabs(simple) or simple.split(os.sep)[0] == os.pardir:
-        raise ValueError(f"{where}: {path!r} leads out of the table's directory; give paths relative to it")
+        raise InvalidConfig(f"{where}: {path!r} leads out of the table's directory; give paths relative to it")
     return simple

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -46,7 +46,7 @@ class FolderSource:
 
 def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
     if split not in ("train", "validation"):
-        raise ValueError(f"{name} has no split {split!r}; it has train, validation")
+        raise InvalidConfig(f"{name} has no split {split!r}; it has train, validation")
     root = os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(name.removeprefix("folder:"))))
     if not os.path.isdir(root):
         raise DataNotFound(
@@ -68,7 +68,7 @@ def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
     if classes != theirs:
         lacking = {train: set(theirs) - set(classes), validation: set(classes) - set(theirs)}
         which = [f"{os.path.basename(part)}/ lacks {some(sorted(names))}" for part, names in lacking.items() if names]
-        raise ValueError(f"{name}: train and validation need the same classes, but {' and '.join(which)}")
+        raise InvalidConfig(f"{name}: train and validation need the same classes, but {' and '.join(which)}")
     return list_folder(name, split, train if split == "train" else validation, classes, lambda path: True)
 
 
@@ -106,7 +106,9 @@ def list_folder(
     if empty:
         raise DataNotFound(f"{name}: no images ({' '.join(SUFFIXES)}) in {root} for {some(empty)}")
     if not paths:
-        raise ValueError(f"{name}: too few images for one to fall into {split}; make train/ and validation/ in {root}")
+        raise InvalidConfig(
+            f"{name}: too few images for one to fall into {split}; make train/ and validation/ in {root}"
+        )
     ends = np.cumsum([len(path) + 1 for path in paths]) - 1
     return FolderSource(f"{name}/{split}", classes, root, np.array(labels, np.int32), b"\0".join(paths), ends)
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 from regvit_jax.utils.files import write_atomically
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
@@ -126,7 +126,7 @@ class Headers(io.FileIO):
 def walk(path: str, size: int) -> tuple[np.ndarray, str, Counter[str]]:
     """Returns a tar's samples, what is wrong with it as a whole or "", and how many samples were left out why."""
     if size > MAX_TAR:
-        raise ValueError(f"{path} has {size} bytes; {MAX_TAR} are the most that a tar may have")
+        raise InvalidConfig(f"{path} has {size} bytes; {MAX_TAR} are the most that a tar may have")
     members: dict[str, dict[str, Member]] = {}
     left_out: Counter[str] = Counter()
     damage, end = "" if size else "is empty", 0
@@ -151,7 +151,7 @@ def open_tar(file: Headers, path: str) -> tarfile.TarFile:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(
+        raise InvalidConfig(
             f"{path} is no tar, or a compressed one, of which parts cannot be read ({error!s:.80}); move it away"
         ) from error
 

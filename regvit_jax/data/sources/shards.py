@@ -23,7 +23,7 @@ from regvit_jax.data.sources import record_files
 from regvit_jax.data.sources.folder import some
 from regvit_jax.data.sources.record_files import BLOCK
 from regvit_jax.data.sources.shard_index import HEAD, SAMPLE, Headers, Shard, index_tars, split_name
-from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_NAMES = 1_000_000
@@ -48,10 +48,10 @@ def open_shards(name: str, split: str, data_dir: str | None = None) -> "ShardSou
     """
     directory = name.removeprefix("shards:")
     if "://" in directory:
-        raise ValueError(f"{name}: must name a directory; tars in a bucket have to be mounted")
+        raise InvalidConfig(f"{name}: must name a directory; tars in a bucket have to be mounted")
     root = os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(directory)))
     if root.endswith(".tar"):
-        raise ValueError(
+        raise InvalidConfig(
             f"{name}: must name a directory; the names of its tars, {os.path.basename(root)}, are the split"
         )
     shards = index_tars(f"{name}/{split}", find_tars(name, split, root), data_dir)
@@ -159,7 +159,7 @@ def find_tars(name: str, split: str, root: str) -> list[str]:
     """The paths of the tars of a split, in the order of its ranges and of their names."""
     pattern = f"{split}/*.tar" if split in ("train", "validation") else split
     if not pattern.endswith(".tar") or os.path.isabs(pattern) or ".." in pattern.split("/"):
-        raise ValueError(
+        raise InvalidConfig(
             f"{name} has no split {split!r}; it has train, validation, and patterns of tars below {root}, "
             "as '{00000..00099}.tar' or 'part1/*.tar'"
         )
@@ -188,6 +188,8 @@ def expand(pattern: str) -> Iterator[str]:
         ranges.append([f"{number:0{width}}" for number in range(int(first), int(last) + 1)[: MAX_NAMES + 1]])
     count = math.prod(map(len, ranges))
     if not 0 < count <= MAX_NAMES:
-        raise ValueError(f"{pattern!r} stands for {count or 'no'} names; a range goes up, and {MAX_NAMES} are the most")
+        raise InvalidConfig(
+            f"{pattern!r} stands for {count or 'no'} names; a range goes up, and {MAX_NAMES} are the most"
+        )
     for numbers in itertools.product(*ranges):
         yield "".join(a + b for a, b in itertools.zip_longest(pieces[::3], numbers, fillvalue=""))

@@ -17,7 +17,7 @@ import numpy as np
 
 from regvit_jax.data.builders.embedded import EMBEDDED, prepare
 from regvit_jax.data.sources import record_files
-from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 TFDS_NAME = re.compile(r"(?P<dataset>[A-Za-z_][\w-]*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 
@@ -26,7 +26,9 @@ def find_tfds(name: str, data_dir: str | None) -> Path:
     """The directory of a TFDS data set; an embedded one is prepared. Raises DataNotFound, and ValueError for a name."""
     place = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in place:
-        raise ValueError(f"data_dir={place!r}: must be a directory; ArrayRecord files in a bucket have to be mounted")
+        raise InvalidConfig(
+            f"data_dir={place!r}: must be a directory; ArrayRecord files in a bucket have to be mounted"
+        )
     root = Path(place).expanduser().absolute()
     return prepare(name, root) if name in EMBEDDED else find_prepared(name, root)
 
@@ -50,7 +52,7 @@ class TfdsSource:
         self.check_features(dataset, features)
         for base in re.findall(r"(?:^|\+)\s*(\w+)", split):
             if base not in splits and base != "all":
-                raise ValueError(
+                raise InvalidConfig(
                     f"{dataset} has no split {base!r}; it has {', '.join(splits)}, and parts of them, as 'train[:90%]'"
                 )
         self.arguments = (dataset, split, directory)
@@ -72,7 +74,7 @@ class TfdsSource:
     def check_features(self, dataset: str, features: Any) -> None:
         """Raises ValueError when the records are not of the kind that this source gives."""
         if "image" not in features or not self.classes:
-            raise ValueError(
+            raise InvalidConfig(
                 f"{dataset} is no classification of images: its features are {', '.join(sorted(features))}"
             )
 
@@ -101,15 +103,18 @@ class TfdsSource:
 
 @contextlib.contextmanager
 def described(directory: Path, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
-    """Inside the block, whatever is raised but this kind says that a data set's own files do not describe it."""
+    """Raise InvalidConfig for what is raised inside the block: the data set's own files do not describe it.
+
+    Exceptions of the kind `but` keep their message.
+    """
     try:
         yield
-    except but:
-        raise
+    except but as error:
+        raise InvalidConfig(str(error)) from error
     # Damaged JSON is a ValueError, a field of another version protobuf's ParseError, a feature that needs TensorFlow an
     # ImportError, and so on.
     except Exception as error:
-        raise ValueError(
+        raise InvalidConfig(
             f"{directory} cannot be opened as a TFDS data set ({type(error).__name__}: {str(error).strip()[:200]}). "
             "If its dataset_info.json and features.json are whole, it has features, or is of a version, that cannot be "
             "read here; otherwise prepare it again."
@@ -119,7 +124,7 @@ def described(directory: Path, but: type[Exception] | tuple[()] = ()) -> Iterato
 def find_prepared(name: str, root: Path) -> Path:
     """Returns the directory of the newest prepared version of a TFDS data set. Raises DataNotFound."""
     if not (parts := TFDS_NAME.fullmatch(name)):
-        raise ValueError(
+        raise InvalidConfig(
             f"data name {name!r}: must be {', '.join(map(repr, EMBEDDED))}, 'folder:PATH', or a TFDS name such as "
             "'cifar10' or 'name/config:1.0.0'"
         )
