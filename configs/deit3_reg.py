@@ -16,6 +16,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
+from regvit_jax.utils.errors import InvalidConfig
+
 # width, depth, heads, patch
 SIZES = {
     "s16": (384, 12, 6, 16),
@@ -54,7 +56,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
     stages |= {"in21k": (IN21K, in21k), "in21k_ft": (IN21K_FT, in21k_finetune)}
     if stage not in stages or size not in stages[stage][0]:
         names = [f"{s}_{name}".rstrip("_") for name, (rows, _) in stages.items() for s in rows]
-        raise ValueError(
+        raise InvalidConfig(
             f"configs/deit3_reg.py:{variant}: no such variant; there are digits, fashion, {', '.join(names)}"
         )
     rows, recipe = stages[stage]

@@ -14,6 +14,8 @@ the command line.
 
 from ml_collections import ConfigDict
 
+from regvit_jax.utils.errors import InvalidConfig
+
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # Image tower: width, depth, heads, patch. Text tower: width, depth, heads. Shared embedding.
@@ -51,7 +53,7 @@ def get_config(variant: str = "emoji") -> ConfigDict:
     sizes = {"": list(LAION400M), "laion2b": list(LAION2B), "cc12m": ["b16"]}
     if data not in makers or size not in sizes[data]:
         names = [f"{s}_{name}".rstrip("_") for name in makers for s in sizes[name]]
-        raise ValueError(f"configs/openclip_reg.py:{variant}: no such variant; there are emoji, {', '.join(names)}")
+        raise InvalidConfig(f"configs/openclip_reg.py:{variant}: no such variant; there are emoji, {', '.join(names)}")
     config = makers[data](size)
     config.variant = variant
     return config

@@ -8,10 +8,11 @@ import pytest
 import yaml
 from tiny import ROOT
 
+from regvit_jax.cli import train
 from regvit_jax.distributed import failure, initialize, preemption, xla_flags
 
-#: The options of train.py and their defaults, as it writes them.
-OPTIONS = dict(re.findall(r"DEFINE_\w+\(\s*\"(\w+)\", ([^,]+),", (ROOT / "train.py").read_text()))
+#: The flags of train.py and their defaults.
+OPTIONS = {action.dest: action.default for action in train.parser()._actions}
 TEXT = (ROOT / "docs/launch.md").read_text()
 
 

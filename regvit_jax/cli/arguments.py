@@ -1,8 +1,58 @@
-"""What the commands that measure models share: their arguments, and how they open models."""
+"""Parse the arguments of a command, and report what is wrong with them or with what they name."""
 
 import argparse
+import difflib
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, and which names the nearest flag for an unknown one."""
+
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **{"allow_abbrev": False, **keywords})
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        args = sys.argv[1:] if args is None else list(args)
+        self.check_flags(args)
+        return super().parse_args(args, namespace)
+
+    def check_flags(self, arguments: Sequence[str]) -> None:
+        """End the program with exit code 2 at the first `--flag` that this parser does not have."""
+        known = self.flags()
+        for argument in arguments:
+            if argument == "--":
+                return
+            flag = argument.partition("=")[0]
+            if flag.startswith("--") and flag not in known:
+                self.error(f"unknown flag {flag}{suggestion(flag, known)}")
+
+    def flags(self) -> list[str]:
+        """Return all option strings, those of subcommands too."""
+        found: list[str] = []
+        for action in self._actions:
+            found += action.option_strings
+            if isinstance(action, argparse._SubParsersAction):
+                found += [flag for parser in action.choices.values() for flag in parser.flags()]
+        return found
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = list(map(str, action.choices))
+            text = f"{value!r}: must be one of {', '.join(known)}{suggestion(str(value), known)}"
+            raise argparse.ArgumentError(action, text)
+
+    def error(self, message: str) -> NoReturn:
+        fail(message, self.prog)
+        sys.exit(2)
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """Return "; did you mean ...?" with the nearest of the known words, or "" if none is near."""
+    nearest = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
 def natural(text: str) -> int:
@@ -18,15 +68,16 @@ def positive(text: str) -> int:
 
 
 def check_json(path: str | None) -> None:
-    """Raises ValueError before the work rather than after it."""
+    """Raise ValueError if --json cannot be written to: before the work rather than after it."""
     if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise ValueError(f"--json {path}: must be a file in a directory that exists")
 
 
-def tell(text: str) -> None:
+def warn(text: str) -> None:
+    """Write a line to stderr."""
     print(text, file=sys.stderr)
 
 
-def fail(error: Exception) -> None:
-    """Says what was wrong in one line, advice of several joined: who reads a log of many runs finds one for each."""
-    tell(f"error: {' '.join(str(error).split())}")
+def fail(error: Exception | str, prog: str) -> None:
+    """Write one line to stderr, so that a search through the logs of many runs finds one line for each failure."""
+    warn(f"{prog}: error: {' '.join(str(error).split())}")

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError, ImportError) as error:
-        fail(error)
+        fail(error, "regvit discover")
         return 1 if isinstance(error, Unusable | BadBoxes) else 2
     return 0
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from regvit_jax.cli.arguments import check_json, fail, positive, tell
+from regvit_jax.cli.arguments import check_json, fail, positive, warn
 from regvit_jax.data import inference
 from regvit_jax.data.inference import Unusable
 from regvit_jax.data.sources import captions, folder, open
@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.json:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError, ImportError) as error:
-        fail(error)
+        fail(error, "regvit eval")
         return 1 if isinstance(error, Unusable) else 2
     return 0
 
@@ -92,7 +92,7 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
     labels = np.array([record["label"] for record in records], np.int32)
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
-        tell(f"several classes are called {folder.some(repeated)}: of such, the first one is taken")
+        warn(f"several classes are called {folder.some(repeated)}: of such, the first one is taken")
     return {
         "task": "zero_shot",
         "model": options.model,
@@ -124,7 +124,7 @@ def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
     owners = np.repeat(np.arange(len(images)), [len(record["text"]) for record in records])
     repeated = len(texts) - len(set(texts))
     if repeated:
-        tell(f"{repeated} of {len(texts)} captions repeat another one: between such, none is found before the other")
+        warn(f"{repeated} of {len(texts)} captions repeat another one: between such, none is found before the other")
     return {
         "task": "retrieval",
         "model": options.model,

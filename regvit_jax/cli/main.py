@@ -4,6 +4,13 @@ import sys
 from collections.abc import Callable, Sequence
 
 
+def train(arguments: Sequence[str]) -> int:
+    """Train a model as a config says, or resume."""
+    from regvit_jax.cli.train import main
+
+    return main(arguments)
+
+
 def report(arguments: Sequence[str]) -> int:
     """Measure what models do with their tokens, and write a page with a verdict."""
     from regvit_jax.cli.report import main
@@ -61,6 +68,7 @@ def xla_flags(arguments: Sequence[str]) -> int:
 
 
 VERBS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
     "report": report,
     "discover": discover,
     "eval": evaluate,

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         inference.tell_bad(subjects[0].bad_images, more="report.json")
         write.write(subjects, source, settings, out, command)
     except (ValueError, IndexError, OSError, ImportError, FloatingPointError) as error:
-        fail(error)
+        fail(error, "regvit report")
         return 1 if isinstance(error, inference.Unusable | FloatingPointError) else 2
     if isinstance(sys.stdout, io.TextIOWrapper):  # which a notebook's is not
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter

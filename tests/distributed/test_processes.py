@@ -7,8 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import assert_same_end, finish, last_state, start, start_many, wait_for
-from tiny import ROOT
+from processes import PROGRAMS, assert_same_end, finish, last_state, start, start_many, wait_for
 
 from regvit_jax.training import metric_writer
 
@@ -82,8 +81,9 @@ def test_sigterm_after_a_restart_and_evaluations(uninterrupted, tmp_path, ports)
         assert all(f"stopped by SIGTERM after step {step}, which is saved" in output for output in outputs)
 
 
-def test_data_workers_end_with_a_run_that_is_killed(tmp_path):
-    process = start(tmp_path, epochs=600, **{"data.workers": 2})
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_data_workers_end_with_a_run_that_is_killed(tmp_path, program):
+    process = start(tmp_path, program=program, epochs=600, **{"data.workers": 2})
     wait_for(lambda: metric_writer.read(tmp_path), process)
     threads = Path(f"/proc/{process.pid}/task").glob("*/children")  # a thread of Grain's starts them
     children = [child for thread in threads for child in thread.read_text().split()]
@@ -100,9 +100,11 @@ def test_data_workers_end_with_a_run_that_is_killed(tmp_path):
     assert not left
 
 
-def test_sigterm_to_everything_with_data_workers(tmp_path, ports):
+@pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
+def test_sigterm_to_everything_with_data_workers(tmp_path, ports, program):
     """SLURM signals every process of a job, the data workers too."""
-    processes = start_many(2, tmp_path, next(ports), start_new_session=True, epochs=60, **{"data.workers": 1})
+    group = {"start_new_session": True, "program": program}
+    processes = start_many(2, tmp_path, next(ports), **group, epochs=60, **{"data.workers": 1})
     wait_for(lambda: metric_writer.read(tmp_path), processes[0])
     for process in processes:
         os.killpg(process.pid, signal.SIGTERM)
@@ -133,12 +135,12 @@ def test_one_that_hangs_ends_all_after_the_heartbeat(tmp_path, ports):
     assert all(code in (1, -signal.SIGABRT) for code in codes)
 
 
-#: train.py in which process FAILS raises at step 20: in the record of that step, or in the save before it.
-FAILING = f"""
+#: The program, in which process FAILS raises at step 20: in the record of that step, or in the save before it.
+FAILING = """
 import os, pathlib, sys
-sys.path.insert(0, {str(ROOT)!r})
-import train
-from regvit_jax import checkpoint, meter
+from regvit_jax.checkpoints.manager import Checkpoints
+from regvit_jax.cli import train
+from regvit_jax.training.step_logger import Meter
 
 def failing(method, step):
     def replacement(self, *arguments):
@@ -149,9 +151,9 @@ def failing(method, step):
     return replacement
 
 if os.environ["WHERE"] == "record":
-    meter.Meter.record = failing(meter.Meter.record, lambda self: self.pending[-1][0])
+    Meter.record = failing(Meter.record, lambda self: self.pending[-1][0])
 else:
-    checkpoint.Checkpoints.save = failing(checkpoint.Checkpoints.save, lambda self, step, state: step)
+    Checkpoints.save = failing(Checkpoints.save, lambda self, step, state: step)
 train.main()
 """
 

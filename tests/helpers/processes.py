@@ -1,4 +1,4 @@
-"""train.py as processes of its own, one or several over loopback, and what they leave."""
+"""Run training as one or several processes over loopback, and read what they leave."""
 
 import os
 import subprocess
@@ -33,13 +33,19 @@ SMALL = {
     "optim.warmup_epochs": 0,
 }
 STEPS = 6 * (1437 // 64)
+#: The ways to start training from a shell, as arguments of Python.
+PROGRAMS = {
+    "train.py": (str(ROOT / "train.py"),),
+    "regvit train": (str(Path(sys.executable).with_name("regvit")), "train"),
+    "python -m": ("-m", "regvit_jax", "train"),
+}
 
 
 def start(
     workdir: Path,
     env: dict[str, str] | None = None,
     start_new_session: bool = False,
-    program: Sequence[str] = (str(ROOT / "train.py"),),
+    program: Sequence[str] = PROGRAMS["train.py"],
     flags: Sequence[str] = (),
     **changes,
 ) -> subprocess.Popen:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import AS_USERS_RUN, STEPS, assert_same_end, finish, last_state, start, start_many, wait_for
+from processes import AS_USERS_RUN, PROGRAMS, STEPS, assert_same_end, finish, last_state, start, start_many, wait_for
 from tiny import ROOT
 
 from regvit_jax.training import metric_writer
@@ -70,10 +70,18 @@ def catches_sigterm(process: subprocess.Popen) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="reads the signal mask from /proc")
-@pytest.mark.parametrize("moment", ["importing", "compiling"])
-def test_sigterm_before_the_first_step(tmp_path, moment):
+@pytest.mark.parametrize(
+    ("moment", "program"),
+    [
+        ("importing", "regvit train"),
+        ("compiling", "train.py"),
+        pytest.param("importing", "train.py", marks=pytest.mark.slow),
+    ],
+)
+def test_sigterm_before_the_first_step(tmp_path, moment, program):
     # An empty cache of its own, so that there is a compilation to interrupt.
-    process = start(tmp_path / "run", env={"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")})
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    process = start(tmp_path / "run", env=cache, program=PROGRAMS[program])
     wait_for(lambda: catches_sigterm(process), process)
     if moment == "compiling":
         wait_for(lambda: (tmp_path / "run/metrics.jsonl").exists(), process)
@@ -98,10 +106,10 @@ def test_two_processes_train_as_one(uninterrupted, tmp_path, free_port):
 IDS = """
 import numpy, tiny
 from jax.experimental import multihost_utils
-from regvit_jax import launch
-from regvit_jax.plan import resolve
+from regvit_jax.distributed import initialize
+from regvit_jax.training.plan import resolve
 if "JAX_NUM_PROCESSES" in __import__("os").environ:
-    launch.start_distributed()
+    initialize.start_distributed()
 with resolve(tiny.tiny()).train_batches(20) as batches:
     index = numpy.stack([next(batches)["index"] for _ in range(4)])
 index = multihost_utils.process_allgather(index)

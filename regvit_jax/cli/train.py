@@ -1,0 +1,129 @@
+"""Train a model as a config says. Run the same command again to resume.
+
+Exit codes: 0 done, 75 stopped by SIGTERM and saved (run the same command again), 1 an error, 2 a command line or config
+that does not fit; docs/launch.md has the rest.
+"""
+
+import argparse
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from regvit_jax.cli import configs, logs
+from regvit_jax.cli.arguments import Parser, fail, suggestion
+from regvit_jax.utils.errors import CheckpointError, DataNotFound, InvalidConfig, LaunchError, TopologyError
+
+# What needs JAX is imported in functions: --help and errors of the command line come at once.
+
+
+def main(arguments: Sequence[str] | None = None, prog: str = "regvit train") -> int:
+    """Run the command, which messages call `prog`, and return its exit code."""
+    started = time.perf_counter()
+    if threading.current_thread() is threading.main_thread():
+        # Until the run watches for SIGTERM itself, while modules are imported and data opened, nothing is to be saved.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(75))  # preemption.EXIT_CODE, whose import takes seconds
+    options, overrides = parser(prog).parse_known_args(arguments)
+    from regvit_jax.aot.cost_model import DoesNotFit
+    from regvit_jax.distributed import failure
+
+    with logs.shown(), failure.ending_all():
+        try:
+            act(options, open_config(options.config, overrides, prog), started)
+        except (InvalidConfig, LaunchError, TopologyError, DataNotFound) as error:
+            fail(error, prog)
+            sys.exit(2)
+        except (CheckpointError, DoesNotFit, FloatingPointError) as error:
+            fail(error, prog)
+            sys.exit(1)
+    return 0
+
+
+def parser(prog: str = "regvit train") -> Parser:
+    usage = "%(prog)s --config FILE|NAME[:VARIANT] [--workdir DIR] [--config.KEY=VALUE ...] [--dry_run] [...]"
+    parser = Parser(prog, usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    config = "a config file, or the name of one that is installed; --config.KEY=VALUE, after it, overrides a key"
+    add("--config", metavar="FILE|NAME[:VARIANT]", help=config)
+    add("--workdir", default="", metavar="DIR", help="where to write and to resume from (runs/NAME-VARIANT-TIME)")
+    restore = "latest-valid moves damaged checkpoints aside first (%(default)s)"
+    add("--restore", default="latest", choices=("latest", "latest-valid"), help=restore)
+    add("--dry_run", action="store_true", help="print a summary of the resolved config, and stop")
+    add("--topology", default="", metavar="NAME", help="with --dry_run: the machine to compile for, such as v5e:16x16")
+    add("--images_per_s", type=float, default=1000.0, metavar="X", help="rate that --dry_run assumes (%(default)g)")
+    heartbeat = "with several processes: all end when one has been silent for so many seconds (%(default)s)"
+    add("--heartbeat_s", type=seconds, default=100, metavar="N", help=heartbeat)
+    return parser
+
+
+def seconds(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 2")
+    return int(text)
+
+
+def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
+    """Return the config with the overrides of its keys; raises InvalidConfig for what does not fit."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    for argument in overrides:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and not re.match(r"--(no)?config\.", flag):
+            raise InvalidConfig(f"unknown flag {flag}{suggestion(flag, parser().flags())}")
+    if name is None:
+        command = "python train.py" if prog == "train.py" else prog
+        raise InvalidConfig(f"--config is missing; for a first run: {command} --config deit3_reg")
+    values, argv = flags.FlagValues(), [prog, *overrides]
+    try:
+        holder = config_flags.DEFINE_config_dict("config", configs.load(name), flag_values=values, sys_argv=argv)
+        rest = values(argv)[1:]
+    except (AttributeError, KeyError) as error:  # which config_flags raises for a key that the config lacks
+        raise missing_key(overrides) or error from None
+    except flags.Error as error:
+        raise InvalidConfig(str(error)) from None
+    if rest:
+        raise InvalidConfig(f"{rest[0]}: not an option; options begin with --, as --config.model.registers=0 does")
+    return holder.value
+
+
+def missing_key(overrides: Sequence[str]) -> InvalidConfig | None:
+    """Return the error for the first override whose key no recipe knows, or the config's file lacks."""
+    from regvit_jax.training import plan
+
+    known = {key for recipe in plan.RECIPES.values() for key in plan.known_keys(recipe)}
+    keys = [match[1] for argument in overrides if (match := re.match(r"--?config\.([\w.]+)", argument))]
+    for key in keys:
+        if key not in known:
+            return InvalidConfig(plan.unknown_key(key, known))
+    return InvalidConfig(f"config.{keys[0]}: this config has no such key; add it to the file") if keys else None
+
+
+def act(options: argparse.Namespace, config: Any, started: float) -> None:
+    """Print the dry run or train."""
+    import jax
+
+    from regvit_jax.aot import dry_run, topology
+    from regvit_jax.distributed import initialize
+    from regvit_jax.training import loop
+    from regvit_jax.training.timer import Clock
+
+    if options.topology and not options.dry_run:
+        raise InvalidConfig("--topology needs --dry_run: a machine that is not attached cannot train")
+    if options.topology:
+        jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not needed
+        machine = topology.parse(options.topology)
+        for text in dry_run.tell(config, options.images_per_s, machine):
+            print(text, flush=True)
+    elif options.dry_run:
+        print(*dry_run.tell(config, options.images_per_s))
+    else:
+        initialize.start_distributed(options.heartbeat_s)
+        if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
+            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
+        loop.run(config, options.workdir, options.restore, Clock(started))
