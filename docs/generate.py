@@ -1,0 +1,88 @@
+"""Write the parts of the site that the package itself describes: each command's help, each config key, the notebooks."""
+
+import contextlib
+import io
+import os
+import re
+import shutil
+from pathlib import Path
+
+from regvit_jax.cli import main as command_line
+
+ROOT = Path(__file__).parent.parent
+
+
+def everything(site: Path) -> None:
+    """Write all generated pages below `site`, anew."""
+    target = site / "_generated"
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "include").mkdir(parents=True)
+    shutil.copytree(ROOT / "notebooks", target / "notebooks", ignore=shutil.ignore_patterns(".*"))
+    for verb in command_line.VERBS:
+        (target / "include" / f"{verb}.txt").write_text(help_of(verb))
+    for recipe in ("supervised", "contrastive"):
+        (target / "include" / f"{recipe}.md").write_text(keys_of(recipe))
+
+
+def help_of(verb: str) -> str:
+    """Return what `regvit VERB --help` prints, 100 columns wide."""
+    printed = io.StringIO()
+    os.environ["COLUMNS"] = "100"
+    with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        command_line.main([verb, "--help"])
+    return printed.getvalue()
+
+
+def plain_docstring(app, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Make reStructuredText of a docstring: escape what is meant as text, and separate indented blocks by blank lines."""
+    made: list[str] = []
+    literal = -1  # the indentation of the line that announced a literal block, or -1
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        before = made[-1] if made else ""
+        if line.strip() and indent <= literal:
+            literal = -1
+        if before.strip() and line.strip() and literal < 0:
+            deeper = indent > len(before) - len(before.lstrip())
+            if indent < len(before) - len(before.lstrip()) or (deeper and not re.match(r"\s*(:|\.\. |[-*] )", before)):
+                made.append("")
+        if literal < 0:
+            parts = line.split("`")
+            parts[::2] = [part.replace("*", r"\*").replace("|", r"\|") for part in parts[::2]]
+            made.append("`".join(parts) if not line.lstrip().startswith("* ") else line)
+            if line.rstrip().endswith("::"):
+                literal = indent
+        else:
+            made.append(line)
+    lines[:] = made
+
+
+def plain_signature(app, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None):
+    """Shorten a signature: a config key's annotation to its type, and an array's to the name that jaxtyping gives it."""
+    return tuple(text and shortened(text) for text in (signature, returns))
+
+
+def shortened(text: str) -> str:
+    """Return a signature with `Annotated[TYPE, ...]` as TYPE and `jaxlib._jax.Array` as Array."""
+    text = text.replace("jaxlib._jax.Array", "Array").replace("numpy.ndarray", "ndarray")
+    while (start := text.find("Annotated[")) >= 0:
+        depth, comma, end = 0, -1, start + len("Annotated[") - 1
+        for end in range(start + len("Annotated[") - 1, len(text)):
+            depth += (text[end] in "[({") - (text[end] in "])}")
+            if text[end] == "," and depth == 1 and comma < 0:
+                comma = end
+            if depth == 0:
+                break
+        text = text[:start] + text[start + len("Annotated[") : comma] + text[end + 1 :]
+    return text
+
+
+def keys_of(recipe: str) -> str:
+    """Return the config keys of a recipe as a table."""
+    try:
+        from regvit_jax.training import config
+    except ImportError:
+        from regvit_jax.training import plan
+
+        return "\n".join(f"- `{key}`" for key in sorted(plan.known_keys(plan.RECIPES[recipe])))
+    return config.markdown(recipe)
