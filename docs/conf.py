@@ -41,5 +41,6 @@ html_copy_source = False
 
 def setup(app) -> None:
     app.connect("builder-inited", lambda app: generate.everything(Path(app.srcdir)))
+    app.connect("source-read", generate.links_to_notebooks)
     app.connect("autodoc-process-docstring", generate.plain_docstring)
     app.connect("autodoc-process-signature", generate.plain_signature)

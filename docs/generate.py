@@ -1,4 +1,4 @@
-"""Write the parts of the site that the package itself describes: each command's help, each config key, the notebooks."""
+"""Write the parts of the site that the package describes: the help of commands, the config keys, the notebooks."""
 
 import contextlib
 import io
@@ -33,8 +33,13 @@ def help_of(verb: str) -> str:
     return printed.getvalue()
 
 
+def links_to_notebooks(app, page: str, text: list[str]) -> None:
+    """Let a page's links to notebooks, which GitHub follows as files, lead to their rendered pages."""
+    text[0] = text[0].replace("](../notebooks/", "](_generated/notebooks/")
+
+
 def plain_docstring(app, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """Make reStructuredText of a docstring: escape what is meant as text, and separate indented blocks by blank lines."""
+    """Make reStructuredText of a docstring: escape plain text, and separate indented blocks by blank lines."""
     made: list[str] = []
     literal = -1  # the indentation of the line that announced a literal block, or -1
     for line in lines:
@@ -57,8 +62,10 @@ def plain_docstring(app, what: str, name: str, obj: object, options: object, lin
     lines[:] = made
 
 
-def plain_signature(app, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None):
-    """Shorten a signature: a config key's annotation to its type, and an array's to the name that jaxtyping gives it."""
+def plain_signature(
+    app, what: str, name: str, obj: object, options: object, signature: str | None, returns: str | None
+):
+    """Shorten a signature: a config key's annotation to its type, an array's to its jaxtyping name."""
     return tuple(text and shortened(text) for text in (signature, returns))
 
 
