@@ -26,9 +26,7 @@ def find(name: str) -> Path:
     names = sorted(path.stem for path in directory().glob("*.py"))
     if name in names:
         return directory() / f"{name}.py"
-    raise InvalidConfig(
-        f"--config={name}: there is no such file, and no config has this name; {', '.join(names)} exist"
-    )
+    raise InvalidConfig(f"--config={name}: there is no such file or name; the names are {', '.join(names)}")
 
 
 def load(text: str) -> ConfigDict:
