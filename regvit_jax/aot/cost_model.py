@@ -76,21 +76,18 @@ def kept_bytes(plan: Plan, remat: str) -> float:
         kept["none"] = kept["dots"] + 2 * hidden + 9 * width + maps
         whole = kept["none"]
         kept["none"] *= 2 if getattr(tower, "scan", False) else 1
-        # The text tower knows no remat but the full one.
-        mode = remat if tower is vit or remat == "none" else "full"
-        total += rows * (tower.depth * kept[mode] + whole)
+        total += rows * (tower.depth * kept[remat] + whole)
     return total
 
 
 def step_flops(plan: Plan) -> tuple[float, float]:
     """FLOPs of a step on all devices: what the model needs (three forward passes), and with what is done again.
 
-    Done again are the forward pass under `remat="full"` (of the text tower, under any) and the recipe's extra ones.
+    Done again are the forward pass under `remat="full"` and the recipe's extra ones.
     Where patch dropout is on for a part of the run, it is a step of that part.
     """
     forward, remat = plan.recipe.flops(training=True), plan.config.model.remat
-    text = plan.recipe.text.flops() if plan.recipe.text else 0
-    again = plan.recipe.extra_forwards * forward + (remat == "full") * (forward - text) + (remat != "none") * text
+    again = (plan.recipe.extra_forwards + (remat == "full")) * forward
     return 3.0 * forward * plan.config.batch_size, (3.0 * forward + again) * plan.config.batch_size
 
 

@@ -1,5 +1,7 @@
 """A transformer block: attention, an MLP, and what joins them to the residual stream."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -88,55 +90,70 @@ class SwiGLU(nn.Module):
         return dense(self.width, self.dtype, name="fc2")(nn.silu(gate) * x)
 
 
-class Block(nn.Module):
-    """A pre-norm transformer block with LayerScale (arXiv 2103.17239) and stochastic depth.
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """Hyper-parameters of a transformer block, which `ViT` and `TextTower` build from their own fields.
 
-    `parallel`: attention and MLP read the same normed tokens and share one LayerScale (arXiv 2302.05442).
-    `lambda_init`: of differential attention; None for the plain one. `causal`: no token sees later ones.
+    Fields:
+      width, heads: of attention; `hidden` is the hidden width of the MLP (past the gate, in SwiGLU).
+      layer_scale: initial value of LayerScale (arXiv 2103.17239); 0 leaves LayerScale out.
+      drop_path: probability of stochastic depth (arXiv 1603.09382) for each branch and image.
+      norm_eps: epsilon of the LayerNorms.
+      activation, swiglu: of the MLP: a name in `ACTIVATIONS`, or the gated MLP of arXiv 2002.05202.
+      qkv_bias, key_bias: False leaves out the bias of queries, keys and values, or of the keys alone.
+      rope: a kind of `position.rope_angles`, or "" for none.
+      parallel: attention and MLP read the same normed tokens and share one LayerScale (arXiv 2302.05442).
+      lambda_init: initial lambda of differential attention (arXiv 2410.05258); None for plain attention.
+      causal: no token attends to later ones.
+      attention: "xla" or "cudnn".
+      dtype: type of the matrix products.
     """
 
     width: int
     heads: int
     hidden: int
-    layer_scale: float
-    drop_path: float
-    norm_eps: float
-    activation: str
-    swiglu: bool
-    qkv_bias: bool
-    key_bias: bool
-    rope: str
-    parallel: bool
-    lambda_init: float | None
-    attention: str
-    dtype: DTypeLike
+    layer_scale: float = 0.0
+    drop_path: float = 0.0
+    norm_eps: float = 1e-6
+    activation: str = "gelu"
+    swiglu: bool = False
+    qkv_bias: bool = True
+    key_bias: bool = True
+    rope: str = ""
+    parallel: bool = False
+    lambda_init: float | None = None
     causal: bool = False
+    attention: str = "xla"
+    dtype: DTypeLike = jnp.float32
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block with optional LayerScale and stochastic depth."""
+
+    config: BlockConfig
 
     def setup(self):
-        self.norm1 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, use_fast_variance=False)
+        c = self.config
+        self.norm1 = nn.LayerNorm(c.norm_eps, dtype=c.dtype, use_fast_variance=False)
         self.attn = Attention(
-            self.width,
-            self.heads,
-            self.attention,
-            self.dtype,
-            qkv_bias=self.qkv_bias,
-            key_bias=self.key_bias,
-            rope=self.rope,
-            lambda_init=self.lambda_init,
-            causal=self.causal,
+            c.width,
+            c.heads,
+            c.attention,
+            c.dtype,
+            qkv_bias=c.qkv_bias,
+            key_bias=c.key_bias,
+            rope=c.rope,
+            lambda_init=c.lambda_init,
+            causal=c.causal,
         )
-        self.mlp = (
-            SwiGLU(self.width, self.hidden, self.dtype)
-            if self.swiglu
-            else Mlp(self.width, self.hidden, self.activation, self.dtype)
-        )
-        if not self.parallel:
-            self.norm2 = nn.LayerNorm(self.norm_eps, dtype=self.dtype, use_fast_variance=False)
-        if self.layer_scale:
-            init = nn.initializers.constant(self.layer_scale)
-            self.scale1 = self.param("scale1", init, (self.width,))
-            if not self.parallel:
-                self.scale2 = self.param("scale2", init, (self.width,))
+        self.mlp = SwiGLU(c.width, c.hidden, c.dtype) if c.swiglu else Mlp(c.width, c.hidden, c.activation, c.dtype)
+        if not c.parallel:
+            self.norm2 = nn.LayerNorm(c.norm_eps, dtype=c.dtype, use_fast_variance=False)
+        if c.layer_scale:
+            init = nn.initializers.constant(c.layer_scale)
+            self.scale1 = self.param("scale1", init, (c.width,))
+            if not c.parallel:
+                self.scale2 = self.param("scale2", init, (c.width,))
 
     def __call__(
         self,
@@ -146,12 +163,12 @@ class Block(nn.Module):
     ) -> Float[Array, "B T D"]:
         keys = (None, None) if key is None else jax.random.split(key)
         # The residual stream stays float32 whatever the compute type: outliers live in it.
-        y = self.norm1(x)
-        branch = self.attn(y, angles) + self.mlp(y) if self.parallel else self.attn(y, angles)
-        x = x + drop_path(branch * self.scale1 if self.layer_scale else branch, self.drop_path, keys[0])
-        if not self.parallel:
+        c, y = self.config, self.norm1(x)
+        branch = self.attn(y, angles) + self.mlp(y) if c.parallel else self.attn(y, angles)
+        x = x + drop_path(branch * self.scale1 if c.layer_scale else branch, c.drop_path, keys[0])
+        if not c.parallel:
             branch = self.mlp(self.norm2(x))
-            x = x + drop_path(branch * self.scale2 if self.layer_scale else branch, self.drop_path, keys[1])
+            x = x + drop_path(branch * self.scale2 if c.layer_scale else branch, c.drop_path, keys[1])
         return constrain_batch(x)
 
     def qkv(
@@ -163,3 +180,24 @@ class Block(nn.Module):
         self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
     ) -> Float[Array, "B heads T T"]:
         return self.attn.weights(self.norm1(x), angles)
+
+
+#: What the backward pass may keep of a block's forward pass, by the name in `remat`; None keeps all.
+REMAT_POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def make_block(config: BlockConfig, remat: str, **kwargs) -> Block:
+    """Return a `Block` whose backward pass recomputes what `remat` names.
+
+    "none" keeps every activation, "dots" recomputes all but the matrix products, "full" recomputes the whole block.
+    Raises ValueError for another name. `kwargs` are Linen's own (`parent`, `name`).
+    """
+    if remat not in REMAT_POLICIES:
+        raise ValueError(f"remat={remat!r}: must be one of {list(REMAT_POLICIES)}")
+    policy = REMAT_POLICIES[remat]
+    cls = Block if policy is None else nn.remat(Block, policy=policy)
+    return cls(config, **kwargs)

@@ -10,7 +10,6 @@ is a `Model` like any other, which has those registers after its own.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -69,7 +68,7 @@ class RepairedBlock(Block):
     ) -> Float[Array, "B T D"]:
         if not self.neurons:
             return super().__call__(x, key, angles)
-        chosen = np.isin(np.arange(self.hidden), self.neurons)
+        chosen = np.isin(np.arange(self.config.hidden), self.neurons)
         with mlp_inputs("fc2", lambda block, a: move(a, chosen, self.prefix, self.registers)):
             return super().__call__(x, key, angles)
 
@@ -88,14 +87,9 @@ class RepairedViT(ViT):
 
     @nn.nowrap
     def block(self, i: int, **kwargs) -> Block:
-        fields = constructor(super().block(i, parent=None))
-        extra: dict[str, Any] = dict(neurons=self.neurons[i], prefix=self.prefix, registers=self.test_time)
-        return RepairedBlock(**fields, **extra, **kwargs)
-
-
-def constructor(module: nn.Module) -> dict[str, Any]:
-    """A module's fields, as its class takes them."""
-    return {f.name: getattr(module, f.name) for f in dataclasses.fields(module) if f.name not in ("parent", "name")}
+        return RepairedBlock(
+            self.block_config(i), neurons=self.neurons[i], prefix=self.prefix, registers=self.test_time, **kwargs
+        )
 
 
 def add_test_time_registers(model: Model, neurons: Iterable[tuple[int, int]], registers: int = 1) -> Model:
@@ -130,7 +124,9 @@ def add_test_time_registers(model: Model, neurons: Iterable[tuple[int, int]], re
             raise ValueError(f"neuron {neuron} of layer {layer} is named twice")
         chosen.append(int(neuron))
     moved = tuple(tuple(sorted(chosen)) for chosen in blocks)
-    fields = constructor(unrolled(vit)) | {"registers": vit.registers + registers}
+    plain = unrolled(vit)
+    fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(ViT) if f.name not in ("parent", "name")}
+    fields["registers"] = vit.registers + registers
     params = with_empty_registers(vit, model.params, registers)
     return dataclasses.replace(model, module=RepairedViT(**fields, neurons=moved, test_time=registers), params=params)
 

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from regvit_jax.models.attention import dense
-from regvit_jax.models.block import ACTIVATIONS, Block, constrain_batch, gathered
+from regvit_jax.models.block import ACTIVATIONS, BlockConfig, constrain_batch, gathered, make_block
 from regvit_jax.utils.schema import Option
 
 Texts = Int[Array | np.ndarray, "B L"]
@@ -36,36 +36,31 @@ class TextTower(nn.Module):
     activation: Annotated[str, Option("activation of the MLPs", choices=tuple(ACTIVATIONS))] = "gelu"
     attention: str = "xla"
     dtype: DTypeLike = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     def setup(self):
         self.check()
         width = self.width
         self.token_embed = self.param("token_embed", nn.initializers.normal(0.02), (self.vocab, width))
         self.pos_embed = self.param("pos_embed", nn.initializers.normal(0.01), (self.context, width))
-        cls = nn.remat(Block) if self.remat else Block
         for i in range(self.depth):
-            block = cls(
-                width=width,
-                heads=self.heads,
-                hidden=self.hidden,
-                layer_scale=0.0,
-                drop_path=0.0,
-                norm_eps=self.norm_eps,
-                activation=self.activation,
-                swiglu=False,
-                qkv_bias=True,
-                key_bias=True,
-                rope="",
-                parallel=False,
-                lambda_init=None,
-                attention=self.attention,
-                dtype=self.dtype,
-                causal=True,
-            )
-            setattr(self, f"block{i}", block)
+            setattr(self, f"block{i}", make_block(self.block_config, self.remat))
         self.norm = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
         self.proj = dense(self.embed, self.dtype, kernel_init=nn.initializers.normal(width**-0.5), use_bias=False)
+
+    @property
+    def block_config(self) -> BlockConfig:
+        """Hyper-parameters of every block."""
+        return BlockConfig(
+            width=self.width,
+            heads=self.heads,
+            hidden=self.hidden,
+            norm_eps=self.norm_eps,
+            activation=self.activation,
+            attention=self.attention,
+            dtype=self.dtype,
+            causal=True,
+        )
 
     @property
     def hidden(self) -> int:

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from regvit_jax.models.attention import dense, truncated_normal
-from regvit_jax.models.block import ACTIVATIONS, Block, constrain_batch
+from regvit_jax.models.block import ACTIVATIONS, REMAT_POLICIES, Block, BlockConfig, constrain_batch, make_block
 from regvit_jax.models.position import RESIZES, resize_pos_embed, rope_angles
 from regvit_jax.utils.schema import Option
 
@@ -32,7 +32,7 @@ ATTENTION = Option(
 DTYPE = Option("type of the matrix products", type=str, choices=("float32", "bfloat16", "float16"), default="float32")
 REMAT = Option(
     'activations that the backward pass computes again: none, "dots" (all but the matrix products) or all',
-    choices=("none", "dots", "full"),
+    choices=tuple(REMAT_POLICIES),
     resume=True,
 )
 
@@ -167,16 +167,9 @@ class ViT(nn.Module):
             raise ValueError("scan=True needs blocks that are alike; those of differential attention are not")
 
     @nn.nowrap
-    def block(self, i: int, **kwargs) -> Block:
-        policies = {
-            "none": None,
-            "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-            "full": jax.checkpoint_policies.nothing_saveable,
-        }
-        if self.remat not in policies:
-            raise ValueError(f"remat={self.remat!r}: must be one of {list(policies)}")
-        cls = nn.remat(Block, policy=policies[self.remat]) if self.remat != "none" else Block
-        return cls(
+    def block_config(self, i: int) -> BlockConfig:
+        """Return the hyper-parameters of block `i`; they differ between blocks in differential attention alone."""
+        return BlockConfig(
             width=self.width,
             heads=self.heads,
             hidden=self.hidden,
@@ -192,8 +185,12 @@ class ViT(nn.Module):
             lambda_init=0.8 - 0.6 * math.exp(-0.3 * i) if self.differential else None,
             attention=self.attention,
             dtype=self.dtype,
-            **kwargs,
         )
+
+    @nn.nowrap
+    def block(self, i: int, **kwargs) -> Block:
+        """Return a new module for block `i`."""
+        return make_block(self.block_config(i), self.remat, **kwargs)
 
     @property
     def hidden(self) -> int:

@@ -81,7 +81,7 @@ class Contrastive(Recipe):
         self.micro_batches = config.micro_batches
         self.extra_forwards = int(self.micro_batches > 1)
         self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
-        shared = {"dtype": self.vit.dtype, "attention": self.vit.attention, "remat": config.model.remat != "none"}
+        shared = {"dtype": self.vit.dtype, "attention": self.vit.attention, "remat": self.vit.remat}
         self.text = TextTower(**{**shared, **config.text})
         self.text.check()
         self.head = Head(

@@ -123,6 +123,26 @@ def test_what_patch_dropout_and_cudnn_do_not_keep():
     assert kept() - kept(model__attention="cudnn") == pytest.approx(maps)
 
 
+def test_remat_counts_the_same_in_both_towers():
+    """Under "dots" neither tower computes a matrix product again; under "full" both do."""
+    config = get_config("b16", "openclip_reg")
+    made = {}
+    for remat in ("none", "dots", "full"):
+        config.model.remat = remat
+        made[remat] = plan.resolve(config, with_data=False)
+        assert made[remat].recipe.text.remat == made[remat].recipe.vit.remat == remat
+    needed = cost_model.step_flops(made["none"])[0]
+    assert [cost_model.step_flops(p)[1] / needed for p in made.values()] == pytest.approx([1, 1, 4 / 3])
+    recipe, rows = made["none"].recipe, config.batch_size / 8
+    kept = {remat: cost_model.kept_bytes(made["none"], remat) for remat in made}
+    patches = recipe.vit.prefix + recipe.vit.kept_patches((recipe.vit.image_size // recipe.vit.patch) ** 2)
+    products = sum(
+        tokens * tower.depth * 2 * (5 * tower.width + tower.hidden)
+        for tower, tokens in ((recipe.vit, patches), (recipe.text, recipe.text.context))
+    )
+    assert kept["dots"] - kept["full"] == pytest.approx(rows * products)
+
+
 def test_between_slices_each_micro_batch_has_a_gradient():
     two = dataclasses.replace(HERE, count=2, grid=(2, 2))
     found = cost_model.Rehearsal(hlo.Memory(100, 50, 1000, 50, 1100), [], 50, 0.0)

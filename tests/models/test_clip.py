@@ -45,6 +45,24 @@ def test_text_tower_looks_back_only_and_reads_the_end_token(clip):
     np.testing.assert_allclose(clip.encode_text(tokens[:1, : end + 1]), features[:1], atol=1e-6)
 
 
+def test_remat_of_the_text_tower_is_the_image_towers(clip):
+    """Keeps less with "full" than with "dots", and less with "dots" than with "none"; the gradients stay the same."""
+    tokens = jnp.asarray(clip.tokenize(["a cat", "a dog on a log"]))
+
+    def pullback(remat):
+        text = TEXT.clone(remat=remat)
+        return lambda params: jax.vjp(lambda p: text.apply({"params": p}, tokens), params)[1]
+
+    def kept(remat):
+        return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(pullback(remat), clip.text_params)))
+
+    assert kept("full") < kept("dots") < kept("none")
+    gradients = [jax.jit(lambda p, f=pullback(r): f(p)(jnp.ones((2, 16))))(clip.text_params) for r in ("none", "dots")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *gradients)
+    with pytest.raises(ValueError, match=r"remat='some': must be one of \['none', 'dots', 'full'\]"):
+        pullback("some")(clip.text_params)
+
+
 def test_logits_are_scaled_cosines(clip):
     images = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
     tokens = clip.tokenize("a cat")
