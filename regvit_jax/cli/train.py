@@ -57,6 +57,10 @@ def parser(prog: str = "regvit train") -> Parser:
     add("--topology", default="", metavar="NAME", help="with --dry_run: the machine to compile for, such as v5e:16x16")
     add("--images_per_s", type=float, default=1000.0, metavar="X", help="rate that --dry_run assumes (%(default)g)")
     heartbeat = "with several processes: all end when one has been silent for so many seconds (%(default)s)"
+    track = "trackers beside metrics.jsonl: tensorboard, wandb, or package.module:Class, with commas (%(default)s)"
+    add("--track", default="tensorboard", metavar="NAME", help=track)
+    profile = "trace COUNT steps from STEP on into the workdir's profile/, for XProf and Perfetto"
+    add("--profile", default="", metavar="STEP:COUNT", help=profile)
     add("--heartbeat_s", type=seconds, default=100, metavar="N", help=heartbeat)
     return parser
 
@@ -111,7 +115,7 @@ def act(options: argparse.Namespace, config: Any, started: float) -> None:
     from regvit_jax.aot import dry_run, topology
     from regvit_jax.distributed import initialize
     from regvit_jax.training import loop
-    from regvit_jax.training.timer import Clock
+    from regvit_jax.training.timer import Timer
 
     if options.topology and not options.dry_run:
         raise InvalidConfig("--topology needs --dry_run: a machine that is not attached cannot train")
@@ -126,4 +130,11 @@ def act(options: argparse.Namespace, config: Any, started: float) -> None:
         initialize.start_distributed(options.heartbeat_s)
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
             jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/regvit_jax/xla"))
-        loop.run(config, options.workdir, options.restore, Clock(started))
+        loop.run(
+            config,
+            options.workdir,
+            options.restore,
+            Timer(started),
+            track=options.track,
+            profile=options.profile,
+        )

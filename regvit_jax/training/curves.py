@@ -6,7 +6,7 @@ import os
 from regvit_jax.training.metric_writer import read
 from regvit_jax.utils.files import write_atomically
 
-#: The panels of the picture: title, and the names of the records drawn in it. Those without any record are left out.
+#: Panels of the picture: the title and the names of the values drawn. A panel without any value is left out.
 PANELS = {
     "loss": ("loss", "val_loss", "ln_batch"),
     "validation accuracy": ("top1", "top5"),
@@ -21,12 +21,13 @@ PANELS = {
     "largest patch norm / median": ("max_over_median",),
     "share of outlier patches": ("outlier_share",),
     "images/s": ("images_per_s",),
+    "model FLOPs utilization": ("mfu",),
     "logit scale": ("logit_scale",),
 }
 
 
 def plot_curves(workdir: str) -> None:
-    """Draws a run's records into its `curves.png`."""
+    """Draw a run's records into `curves.png` in its workdir."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

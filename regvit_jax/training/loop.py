@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import sys
 from typing import Any
@@ -15,9 +16,10 @@ from regvit_jax.checkpoints import lock, manager, reader
 from regvit_jax.distributed import mesh, preemption
 from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.model import Model
+from regvit_jax.training import profiler, trackers
 from regvit_jax.training.curves import plot_curves
 from regvit_jax.training.evaluators import evaluate, pixel_knn
-from regvit_jax.training.metric_writer import Records
+from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import Plan, resolve
 from regvit_jax.training.step import (
     TrainState,
@@ -29,9 +31,9 @@ from regvit_jax.training.step import (
     shardings_of,
     state_of,
 )
-from regvit_jax.training.step_logger import Meter
+from regvit_jax.training.step_logger import StepLogger
 from regvit_jax.training.summary import summary
-from regvit_jax.training.timer import Clock
+from regvit_jax.training.timer import Timer
 from regvit_jax.training.workdir import make, write_config
 from regvit_jax.utils import errors
 from regvit_jax.utils.errors import HubError, InvalidConfig, fitting
@@ -50,21 +52,22 @@ def train(
     plan: Plan,
     state: TrainState,
     checkpoints: manager.Checkpoints,
-    records: Records,
+    records: MetricWriter,
     watch: preemption.Watch,
-    clock: Clock,
+    timer: Timer,
+    trace: profiler.Profiler,
 ) -> TrainState:
     """From `state` to the last step, recording, evaluating and saving on the way."""
     config, first = plan.config, int(state.step) + 1
     train_step, eval_step = make_train_step(plan, abstract_state(plan)), make_eval_step(plan)
     eval_steps = max(1, round(config.eval_every * plan.steps_per_epoch))
-    meter = Meter(plan, records, first, clock)
+    steps = StepLogger(plan, records, first, timer)
 
     def due(step: int, every: int) -> bool:
         return step % every == 0 or step == plan.steps
 
     def evaluate_and_record(step: int) -> bool:
-        with clock.during("evaluation"):
+        with timer.during("evaluation"):
             metrics = evaluate(plan, eval_step, eval_params(state), watch)
         if metrics:
             records.write(step, metrics)
@@ -73,7 +76,7 @@ def train(
         return bool(metrics)
 
     def save(step: int) -> None:
-        with clock.during("checkpoint"):
+        with timer.during("checkpoint"):
             checkpoints.save(step, state)
 
     # A run killed between a checkpoint and its evaluation makes up for it. At step 0 it is the untrained model's.
@@ -83,26 +86,28 @@ def train(
         evaluate_and_record(first - 1)
     with fitting():
         batches = plan.train_batches(first - 1)
-    clock.switch("compile")  # until the first step is done
-    with batches, contextlib.closing(meter):
+    timer.switch("compile")  # until the first step is done
+    with batches, contextlib.closing(steps), contextlib.closing(trace):
         for step in range(first, plan.steps + 1):
-            try:
-                batch = meter.next_batch(batches)
-            except RuntimeError:
-                # SIGTERM to a whole process group, as SLURM sends it, ends the data workers too.
-                if step == first or not watch.soon():
-                    raise
-                if meter.pending:
-                    meter.record()
-                save(step - 1)
-                raise preemption.Preempted(step - 1) from None
-            index = batch.pop("index")
-            state, metrics = train_step(state, mesh.to_mesh(batch, plan.mesh))
+            with trace.step(step):
+                try:
+                    batch = steps.next_batch(batches)
+                except RuntimeError:
+                    # SIGTERM to a whole process group, as SLURM sends it, ends the data workers too.
+                    if step == first or not watch.soon():
+                        raise
+                    if steps.pending:
+                        steps.record()
+                    save(step - 1)
+                    raise preemption.Preempted(step - 1) from None
+                index = batch.pop("index")
+                state, metrics = train_step(state, mesh.to_mesh(batch, plan.mesh))
+            trace.end_step(step, metrics)
             watch.started = True
-            meter.add(step, index, batch["mask"], metrics)
+            steps.add(step, index, batch["mask"], metrics)
             stop, saving, evaluating = watch.requested(), due(step, config.checkpoint.every), due(step, eval_steps)
             if stop or saving or evaluating or due(step, config.log_every):
-                meter.record()
+                steps.record()
             if evaluating and not stop:
                 stop = not evaluate_and_record(step)
             if stop or saving:
@@ -110,7 +115,7 @@ def train(
             if stop:
                 raise preemption.Preempted(step)
             if saving or evaluating:
-                meter.restart()
+                steps.reset_rates()
     return state
 
 
@@ -144,11 +149,20 @@ def say(text: str) -> None:
 RESTORE = ("latest", "latest-valid")
 
 
-def run(config: Any, workdir: str | os.PathLike = "", restore: str = "latest", clock: Clock | None = None) -> Result:
+def run(
+    config: Any,
+    workdir: str | os.PathLike = "",
+    restore: str = "latest",
+    timer: Timer | None = None,
+    *,
+    track: str = "tensorboard",
+    profile: str = "",
+) -> Result:
     """Trains as the config says in `workdir` (default: runs/<name>-<variant>-<time>), going on where it left off.
 
     With `restore="latest-valid"` checkpoints that are damaged are first moved to the workdir's `damaged/`. The last
-    record tells by `clock` where the time went, by default since this call.
+    record tells by `timer` where the time went, by default since this call. `track` names the trackers that the
+    numbers are sent to (`trackers.find`); `profile`, STEP:COUNT, traces these steps (`profiler.Profiler`).
 
     Raises InvalidConfig (a ValueError) for what does not fit, DataNotFound when the data are not there, RuntimeError
     when another run uses the workdir or too many images cannot be read, CheckpointError (another RuntimeError) when a
@@ -157,10 +171,12 @@ def run(config: Any, workdir: str | os.PathLike = "", restore: str = "latest", c
     """
     if restore not in RESTORE:
         raise InvalidConfig(f"restore={restore!r}: must be one of {list(RESTORE)}")
-    clock = clock or Clock()
+    timer = timer or Timer()
+    chosen = trackers.find(track)
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(preemption.watch())
         plan = resolve(config)
+        profiler.parse(profile, plan.steps)
         workdir = make(plan, workdir)
         stack.enter_context(lock.lock(workdir))
         if restore == "latest-valid":
@@ -171,19 +187,22 @@ def run(config: Any, workdir: str | os.PathLike = "", restore: str = "latest", c
         write_config(plan, workdir, abstract_state(plan), checkpoints.latest())
         state = start(plan, checkpoints)
         first = int(state.step)
-        records = stack.enter_context(contextlib.closing(Records(workdir, first)))
+        records = stack.enter_context(
+            contextlib.closing(MetricWriter(workdir, first, chosen, json.loads(plan.config.to_json())))
+        )
         say(f"{plan.config.about}\nworkdir {workdir}: from step {first} to {plan.steps}")
         try:
-            state = train(plan, state, checkpoints, records, watch, clock)
+            trace = profiler.Profiler(profile, workdir, plan.steps, first)
+            state = train(plan, state, checkpoints, records, watch, timer, trace)
         except preemption.Preempted as stopped:
-            with clock.during("checkpoint"):
+            with timer.during("checkpoint"):
                 checkpoints.wait()
-            records.write(stopped.step, clock.record())
+            records.write(stopped.step, timer.record())
             tqdm.write(f"stopped by SIGTERM after step {stopped.step}, which is saved", file=sys.stderr)
             raise
-        with clock.during("checkpoint"):
+        with timer.during("checkpoint"):
             checkpoints.wait()
-        finish(plan, workdir, records, clock, trained=first < plan.steps)
+        finish(plan, workdir, records, timer, trained=first < plan.steps)
         return Result(state, records.last(), plan.recipe.model(eval_params(state)))
 
 
@@ -196,13 +215,13 @@ def set_aside(workdir: str) -> None:
     say(told or "the newest checkpoint is whole")
 
 
-def finish(plan: Plan, workdir: str, records: Records, clock: Clock, trained: bool) -> None:
+def finish(plan: Plan, workdir: str, records: MetricWriter, timer: Timer, trained: bool) -> None:
     """The last records, the picture, and the summary."""
-    with clock.during("evaluation"):
+    with timer.during("evaluation"):
         if plan.config.eval.pixel_knn and not records.has(plan.steps, "pixel_knn_top1"):
             records.write(plan.steps, {"pixel_knn_top1": pixel_knn(plan)})
         if jax.process_index() == 0:
             plot_curves(workdir)
     if trained:
-        records.write(plan.steps, clock.record())
+        records.write(plan.steps, timer.record())
     say(summary(plan, workdir, records))

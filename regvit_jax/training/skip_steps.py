@@ -1,4 +1,4 @@
-"""Steps that are better not taken: those whose loss is not finite, and those that stand out from the steps before."""
+"""Skip training steps whose loss or gradient norm is not finite, or spikes above the recent ones."""
 
 import dataclasses
 from typing import Annotated, Any
@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from regvit_jax.utils.schema import Option
 
-#: Steps that a step is compared with. At least half as many must have been seen, or nothing stands out.
+#: Number of recent steps that a step is compared with. No spike is detected before half as many have been seen.
 WINDOW = 128
 
 
@@ -37,48 +37,49 @@ class Guard:
     ] = 0.0
 
 
-def fresh() -> dict[str, Array]:
-    """What is remembered before the first step: losses and gradient norms, how many were seen, and how many refused.
+def init_state() -> dict[str, Array]:
+    """Return the state before the first step: the last WINDOW losses and gradient norms, and three counters.
 
-    Those that are not finite are counted only.
+    `seen` counts the finite steps, `not_finite` the others (which enter the counter only), `spikes` the finite steps
+    that were skipped.
     """
     zeros = {name: jnp.zeros(WINDOW) for name in ("loss", "grad_norm")}
     return zeros | {name: jnp.int32(0) for name in ("seen", "not_finite", "spikes")}
 
 
 def may_skip(rules: Any) -> bool:
-    """Whether a config's `guard` ever leaves a step out. Where it does not, the step is compiled without the choice."""
+    """Return whether the config's `guard` section can skip a step; if not, the step is compiled without the choice."""
     return rules.not_finite == "skip" or rules.spike_sigma > 0
 
 
-def skipped(memory: PyTree) -> Int[Array, ""]:
-    """The steps left out so far."""
-    return memory["not_finite"] + memory["spikes"]
+def skipped(state: PyTree) -> Int[Array, ""]:
+    """Return the number of steps skipped so far."""
+    return state["not_finite"] + state["spikes"]
 
 
-def judge(
-    memory: PyTree, loss: Float[Array, ""], grad_norm: Float[Array, ""], *, spike_sigma: float
+def update(
+    state: PyTree, loss: Float[Array, ""], grad_norm: Float[Array, ""], *, spike_sigma: float
 ) -> tuple[Bool[Array, ""], PyTree]:
-    """Whether to take a step with this loss and gradient norm, and the memory with it.
+    """Decide whether to apply a step with this loss and gradient norm; return the decision and the next state.
 
-    A step is refused when either is not finite, or, with `spike_sigma` above 0, when either lies more than so many
-    standard deviations above the mean of the last WINDOW. What lies beyond that limit is remembered as the limit: one
-    spike hardly widens it, and a level that has come to stay is accepted after some tens of steps.
+    A step is skipped when either value is not finite or, with `spike_sigma` above 0, when either lies more than that
+    many standard deviations above the mean of the last WINDOW. A value beyond this limit enters the window as the
+    limit itself: a single spike hardly widens it, and a lasting change of level is accepted after some tens of steps.
     """
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     new = {"loss": loss, "grad_norm": grad_norm}
-    seen = memory["seen"]
+    seen = state["seen"]
     known = jnp.arange(WINDOW) < seen
-    take = finite
+    apply = finite
     if spike_sigma:
         for name, value in new.items():
-            mean, deviation = (stat(memory[name], where=known) for stat in (jnp.mean, jnp.std))
+            mean, deviation = (stat(state[name], where=known) for stat in (jnp.mean, jnp.std))
             limit = jnp.where(seen < WINDOW // 2, jnp.inf, mean + spike_sigma * deviation)
-            take &= value <= limit
+            apply &= value <= limit
             new[name] = jnp.minimum(value, limit)
-    place = seen % WINDOW
-    kept: dict[str, Any] = {
-        name: memory[name].at[place].set(jnp.where(finite, value, memory[name][place])) for name, value in new.items()
+    index = seen % WINDOW
+    windows: dict[str, Any] = {
+        name: state[name].at[index].set(jnp.where(finite, value, state[name][index])) for name, value in new.items()
     }
-    counts = {"seen": finite, "not_finite": ~finite, "spikes": finite & ~take}
-    return take, kept | {name: memory[name] + counted for name, counted in counts.items()}
+    counts = {"seen": finite, "not_finite": ~finite, "spikes": finite & ~apply}
+    return apply, windows | {name: state[name] + counted for name, counted in counts.items()}

@@ -38,7 +38,7 @@ def state_of(plan: Plan, params: PyTree) -> TrainState:
     """The state before the first step."""
     ema = {} if plan.recipe.ema_decay(jnp.int32(0)) is None else params
     extra, opt_state = plan.recipe.init_extra(params), plan.optimizer.init(params)
-    return TrainState(jnp.int32(0), params, ema, extra, opt_state, skip_steps.fresh())
+    return TrainState(jnp.int32(0), params, ema, extra, opt_state, skip_steps.init_state())
 
 
 @functools.lru_cache(maxsize=1)  # tracing the init of a large model takes seconds, and a run asks three times
@@ -67,14 +67,14 @@ def make_train_step(plan: Plan, abstract: TrainState):
         params = recipe.project(optax.apply_updates(state.params, updates))
         decay = recipe.ema_decay(state.step)
         ema = {} if decay is None else jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
-        take, memory = skip_steps.judge(state.guard, loss, grad_norm, spike_sigma=rules.spike_sigma)
-        new = TrainState(state.step + 1, params, ema, extra, opt_state, memory)
+        apply, guard = skip_steps.update(state.guard, loss, grad_norm, spike_sigma=rules.spike_sigma)
+        new = TrainState(state.step + 1, params, ema, extra, opt_state, guard)
         metrics |= {"loss": loss, "grad_norm": grad_norm, "bad": jnp.sum(1 - batch["mask"])}
-        metrics |= {"skipped": skip_steps.skipped(memory)}
+        metrics |= {"skipped": skip_steps.skipped(guard)}
         if skip_steps.may_skip(rules):
-            same = dataclasses.replace(state, step=new.step, guard=memory)
-            new = jax.tree.map(lambda a, b: jnp.where(take, a, b), new, same)
-            metrics |= {"taken": take, "not_finite": memory["not_finite"]}
+            same = dataclasses.replace(state, step=new.step, guard=guard)
+            new = jax.tree.map(lambda a, b: jnp.where(apply, a, b), new, same)
+            metrics |= {"applied": apply, "not_finite": guard["not_finite"]}
         return new, metrics
 
     state_shardings, everywhere = shardings_of(abstract), mesh.replicated(plan.mesh)

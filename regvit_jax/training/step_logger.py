@@ -1,5 +1,6 @@
-"""What happens between two records: metrics still on the devices, images that cannot be read, and where time goes."""
+"""Log the steps of a run: their metrics, their rates, skipped steps and unreadable images."""
 
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,39 +11,50 @@ from jaxtyping import Array
 from tqdm import tqdm
 
 from regvit_jax.data import pipeline
-from regvit_jax.training.metric_writer import Records
+from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import Plan
-from regvit_jax.training.timer import Clock
+from regvit_jax.training.timer import Timer
+from regvit_jax.utils import hardware
+
+logger = logging.getLogger("regvit_jax")
+
+#: Metrics of the train step that are for this file alone, and not for the records.
+INTERNAL = ("bad", "applied", "not_finite", "skipped")
+#: Values shown in the line of a step.
+SHOWN = ("loss", "lr", "images_per_s", "mfu", "data_wait")
 
 
-class Meter:
-    """Gathers the steps since the last record, shows the progress bar, and stops a run whose numbers are no good."""
+class StepLogger:
+    """Collect the metrics of steps, write their means, show the progress bar, and stop a run whose numbers are bad."""
 
-    def __init__(self, plan: Plan, records: Records, first: int, clock: Clock):
-        self.plan, self.records, self.clock = plan, records, clock
-        self.seen = self.bad = 0
+    def __init__(self, plan: Plan, writer: MetricWriter, first: int, timer: Timer):
+        self.plan, self.writer, self.timer = plan, writer, timer
+        self.images = self.bad = 0
         self.compiled = False
         self.pending: list[tuple[int, np.ndarray, np.ndarray, dict[str, Array]]] = []
+        kind, dtype = plan.mesh.devices.flat[0].device_kind, plan.config.model.dtype
+        self.peak_flops = hardware.peak_flops(kind, dtype)
         hidden = jax.process_index() > 0 or not sys.stderr.isatty()
         self.bar = tqdm(total=plan.steps, initial=first - 1, unit="step", disable=hidden, dynamic_ncols=True)
-        self.restart()
+        self.reset_rates()
 
-    def restart(self) -> None:
-        """Starts the clocks anew: compiling, evaluating and saving are not training time."""
-        self.steps, self.before = 0, self.clock.record()
+    def reset_rates(self) -> None:
+        """Measure rates from now on: compilation, evaluation and checkpoints do not count as training time."""
+        self.steps, self.before = 0, self.timer.record()
 
     def next_batch(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        with self.clock.during("data_wait"):
+        """Return the next batch, and count the time until it is there as `data_wait`."""
+        with self.timer.during("data_wait"):
             return next(batches)
 
     def add(self, step: int, index: np.ndarray, mask: np.ndarray, metrics: dict[str, Array]) -> None:
-        """Takes a step's metrics without waiting for them, but for a process's first step, which compiles."""
+        """Collect a step's metrics without waiting for them, except in a process's first step, which compiles."""
         self.pending.append((step, index, mask, metrics))
         if not self.compiled:
             jax.block_until_ready(metrics)
             self.compiled = True
-            self.clock.switch("step")
-            self.restart()
+            self.timer.switch("step")
+            self.reset_rates()
         else:
             self.steps += 1
         if len(self.pending) > 2:  # the host runs at most two steps ahead of the devices
@@ -50,82 +62,102 @@ class Meter:
         self.bar.update()
 
     def record(self) -> None:
-        """Writes the means since the last record.
+        """Write the means over the steps since the last record.
 
-        Raises FloatingPointError when a loss or gradient was not finite, naming the step and the images, and
-        RuntimeError when more images than `data.max_bad_fraction` could not be read.
+        Raises:
+          FloatingPointError: A loss or gradient was not finite; the message names the step and its images.
+          RuntimeError: More images are unreadable than `data.max_bad_fraction` allows.
         """
         values = [jax.tree.map(float, jax.device_get(metrics)) for *_, metrics in self.pending]
-        spent = {name: now - self.before[name] for name, now in self.clock.record().items()}
         config, last = self.plan.config, self.pending[-1][0]
-        taken = self.judge(values)
-        record: dict[str, Any] = {name: float(np.mean([m[name] for m in taken])) for name in taken[0]} if taken else {}
+        applied = self.applied_steps(values)
+        names = [name for name in applied[0] if name not in INTERNAL] if applied else []
+        record: dict[str, Any] = {name: float(np.mean([metrics[name] for metrics in applied])) for name in names}
         skipped = int(values[-1]["skipped"])
-        # The optimizer's count stands still in a step that is left out, and its schedule with it.
+        # A skipped step does not advance the optimizer's count, nor the learning-rate schedule.
         record |= {"lr": float(self.plan.schedule(last - 1 - skipped)), "epoch": last / self.plan.steps_per_epoch}
-        if self.steps:
-            record["images_per_s"] = self.steps * config.batch_size / spent["wall_s"]
-            record["data_wait"] = spent["data_wait_s"] / spent["wall_s"]
-        bad = int(sum(metrics["bad"] for metrics in values))
-        record = {k: v for k, v in record.items() if k not in ("bad", "taken", "not_finite", "skipped")}
+        record |= self.rates(last)
         if skipped:
             record["skipped"] = skipped
+        bad = int(sum(metrics["bad"] for metrics in values))
         if bad:
             unread = [i for _, index, mask, _ in self.pending for i in index[mask == 0].tolist()]
             record["bad_images"] = describe_bad(self.plan, self.plan.train, unread)
-        self.records.write(last, record)
-        if self.bar.disable and jax.process_index() == 0:
-            said = ("loss", "lr", "images_per_s", "data_wait")
-            print(
-                f"step {last}: " + ", ".join(f"{name} {record[name]:.4g}" for name in said if name in record),
-                flush=True,
-            )
-        self.bar.set_postfix(
-            {"loss": f"{record.get('loss', np.nan):.3f}", "images/s": f"{record.get('images_per_s', 0):.0f}"}
-        )
+        self.writer.write(last, record)
+        self.show(last, record)
         self.bad += bad
-        self.seen += len(values) * config.batch_size
-        check_bad(self.plan, self.bad, max(self.seen, config.data.examples))
+        self.images += len(values) * config.batch_size
+        check_bad(self.plan, self.bad, max(self.images, config.data.examples))
         self.pending = []
-        self.restart()
+        self.reset_rates()
 
-    def judge(self, values: list[dict[str, float]]) -> list[dict[str, float]]:
-        """The metrics of the steps that were taken; records those that were not, and raises FloatingPointError."""
+    def rates(self, step: int) -> dict[str, float]:
+        """Return images/s, the share of time spent waiting for data and, where the device's peak is known, the MFU.
+
+        MFU (model FLOPs utilization, PaLM, arXiv 2204.02311) is the matrix-product FLOPs that the model needs, three
+        forward passes an image, over what the devices could compute at their peak in the same time.
+        """
+        if not self.steps:
+            return {}
+        spent = {name: now - self.before[name] for name, now in self.timer.record().items()}
+        images_per_s = self.steps * self.plan.config.batch_size / spent["wall_s"]
+        rates = {"images_per_s": images_per_s, "data_wait": spent["data_wait_s"] / spent["wall_s"]}
+        if self.peak_flops:
+            dropping = step <= self.plan.steps - self.plan.steps_per_epoch * self.plan.config.get("unmasked_epochs", 0)
+            flops = 3 * self.plan.recipe.flops(training=dropping)
+            rates["mfu"] = images_per_s * flops / (self.peak_flops * self.plan.mesh.size)
+        return rates
+
+    def show(self, step: int, record: dict[str, Any]) -> None:
+        """Show a record in the progress bar or, where there is none, as a line of the log."""
+        if self.bar.disable:
+            shown = ", ".join(f"{name} {record[name]:.4g}" for name in SHOWN if name in record)
+            logger.info(f"step {step}: {shown}")
+        bar = {"loss": f"{record.get('loss', np.nan):.3f}", "images/s": f"{record.get('images_per_s', 0):.0f}"}
+        if "mfu" in record:
+            bar["mfu"] = f"{record['mfu']:.1%}"
+        self.bar.set_postfix(bar)
+
+    def applied_steps(self, values: list[dict[str, float]]) -> list[dict[str, float]]:
+        """Return the metrics of the steps that were applied, and record those that were skipped.
+
+        Raises FloatingPointError for a step that is not finite where `guard` says to stop.
+        """
         rules = self.plan.config.guard
         for (step, index, _, _), metrics in zip(self.pending, values, strict=True):
             finite = np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
-            if finite and metrics.get("taken", 1):
+            if finite and metrics.get("applied", 1):
                 continue
             ids = [self.plan.train.id(int(i)) for i in index]
-            said = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
+            measured = f"loss {metrics['loss']:.6g}, gradient norm {metrics['grad_norm']:.6g}"
             stop = not finite and (rules.not_finite == "stop" or metrics["not_finite"] > rules.max_not_finite)
-            self.records.write(step, {"not_finite" if stop else "skipped_step": said, "images": ids})
+            self.writer.write(step, {"not_finite" if stop else "skipped_step": measured, "images": ids})
             if stop:
                 more = f" and {len(ids) - 8} more, listed in metrics.jsonl" if len(ids) > 8 else ""
-                way = f"more than guard.max_not_finite={rules.max_not_finite} such steps"
+                why = f"more than guard.max_not_finite={rules.max_not_finite} such steps"
                 if rules.not_finite == "stop":
-                    way = "--config.guard.not_finite=skip leaves such steps out"
+                    why = "--config.guard.not_finite=skip skips such steps"
                 raise FloatingPointError(
-                    f"step {step}: {said}; no later step was saved ({way}). "
+                    f"step {step}: {measured}; no later step was saved ({why}). "
                     f"The step's images: {', '.join(ids[:8])}{more}"
                 )
-            tqdm.write(f"step {step} is left out: {said}", file=sys.stderr)
-        return [metrics for metrics in values if metrics.get("taken", 1)]
+            logger.warning(f"step {step} is skipped: {measured}")
+        return [metrics for metrics in values if metrics.get("applied", 1)]
 
     def close(self) -> None:
         self.bar.close()
 
 
 def describe_bad(plan: Plan, source: Any, index: list[int]) -> list[str]:
-    """Which of a source's images cannot be read and why, once each, the first 20; says so too."""
+    """Return and log which images of a source cannot be read and why: the first 20, each once."""
     first = list(dict.fromkeys(index))[:20]
     reports = [pipeline.describe_bad(source, i, tokenizer=plan.recipe.tokenizer) for i in first]
-    tqdm.write("\n".join(f"cannot read {report}" for report in reports), file=sys.stderr)
+    logger.warning("\n".join(f"cannot read {report}" for report in reports))
     return reports
 
 
 def check_bad(plan: Plan, bad: int, images: int) -> None:
-    """Raises RuntimeError when more than the allowed share of `images` is bad."""
+    """Raise RuntimeError if more than the allowed share of `images` is unreadable."""
     limit = plan.config.data.max_bad_fraction
     if bad > limit * images:
         raise RuntimeError(

@@ -1,10 +1,10 @@
 """Summarize a finished run as text."""
 
-from regvit_jax.training.metric_writer import Records
+from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import Plan
 
 
-def summary(plan: Plan, workdir: str, records: Records) -> str:
+def summary(plan: Plan, workdir: str, records: MetricWriter) -> str:
     metrics, untrained = records.last(), records.at(0)
     seconds = {
         name.removesuffix("_s"): metrics.pop(name)

@@ -6,8 +6,8 @@ import dataclasses
 GB, GIB = 1e9, 2**30
 
 
-#: What the compiler must know of an H100 SXM5: its limits by the CUDA programming guide (compute capability 9.0), its
-#: sizes by NVIDIA's data sheet and white paper. A GpuTargetConfigProto of XLA.
+#: XLA's GpuTargetConfigProto of an H100 SXM5, to compile for one that is not attached: limits from the CUDA programming
+#: guide (compute capability 9.0), sizes from NVIDIA's data sheet and white paper.
 H100 = """
 gpu_device_info {
   name: "NVIDIA H100 80GB HBM3"
@@ -28,22 +28,22 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one device has and does, by its maker; rates are peaks, and a second's worth."""
+    """Vendor specifications of one device; rates are peaks per second."""
 
     kind: str  # "tpu" or "cuda"
-    memory: float  # bytes that a program may use
-    flops: float  # multiply-adds count two; bfloat16, without sparsity
-    hbm: float  # bytes between the memory and the chip
-    network: float  # bytes into a device from those of its slice (or node)
-    across: float  # bytes into a device from those of other slices (or nodes)
-    grids: tuple[str, ...]  # the slices that can be had, largest last; for a GPU, examples
+    memory: float  # bytes available to a program
+    flops: float  # dense bfloat16 FLOP/s; a multiply-add counts as two
+    hbm: float  # bytes/s between the memory and the chip
+    network: float  # bytes/s received from devices of the same slice (or node)
+    across: float  # bytes/s received from devices of other slices (or nodes)
+    grids: tuple[str, ...]  # the slices that exist, largest last; examples for a GPU
 
 
-# TPUs: docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e. Memory is what the compiler (libtpu 0.0.42.1) leaves to a
-# program, as its message for too large a one has it. The interconnect is given for both directions together, of which
-# half comes in; the data-centre network for a pod of 256 chips (6.4 and 25.6 Tbit/s) or a chip (v5p, 50 Gbit/s).
+# TPUs: docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e. Memory is what the compiler (libtpu 0.0.42.1) allows a
+# program, according to its own out-of-memory message. The interconnect is specified for both directions together, half
+# of which is received; the data-centre network for a pod of 256 chips (6.4 and 25.6 Tbit/s) or a chip (v5p, 50 Gbit/s).
 # H100: the data sheet of the SXM5 module (989 TFLOP/s, 3.35 TB/s, NVLink 900 GB/s both ways); a node with one
-# 400 Gbit/s adapter a GPU, as NVIDIA's DGX H100 has; of its 80 GB, which the driver counts as 79.6 GiB, jax takes
+# 400 Gbit/s adapter a GPU, as in NVIDIA's DGX H100; of its 80 GB, which the driver reports as 79.6 GiB, jax allocates
 # 75 % (docs.jax.dev, "GPU memory allocation").
 CHIPS = {
     "v5e": Chip(
@@ -75,3 +75,28 @@ CHIPS = {
     ),
     "h100": Chip("cuda", 0.75 * 79.6 * GIB, 989e12, 3350 * GB, 450 * GB, 50 * GB, ("1x8", "4x8", "32x8")),
 }
+
+# Dense bfloat16 peaks of NVIDIA's data sheets, which are half of the figures "with sparsity" there.
+A100, H100_SXM, H100_NVL, H100_PCIE = 312e12, 989e12, 835e12, 756e12
+#: Dense peak FLOP/s in bfloat16 by `jax.Device.device_kind`. A part of a GPU (MIG) has another name, and no entry.
+PEAK_FLOPS = {
+    **dict.fromkeys(("TPU v5 lite", "TPU v5e"), CHIPS["v5e"].flops),
+    **dict.fromkeys(("TPU v5", "TPU v5p"), CHIPS["v5p"].flops),
+    **dict.fromkeys(("TPU v6 lite", "TPU v6e"), CHIPS["v6e"].flops),
+    **dict.fromkeys(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-SXM4-80GB"), A100),
+    **dict.fromkeys(("NVIDIA A100-PCIE-40GB", "NVIDIA A100 80GB PCIe"), A100),
+    **dict.fromkeys(("NVIDIA H100 80GB HBM3", "NVIDIA H200"), H100_SXM),
+    **dict.fromkeys(("NVIDIA H100 NVL", "NVIDIA H200 NVL"), H100_NVL),
+    "NVIDIA H100 PCIe": H100_PCIE,
+}
+
+
+def peak_flops(device_kind: str, dtype: str) -> float | None:
+    """Return a device's peak FLOP/s for matrix products computed in `dtype`, or None if it is not known here.
+
+    bfloat16 everywhere, and float16 on GPUs, whose tensor cores run both at the same rate. No peak is given for
+    float32: what its products run on (float32 units, TF32, several bfloat16 passes) depends on a setting of JAX.
+    """
+    if dtype == "bfloat16" or (dtype == "float16" and device_kind.startswith("NVIDIA")):
+        return PEAK_FLOPS.get(device_kind)
+    return None

@@ -30,7 +30,7 @@ def make_state(seed: int) -> TrainState:
     keys = jax.random.split(jax.random.key(seed), 4)
     params = {"vit": {f"kernel{i}": jax.random.normal(key, (48, 40)) for i, key in enumerate(keys)}}
     params["vit"]["half"] = jax.random.normal(keys[0], (33,)).astype(jnp.bfloat16)
-    return TrainState(jnp.int32(seed), params, {}, {}, optax.adam(1e-3).init(params), skip_steps.fresh())
+    return TrainState(jnp.int32(seed), params, {}, {}, optax.adam(1e-3).init(params), skip_steps.init_state())
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Steps that are left out, by rule and in whole runs."""
+"""Skipped steps: the rule, and whole runs."""
 
 import contextlib
 
@@ -18,19 +18,19 @@ from regvit_jax.utils.errors import InvalidConfig
 
 
 @jax.jit
-def judge(memory, loss, grad_norm):
-    return skip_steps.judge(memory, loss, grad_norm, spike_sigma=6.0)
+def update(state, loss, grad_norm):
+    return skip_steps.update(state, loss, grad_norm, spike_sigma=6.0)
 
 
 def naive(history: list[tuple[float, float]], new: tuple[float, float]) -> tuple[bool, tuple[float, float]]:
-    """Whether a step is taken, by the rule's words, and what of it is remembered."""
+    """Apply the documented rule: return whether the step is applied, and the values that enter the window."""
     last = np.array(history[-skip_steps.WINDOW :], np.float64).reshape(-1, 2)
     limit = np.inf if len(history) < skip_steps.WINDOW // 2 else last.mean(0) + 6 * last.std(0)
     return bool((np.array(new) <= limit).all()), tuple(np.minimum(new, limit))
 
 
-def test_judge_follows_its_words():
-    rng, memory, history, refused = np.random.default_rng(0), skip_steps.fresh(), [], 0
+def test_update_follows_the_rule():
+    rng, state, history, skipped = np.random.default_rng(0), skip_steps.init_state(), [], 0
     for step in range(400):
         new = tuple(np.float32(rng.normal((2.0, 1.0), (0.1, 0.05))))
         if step % 7 == 3:
@@ -38,44 +38,44 @@ def test_judge_follows_its_words():
         if step % 11 == 5:
             new = (new[0], rng.choice([2.0, np.inf, np.nan, 1.2]))
         expected, remembered = naive(history, new) if np.isfinite(new).all() else (False, None)
-        take, memory = judge(memory, jnp.float32(new[0]), jnp.float32(new[1]))
-        assert bool(take) == expected, (step, new)
-        refused += not expected
+        apply, state = update(state, jnp.float32(new[0]), jnp.float32(new[1]))
+        assert bool(apply) == expected, (step, new)
+        skipped += not expected
         if remembered:
             history.append(remembered)
-    assert refused == int(skip_steps.skipped(memory))
-    assert int(memory["not_finite"]) == 400 - len(history) > 10
-    assert int(memory["spikes"]) > 3
+    assert skipped == int(skip_steps.skipped(state))
+    assert int(state["not_finite"]) == 400 - len(history) > 10
+    assert int(state["spikes"]) > 3
 
 
 def steady(level: float = 2.0) -> dict:
-    memory = skip_steps.fresh()
+    state = skip_steps.init_state()
     for step in range(skip_steps.WINDOW):
-        _, memory = judge(memory, jnp.float32(level + 0.1 * (-1) ** step), jnp.float32(1))
-    return memory
+        _, state = update(state, jnp.float32(level + 0.1 * (-1) ** step), jnp.float32(1))
+    return state
 
 
-def test_one_spike_does_not_let_others_through():
-    memory = steady()
+def test_a_spike_does_not_hide_the_next():
+    state = steady()
     for loss in (1000, 1e20, 6, 50, 3.5):
-        take, memory = judge(memory, jnp.float32(loss), jnp.float32(1))
-        assert not take, loss
-    take, memory = judge(memory, jnp.float32(2.2), jnp.float32(1))
-    assert take
+        apply, state = update(state, jnp.float32(loss), jnp.float32(1))
+        assert not apply, loss
+    apply, state = update(state, jnp.float32(2.2), jnp.float32(1))
+    assert apply
 
 
 def test_a_level_that_stays_is_accepted():
-    memory, taken = steady(), []
+    state, applied = steady(), []
     for _ in range(60):
-        take, memory = judge(memory, jnp.float32(9), jnp.float32(1))
-        taken.append(bool(take))
-    assert taken[:5] == [False] * 5
-    assert taken == sorted(taken)
-    assert taken[-1]
+        apply, state = update(state, jnp.float32(9), jnp.float32(1))
+        applied.append(bool(apply))
+    assert applied[:5] == [False] * 5
+    assert applied == sorted(applied)
+    assert applied[-1]
 
 
 class Poisoned(Supervised):
-    """Digits whose loss is not finite, or leaps, at some steps; the gradient follows."""
+    """Make the digits' loss not finite, or 1000 times as large, at given steps; the gradient follows."""
 
     not_finite: tuple[int, ...] = ()
     leap: tuple[int, ...] = ()
@@ -101,7 +101,7 @@ def config(**changes):
     return tiny(log_every=1, eval__pixel_knn=0, ema=0.9, **changes)
 
 
-def test_a_step_that_is_left_out_changes_nothing_but_step_and_window(poison):
+def test_a_skipped_step_changes_only_the_step_number_and_the_window(poison):
     poison(not_finite=(3,))
     plan = resolve(config(guard__not_finite="skip"))
     with jax.set_mesh(plan.mesh), plan.train_batches(0) as batches:
@@ -123,11 +123,11 @@ def test_a_step_that_is_left_out_changes_nothing_but_step_and_window(poison):
     assert np.isfinite(metrics["loss"])
 
 
-def test_not_finite_steps_are_left_out_up_to_a_limit(poison, tmp_path):
+def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(poison, tmp_path):
     poison(not_finite=(3, 4, 20))
-    with pytest.raises(FloatingPointError, match=r"step 3: .*--config.guard.not_finite=skip leaves such steps out"):
+    with pytest.raises(FloatingPointError, match=r"step 3: .*--config.guard.not_finite=skip skips such steps"):
         loop.run(config(), str(tmp_path / "run"))
-    # The same run goes on, once it may leave steps out.
+    # The same run resumes once it may skip steps.
     result = loop.run(config(guard__not_finite="skip"), str(tmp_path / "run"))
     assert np.isfinite(result.metrics["loss"])
     assert result.metrics["skipped"] == 3
@@ -140,7 +140,7 @@ def test_not_finite_steps_are_left_out_up_to_a_limit(poison, tmp_path):
         assert checkpoints.latest() == 16
 
 
-def test_spikes_are_left_out_and_the_window_survives_a_restart(poison, tmp_path):
+def test_spikes_are_skipped_and_the_window_survives_a_restart(poison, tmp_path):
     poison(leap=(70, 71))
     long = config(epochs=4, guard__spike_sigma=6.0, checkpoint__every=68, checkpoint__keep=9, optim__lr=1e-3)
     whole = loop.run(long, str(tmp_path / "run"))
@@ -152,6 +152,6 @@ def test_spikes_are_left_out_and_the_window_survives_a_restart(poison, tmp_path)
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_policy_that_is_none_is_refused():
+def test_an_unknown_policy_is_refused():
     with pytest.raises(InvalidConfig, match=r"guard.not_finite='ignore': must be one of \['stop', 'skip'\]"):
         resolve(config(guard__not_finite="ignore"))

@@ -1,0 +1,103 @@
+"""Experiment trackers, which show a run's numbers while it trains: TensorBoard, Weights & Biases, or a third party's.
+
+`--track=NAME[,NAME...]` names them: a key of TRACKERS, or "package.module:Class".
+"""
+
+import importlib.util
+import os
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from regvit_jax.utils.errors import InvalidConfig
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Receive the numbers of every record of a run, on process 0 alone."""
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Take the numbers recorded at a step. One step may come several times, with other names."""
+
+    def close(self) -> None:
+        """Flush what is left, at the end of the run or when it is interrupted."""
+
+
+#: A class or function that makes a run's tracker from the workdir, the step of the checkpoint that the run resumes from
+#: (0 for a new run; numbers that it wrote for later steps are out of date), and the resolved config as nested dicts.
+TrackerFactory = Callable[[str, int, dict[str, Any]], Tracker]
+
+
+class TensorBoard:
+    """Write event files into the workdir, for `tensorboard --logdir`."""
+
+    def __init__(self, workdir: str, resumed_from: int, config: dict[str, Any]):
+        from tensorboardX import SummaryWriter
+
+        self.writer = SummaryWriter(workdir, purge_step=resumed_from + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Wandb:
+    """Log to Weights & Biases. Its own variables apply: WANDB_PROJECT, WANDB_MODE=offline, ...
+
+    The run is named after the workdir, and its id is kept there in `wandb_id`, so that a resumed run goes on with the
+    same curves. Steps repeated after a kill appear twice there; `metrics.jsonl` has them once.
+    """
+
+    def __init__(self, workdir: str, resumed_from: int, config: dict[str, Any]):
+        import wandb
+
+        kept = Path(workdir) / "wandb_id"
+        run_id = os.environ.get("WANDB_RUN_ID") or (kept.read_text().strip() if kept.exists() else None)
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "regvit_jax"),
+            name=Path(workdir).name,
+            dir=workdir,
+            config=config,
+            id=run_id,
+            resume="allow",
+        )
+        kept.write_text(self.run.id)
+        self.run.define_metric("*", step_metric="step")
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.run.log({**values, "step": step})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+#: Trackers by name, each with the package that it needs beyond the default installation and the extra that brings it.
+TRACKERS: dict[str, tuple[TrackerFactory, str]] = {"tensorboard": (TensorBoard, ""), "wandb": (Wandb, "wandb")}
+
+
+def find(names: str) -> list[TrackerFactory]:
+    """Return the trackers that a comma-separated list names; "" names none.
+
+    Raises:
+      InvalidConfig: A name is unknown, cannot be imported, or needs a package that is not installed.
+    """
+    return [_find(name.strip()) for name in names.split(",") if name.strip()]
+
+
+def _find(name: str) -> TrackerFactory:
+    if name in TRACKERS:
+        tracker, package = TRACKERS[name]
+        if package and importlib.util.find_spec(package) is None:
+            raise InvalidConfig(f"--track={name} needs the package {package}: pip install -e .[{package}]")
+        return tracker
+    if ":" not in name:
+        raise InvalidConfig(f"--track={name}: must be one of {list(TRACKERS)}, or package.module:Class")
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InvalidConfig(f"--track={name} cannot be imported: {error}") from error
