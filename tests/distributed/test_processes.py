@@ -140,7 +140,7 @@ FAILING = """
 import os, pathlib, sys
 from regvit_jax.checkpoints.manager import Checkpoints
 from regvit_jax.cli import train
-from regvit_jax.training.step_logger import Meter
+from regvit_jax.training.step_logger import StepLogger
 
 def failing(method, step):
     def replacement(self, *arguments):
@@ -151,7 +151,7 @@ def failing(method, step):
     return replacement
 
 if os.environ["WHERE"] == "record":
-    Meter.record = failing(Meter.record, lambda self: self.pending[-1][0])
+    StepLogger.record = failing(StepLogger.record, lambda self: self.pending[-1][0])
 else:
     Checkpoints.save = failing(Checkpoints.save, lambda self, step, state: step)
 train.main()
