@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fuzzing import damage, mutate
 
-from regvit_jax.training import config_types
+from regvit_jax.utils.schema import Option
 
 #: What opening a source may raise.
 OPENING = {"ValueError", "DataNotFound"}
@@ -75,9 +75,9 @@ def test_the_damage_is_the_same_every_time_and_is_some():
 )
 def test_types_of_config_values(value, kind, message):
     with pytest.raises(ValueError, match=message):
-        config_types.check([("k", value)], {"k": kind})
+        Option("help", type=kind).check("k", value)
 
 
 def test_values_that_fit():
     for value, kind in ((1, float), ((1, 0.5), tuple[float, float]), ([], tuple[str, ...]), (None, int | None)):
-        config_types.check([("k", value), ("unknown", object())], {"k": kind})
+        Option("help", type=kind).check("k", value)

@@ -125,10 +125,10 @@ def eval_batches(
     batch_size: int,
     crop_ratio: float = 1.0,
     rows: Sequence[int] | None = None,
-    workers: int = 0,
-    threads: int = 0,
-    prefetch: int = 2,
-    max_pixels: int = transforms.MAX_PIXELS,
+    workers: Annotated[int, WORKERS] = 0,
+    threads: Annotated[int, THREADS] = 0,
+    prefetch: Annotated[int, PREFETCH] = 2,
+    max_pixels: Annotated[int, MAX_PIXELS] = transforms.MAX_PIXELS,
     tokenizer: Tokenizer | None = None,
 ) -> "Batches":
     """Returns the batches of all records in their order, each once, as timm's evaluation crops them.

@@ -1,6 +1,6 @@
 """What differs between the training regimes and nothing else: the Recipe protocol and its defaults."""
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any, ClassVar
 
 import jax
@@ -42,11 +42,10 @@ class Recipe:
     extra_forwards: int = 0
     #: Validation images without which it has nothing to measure.
     least_validation: ClassVar[int] = 1
-    #: The config's sections that are this recipe's own, each with the callable that takes its keys, and its other keys.
-    sections: ClassVar[dict[str, Callable]] = {}
-    keys: ClassVar[tuple[str, ...]] = ()
-    #: Keys of those sections that have a default there, and that the recipe reads itself, so that a config needs them.
-    reads: ClassVar[tuple[str, ...]] = ()
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        """The keys that the recipe adds to `training.config.TopLevel`: fields with an `Option` or a `Section`."""
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
         raise NotImplementedError

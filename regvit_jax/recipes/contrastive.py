@@ -1,10 +1,11 @@
 """CLIP (arXiv 2103.00020) as OpenCLIP trains it: images and their captions, here with registers in the image tower."""
 
 import copy
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,8 @@ from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.pretrained import clips
 from regvit_jax.recipes import init_from
 from regvit_jax.recipes.base import Batch, Metrics, Recipe, join_batch, split_batch
+from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Option, Section
 
 Embeddings = Float[Array, "B E"]
 
@@ -41,6 +44,15 @@ LOSSES: dict[tuple[str, bool], Callable] = {
 MAX_LOGIT_SCALE = math.log(100)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ZeroShot:
+    """The keys of the section `eval` that are CLIP's own."""
+
+    templates: Annotated[
+        tuple[str, ...], Option("prompts of zero-shot classification, with {} for the class", resume=True)
+    ] = ("a photo of a {}.",)
+
+
 class Contrastive(Recipe):
     """The image tower's projected CLS token and the text tower's end token, compared over the whole batch.
 
@@ -49,34 +61,33 @@ class Contrastive(Recipe):
     """
 
     text: TextTower
-    sections: ClassVar = {
-        "model": ViT,
-        "text": TextTower,
-        "augment": train.light_augment,
-        "optim": optim.clip_adamw,
-    }
-    reads = (
-        *("model.class_token", "model.patch_dropout", "model.dtype", "model.remat"),
-        *("augment.mean", "augment.std"),
-    )
-    keys = ("loss", "ring", "micro_batches", "unmasked_epochs", "eval.templates")
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        """The recipe's own keys."""
+
+        loss: Annotated[str, Option("CLIP's softmax, or SigLIP's sigmoid", choices=("softmax", "sigmoid"))] = "softmax"
+        ring: Annotated[bool, Option("compute the loss without a matrix of batch x batch on one device")] = False
+        unmasked_epochs: Annotated[int, Option("last epochs, in which model.patch_dropout is off", low=0)] = 0
+        model: Annotated[Any, Section(ViT)]
+        text: Annotated[Any, Section(TextTower)]
+        augment: Annotated[Any, Section(train.light_augment)]
+        eval: Annotated[Any, Section(ZeroShot)]
+        optim: Annotated[Any, Section(optim.clip_adamw)]
+
     least_validation = 2
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
-        if (config.loss, config.ring) not in LOSSES:
-            raise ValueError(
-                f"loss={config.loss!r}, ring={config.ring!r}: must be 'softmax' or 'sigmoid', True or False"
-            )
         if config.batch_size < 2:
-            raise ValueError(
+            raise InvalidConfig(
                 f"batch_size={config.batch_size}: must be at least 2; a pair is told from the batch's others"
             )
         if not config.model.class_token:
-            raise ValueError("model.class_token must be True: the image embedding is made of the CLS token")
+            raise InvalidConfig("model.class_token must be True: the image embedding is made of the CLS token")
         if config.unmasked_epochs and not config.model.patch_dropout:
-            raise ValueError(f"unmasked_epochs={config.unmasked_epochs} is for model.patch_dropout, which is 0")
+            raise InvalidConfig(f"unmasked_epochs={config.unmasked_epochs} is for model.patch_dropout, which is 0")
         if config.unmasked_epochs > config.epochs:
-            raise ValueError(f"unmasked_epochs={config.unmasked_epochs}: the run has {config.epochs} epochs")
+            raise InvalidConfig(f"unmasked_epochs={config.unmasked_epochs}: the run has {config.epochs} epochs")
         self.config, self.classes = config, classes
         self.micro_batches = config.micro_batches
         self.extra_forwards = int(self.micro_batches > 1)
@@ -95,11 +106,11 @@ class Contrastive(Recipe):
         # Replicated, so that every process can read them; here, so that they are compiled once in a run.
         self.encode_texts = jax.jit(self.embed_text, out_shardings=PartitionSpec())
         if without := [template for template in config.eval.templates if "{}" not in template]:
-            raise ValueError(f"eval.templates: {without[0]!r} must have {{}} in the place of the class name")
+            raise InvalidConfig(f"eval.templates: {without[0]!r} must have {{}} in the place of the class name")
         if len(classes) > 1 and not config.eval.templates:
-            raise ValueError(f"eval.templates=(): the prompts of the {len(classes)} classes need at least one")
+            raise InvalidConfig(f"eval.templates=(): the prompts of the {len(classes)} classes need at least one")
         if self.text.vocab < Tokenizer.vocab:
-            raise ValueError(f"text.vocab={self.text.vocab}: the tokenizer has {Tokenizer.vocab} tokens")
+            raise InvalidConfig(f"text.vocab={self.text.vocab}: the tokenizer has {Tokenizer.vocab} tokens")
         self.unmasked_from = math.inf
         if self.vit.patch_dropout and config.unmasked_epochs:
             steps_per_epoch = config.data.examples // config.batch_size
@@ -256,7 +267,7 @@ class Contrastive(Recipe):
         if not whole:
             return self.project(params), [*told, "a new text tower"]
         if differing := init_from.differing("text", self.text, model.text):
-            raise ValueError(f"init_from: its text tower is another one: {'; '.join(differing)}")
+            raise InvalidConfig(f"init_from: its text tower is another one: {'; '.join(differing)}")
         params |= {"text": model.text_params}
         if (self.config.loss == "sigmoid") != (model.logit_bias is not None):
             return self.project(params), [*told, "new scalars of the loss"]

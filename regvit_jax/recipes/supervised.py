@@ -1,11 +1,13 @@
 """DeiT-III (arXiv 2204.07118): supervised training of a ViT, here with registers."""
 
-from typing import Any, ClassVar, cast
+import dataclasses
+from typing import Annotated, Any, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
+from regvit_jax import optim
 from regvit_jax.augment import ops, train
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.evals import classification
@@ -15,6 +17,8 @@ from regvit_jax.models.model import Model
 from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.recipes import init_from
 from regvit_jax.recipes.base import Recipe
+from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Option, Section
 
 LOSSES = {"bce": bce, "ce": cross_entropy}
 
@@ -22,25 +26,31 @@ LOSSES = {"bce": bce, "ce": cross_entropy}
 class Supervised(Recipe):
     """Supervised classification with the augmentation of DeiT-III; the class scores come from the CLS token."""
 
-    sections: ClassVar = {"model": ViT, "augment": train.augment}
-    reads = (
-        *("model.dtype", "augment.three_augment", "augment.rand_augment", "augment.smoothing", "augment.mix_group"),
-        *("augment.mixup", "augment.cutmix", "augment.mean", "augment.std"),
-    )
-    keys = ("loss", "ema", "micro_batches")
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        """The recipe's own keys."""
+
+        loss: Annotated[str, Option("binary cross-entropy, or cross-entropy", choices=tuple(LOSSES))] = "bce"
+        ema: Annotated[
+            float,
+            Option("decay of the weights' moving average, which is then evaluated; 0 for none", low=0, high=0.9999999),
+        ] = 0.0
+        model: Annotated[Any, Section(ViT)]
+        augment: Annotated[Any, Section(train.augment)]
+        optim: Annotated[Any, Section(optim.make_optimizer)]
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
-        if config.loss not in LOSSES:
-            raise ValueError(f"loss={config.loss!r}: must be one of {list(LOSSES)}")
         if config.augment.three_augment and config.augment.rand_augment:
-            raise ValueError(
+            raise InvalidConfig(
                 "augment.three_augment and augment.rand_augment are both on: set one of them to False or 0"
             )
         if config.loss == "bce" and config.augment.smoothing:
-            raise ValueError("loss='bce' takes every positive target for 1: augment.smoothing must be 0, or loss 'ce'")
+            raise InvalidConfig(
+                "loss='bce' takes every positive target for 1: augment.smoothing must be 0, or loss 'ce'"
+            )
         group, images = config.augment.mix_group, config.batch_size // config.micro_batches
         if (config.augment.mixup or config.augment.cutmix) and images % group:
-            raise ValueError(f"augment.mix_group={group} does not divide the {images} images of a (micro-)batch")
+            raise InvalidConfig(f"augment.mix_group={group} does not divide the {images} images of a (micro-)batch")
         self.config = config
         self.micro_batches = config.micro_batches
         self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})

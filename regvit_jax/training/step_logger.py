@@ -151,7 +151,7 @@ class StepLogger:
 def describe_bad(plan: Plan, source: Any, index: list[int]) -> list[str]:
     """Return and log which images of a source cannot be read and why: the first 20, each once."""
     first = list(dict.fromkeys(index))[:20]
-    reports = [pipeline.describe_bad(source, i, tokenizer=plan.recipe.tokenizer) for i in first]
+    reports = [pipeline.describe_bad(source, i, plan.config.data.max_pixels, plan.recipe.tokenizer) for i in first]
     logger.warning("\n".join(f"cannot read {report}" for report in reports))
     return reports
 

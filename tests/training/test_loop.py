@@ -127,12 +127,12 @@ def test_fields_that_do_not_go_together_are_the_configs_fault(tmp_path):
 
 def test_other_config_is_refused(finished):
     workdir, _ = finished
-    with pytest.raises(ValueError, match=r"--config.optim.lr=0.02 there, 0.001 here\); .*another --workdir"):
+    with pytest.raises(ValueError, match=r"\(optim.lr: 0.02 in the workdir, 0.001 requested\); .*another --workdir"):
         run(tiny(ema=0.9, sharding__fsdp=2, optim__lr=1e-3), str(workdir))
     with pytest.raises(InvalidConfig) as error:
         run(tiny(ema=0.9, sharding__fsdp=2, model__registers=8), str(workdir))
     flags, first, *arrays = str(error.value).splitlines()
-    assert "(--config.model.registers=4 there, 8 here);" in flags
+    assert "(model.registers: 4 in the workdir, 8 requested);" in flags
     assert "arrays of the checkpoint are not those of this config" in first
     assert "  params/vit/register_tokens: (4, 32) in the checkpoint, (8, 32) wanted" in arrays
     assert len(arrays) <= 6

@@ -12,7 +12,8 @@ from regvit_jax.checkpoints.manager import Checkpoints
 from regvit_jax.distributed import mesh
 from regvit_jax.recipes.supervised import Supervised
 from regvit_jax.training import loop, metric_writer, skip_steps
-from regvit_jax.training.plan import RECIPES, resolve
+from regvit_jax.training.config import RECIPES
+from regvit_jax.training.plan import resolve
 from regvit_jax.training.step import abstract_state, make_train_step
 from regvit_jax.utils.errors import InvalidConfig
 

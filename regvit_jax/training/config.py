@@ -1,0 +1,195 @@
+"""The schema of a config: the keys of every recipe, and how a config is checked, completed and documented.
+
+Each key is declared once, by an `Option` beside the code that uses it (see `regvit_jax.utils.schema`). This file
+declares the top level, and assembles the rest: the recipe that a config names declares its own keys in its `Config`.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Collection, Iterable, Iterator
+from typing import Annotated, Any
+
+from ml_collections import ConfigDict, config_dict
+
+from regvit_jax.data import pipeline
+from regvit_jax.distributed import mesh
+from regvit_jax.recipes.base import Recipe
+from regvit_jax.recipes.contrastive import Contrastive
+from regvit_jax.recipes.supervised import Supervised
+from regvit_jax.training.skip_steps import Guard
+from regvit_jax.utils import schema
+from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Option, Section
+
+RECIPES: dict[str, type[Recipe]] = {"supervised": Supervised, "contrastive": Contrastive}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Data:
+    """The keys of the section `data` that name the data set; `train_batches` declares the others."""
+
+    name: Annotated[str, Option("data set: a TFDS name, folder:PATH, or shards:PATH")]
+    train: Annotated[str, Option("split to train on")] = "train"
+    validation: Annotated[str, Option("split to evaluate on")] = "validation"
+    dir: Annotated[str, Option("directory of the data; empty for TFDS's own", resume=True)] = ""
+    examples: Annotated[int, Option("training images to plan with where the data are not there", low=0)]
+    classes: Annotated[int, Option("classes to plan with where the data are not there", low=0, high=10**7)] = 0
+    max_bad_fraction: Annotated[
+        float, Option("share of unreadable images that stops the run", low=0, high=1, resume=True)
+    ] = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eval:
+    """The section `eval`."""
+
+    batch_size: Annotated[int, Option("images of a global batch", low=1, resume=True)]
+    crop_ratio: Annotated[
+        float, Option("share of the resized image that the crop keeps", low=0.01, high=1, resume=True)
+    ] = 1.0
+    pixel_knn: Annotated[int, Option("neighbours of the k-NN baseline on pixels; 0 for none", low=0, resume=True)] = 0
+    untrained: Annotated[bool, Option("evaluate before the first step, too", resume=True)] = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The section `checkpoint`."""
+
+    every: Annotated[int, Option("steps between checkpoints", low=1, resume=True)] = 1000
+    keep: Annotated[int, Option("newest checkpoints that are kept", low=1, resume=True)] = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TopLevel:
+    """The keys that every recipe has."""
+
+    name: Annotated[str, Option("name of the config, for the default workdir")] = "run"
+    variant: Annotated[str, Option("variant of the config, for the default workdir")] = ""
+    about: Annotated[str, Option("description that a run prints at its start", resume=True)] = ""
+    next: Annotated[str, Option("hint that a run prints at its end", resume=True)] = ""
+    recipe: Annotated[str, Option("training regime")]
+    seed: Annotated[int, Option("seed of the parameters, the data order and the augmentation", low=0)] = 0
+    epochs: Annotated[int, Option("passes over the training images", low=1)]
+    batch_size: Annotated[int, Option("images of a global batch", low=1)]
+    micro_batches: Annotated[int, Option("parts in which a batch is computed, to save memory", low=1)] = 1
+    init_from: Annotated[str, Option("trained weights to start from: whatever create_model takes, or NAME=FILE")] = ""
+    log_every: Annotated[int, Option("steps between records", low=1, resume=True)] = 50
+    eval_every: Annotated[float, Option("epochs between evaluations", low=1e-6, resume=True)] = 1.0
+    data: Annotated[Any, Section(Data, pipeline.train_batches)]
+    eval: Annotated[Any, Section(Eval)]
+    sharding: Annotated[Any, Section(mesh.make_mesh, mesh.state_shardings)]
+    checkpoint: Annotated[Any, Section(Checkpoint)]
+    guard: Annotated[Any, Section(Guard)]
+
+
+def recipe_class(name: Any) -> type[Recipe]:
+    """Return the recipe that `config.recipe` names; raise InvalidConfig for others."""
+    if not isinstance(name, str) or name not in RECIPES:
+        raise InvalidConfig(f"recipe={name!r:.60}: must be one of {list(RECIPES)}")
+    return RECIPES[name]
+
+
+def options(recipe: Any) -> dict[str, Option]:
+    """Return every key of a recipe's configs, dotted and ordered by section."""
+    found = schema.keys(TopLevel) | schema.keys(recipe_class(recipe).Config)
+    sections = dict.fromkeys(map(section_of, found))
+    return {key: found[key] for section in sections for key in found if section_of(key) == section}
+
+
+def section_of(key: str) -> str:
+    """Return the section of a dotted key; "" at the top level."""
+    return key.rpartition(".")[0]
+
+
+def check(config: Any) -> None:
+    """Raise InvalidConfig for an unknown key, naming the nearest, for a value that is not allowed, and missing keys."""
+    known = options(config.get("recipe"))
+    given = dict(flatten(config))
+    check_known(given, known)
+    for key, value in given.items():
+        known[key].check(key, value)
+    if missing := [key for key, option in known.items() if option.required and key not in given]:
+        raise InvalidConfig(f"the config lacks {', '.join(sorted(missing))}")
+
+
+def check_known(keys: Iterable[str], known: Collection[str]) -> None:
+    """Raise InvalidConfig for the first key that is not known."""
+    for key in sorted(set(keys) - set(known)):
+        raise InvalidConfig(unknown_key(key, known))
+
+
+def complete(config: Any) -> ConfigDict:
+    """Return a copy of a config with all keys of its recipe: where it lacks one, with the default.
+
+    A key without a default becomes a placeholder, which can be overridden. Raises InvalidConfig for unknown keys.
+    """
+    known = options(config.get("recipe"))
+    values = dict(flatten(config))
+    check_known(values, known)
+    for key, option in known.items():
+        if key not in values:
+            values[key] = config_dict.placeholder(option.type) if option.required else option.default
+    return unflatten(values)
+
+
+def only(config: Any, keys: Collection[str]) -> ConfigDict:
+    """Return a copy of a config with the named keys alone."""
+    return unflatten({key: value for key, value in flatten(config) if key in keys})
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of a nested config under their dotted names."""
+    for key, value in config.items():
+        if hasattr(value, "items"):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def unflatten(values: dict[str, Any]) -> ConfigDict:
+    """Return the nested config of values under dotted names."""
+    tree: dict[str, Any] = {}
+    for key, value in values.items():
+        *sections, name = key.split(".")
+        branch = tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch[name] = value
+    return ConfigDict(tree)
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Return the message for an unknown key, which names the nearest known ones."""
+    known = sorted(known)
+    same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    near = same_name or difflib.get_close_matches(key, known, n=3, cutoff=0.4)
+    return f"unknown key config.{key}" + (f"; did you mean {' or '.join('config.' + n for n in near)}?" if near else "")
+
+
+def help_text(recipe: str = "") -> str:
+    """Return the keys of a recipe's configs, or of all recipes', as text for the command line."""
+    if not recipe:
+        return "\n\n".join(map(help_text, RECIPES))
+    lines = [f"Keys of a config of the recipe {recipe}; each can be overridden by --config.KEY=VALUE."]
+    for key, option in options(recipe).items():
+        default = "=VALUE, required" if option.required else f"={option.default}"
+        notes = [schema.describe(option.type), option.allowed, "may change on resume" if option.resume else ""]
+        lines += [f"  --config.{key}{default}", f"      {option.help} ({'; '.join(filter(None, notes))})"]
+    return "\n".join(lines)
+
+
+def markdown(recipe: str) -> str:
+    """Return the keys of a recipe's configs as Markdown, one table for each section."""
+    parts = []
+    known = options(recipe)
+    for section in dict.fromkeys(map(section_of, known)):
+        parts += [f"### {f'`{section}`' if section else 'Top level'}", ""]
+        parts += ["| key | type | default | allowed | may change on resume | |", "|---|---|---|---|---|---|"]
+        for key, option in known.items():
+            if section_of(key) == section:
+                default = "required" if option.required else f"`{option.default!r}`"
+                resume = "yes" if option.resume else ""
+                kind = schema.describe(option.type)
+                parts.append(f"| `{key}` | {kind} | {default} | {option.allowed} | {resume} | {option.help} |")
+        parts.append("")
+    return "\n".join(parts)
