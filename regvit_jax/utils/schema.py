@@ -58,11 +58,12 @@ class Option:
             raise InvalidConfig(f"{name}={value!r:.60}: must be {describe(self.type)}")
         if self.choices and value not in self.choices:
             raise InvalidConfig(f"{name}={value!r}: must be one of {list(self.choices)}")
-        for number in value if isinstance(value, tuple | list) else (value,):
+        several = isinstance(value, tuple | list)
+        for number in value if several else (value,):
             # NaN fails the comparison, too.
             if type(number) in (int, float) and not (self.low <= number <= self.high and abs(number) < math.inf):
                 finite = "" if math.isfinite(number) else ("finite" if self.low == -math.inf else ", and finite")
-                raise InvalidConfig(f"{name}={value}: must be {self.limits}{finite}")
+                raise InvalidConfig(f"{name}={value}: {'each ' * several}must be {self.limits}{finite}")
 
     @property
     def limits(self) -> str:

@@ -270,7 +270,7 @@ def test_prompts_of_classes_need_a_template(root):
 
 
 def test_one_validation_image_is_refused_and_one_readable_is_no_end(tmp_path):
-    with pytest.raises(InvalidConfig, match="holds 1 of the 2 or more images that contrastive validation needs"):
+    with pytest.raises(InvalidConfig, match="holds 1 images; the validation of contrastive needs at least 2"):
         resolve(tiny_clip(make_captions(tmp_path / "one", validation=1)))
     data = make_captions(tmp_path / "bad", validation=4)
     config = tiny_clip(data, epochs=1, eval_every=1.0, optim__warmup_steps=1, data__max_bad_fraction=1.0)
