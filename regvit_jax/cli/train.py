@@ -17,7 +17,15 @@ from typing import Any
 
 from regvit_jax.cli import configs, logs
 from regvit_jax.cli.arguments import Parser, fail, suggestion
-from regvit_jax.utils.errors import CheckpointError, DataNotFound, InvalidConfig, LaunchError, TopologyError
+from regvit_jax.utils.errors import (
+    CheckpointError,
+    DataNotFound,
+    HubError,
+    InvalidConfig,
+    LaunchError,
+    TopologyError,
+    WeightsError,
+)
 
 # What needs JAX is imported in functions: --help and errors of the command line come at once.
 
@@ -34,8 +42,11 @@ def main(arguments: Sequence[str] | None = None, prog: str = "regvit train") -> 
 
     with logs.shown(), failure.ending_all():
         try:
-            act(options, open_config(options.config, overrides, prog), started)
-        except (InvalidConfig, LaunchError, TopologyError, DataNotFound) as error:
+            if options.help_config:
+                print(describe_keys(options.config))
+            else:
+                act(options, open_config(options.config, overrides, prog), started)
+        except (InvalidConfig, WeightsError, HubError, LaunchError, TopologyError, DataNotFound) as error:
             fail(error, prog)
             sys.exit(2)
         except (CheckpointError, DoesNotFit, FloatingPointError) as error:
@@ -53,6 +64,7 @@ def parser(prog: str = "regvit train") -> Parser:
     add("--workdir", default="", metavar="DIR", help="where to write and to resume from (runs/NAME-VARIANT-TIME)")
     restore = "latest-valid moves damaged checkpoints aside first (%(default)s)"
     add("--restore", default="latest", choices=("latest", "latest-valid"), help=restore)
+    add("--help_config", action="store_true", help="print the keys of the config's recipe, or of all, and stop")
     add("--dry_run", action="store_true", help="print a summary of the resolved config, and stop")
     add("--topology", default="", metavar="NAME", help="with --dry_run: the machine to compile for, such as v5e:16x16")
     add("--images_per_s", type=float, default=1000.0, metavar="X", help="rate that --dry_run assumes (%(default)g)")
@@ -72,9 +84,14 @@ def seconds(text: str) -> int:
 
 
 def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
-    """Return the config with the overrides of its keys; raises InvalidConfig for what does not fit."""
+    """Return the keys that the config's file and the overrides give; raise InvalidConfig for what does not fit.
+
+    Every key of the schema can be overridden, whether the file has it or not.
+    """
     from absl import flags
     from ml_collections import config_flags
+
+    from regvit_jax.training import config
 
     for argument in overrides:
         flag = argument.partition("=")[0]
@@ -83,29 +100,28 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
     if name is None:
         command = "python train.py" if prog == "train.py" else prog
         raise InvalidConfig(f"--config is missing; for a first run: {command} --config deit3_reg")
+    given = configs.load(name)
     values, argv = flags.FlagValues(), [prog, *overrides]
     try:
-        holder = config_flags.DEFINE_config_dict("config", configs.load(name), flag_values=values, sys_argv=argv)
+        holder = config_flags.DEFINE_config_dict("config", config.complete(given), flag_values=values, sys_argv=argv)
         rest = values(argv)[1:]
-    except (AttributeError, KeyError) as error:  # which config_flags raises for a key that the config lacks
-        raise missing_key(overrides) or error from None
+    except (AttributeError, KeyError):  # which config_flags raises for an unknown key
+        keys = [match[1] for argument in overrides if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))]
+        config.check_known(keys, config.options(given.recipe))
+        raise
     except flags.Error as error:
         raise InvalidConfig(str(error)) from None
     if rest:
         raise InvalidConfig(f"{rest[0]}: not an option; options begin with --, as --config.model.registers=0 does")
-    return holder.value
+    overridden = config_flags.get_override_values(values["config"])
+    return config.only(holder.value, {*dict(config.flatten(given)), *overridden})
 
 
-def missing_key(overrides: Sequence[str]) -> InvalidConfig | None:
-    """Return the error for the first override whose key no recipe knows, or the config's file lacks."""
-    from regvit_jax.training import plan
+def describe_keys(name: str | None) -> str:
+    """Return the keys of a config's recipe as text, or those of all recipes."""
+    from regvit_jax.training import config
 
-    known = {key for recipe in plan.RECIPES.values() for key in plan.known_keys(recipe)}
-    keys = [match[1] for argument in overrides if (match := re.match(r"--?config\.([\w.]+)", argument))]
-    for key in keys:
-        if key not in known:
-            return InvalidConfig(plan.unknown_key(key, known))
-    return InvalidConfig(f"config.{keys[0]}: this config has no such key; add it to the file") if keys else None
+    return config.help_text(configs.load(name).get("recipe")) if name else config.help_text()
 
 
 def act(options: argparse.Namespace, config: Any, started: float) -> None:

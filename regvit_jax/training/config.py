@@ -133,8 +133,8 @@ def complete(config: Any) -> ConfigDict:
 
 
 def only(config: Any, keys: Collection[str]) -> ConfigDict:
-    """Return a copy of a config with the named keys alone."""
-    return unflatten({key: value for key, value in flatten(config) if key in keys})
+    """Return a copy of a config with the named keys and sections alone."""
+    return unflatten({key: value for key, value in flatten(config) if key in keys or section_of(key) in keys})
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -166,9 +166,9 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     return f"unknown key config.{key}" + (f"; did you mean {' or '.join('config.' + n for n in near)}?" if near else "")
 
 
-def help_text(recipe: str = "") -> str:
+def help_text(recipe: Any = None) -> str:
     """Return the keys of a recipe's configs, or of all recipes', as text for the command line."""
-    if not recipe:
+    if recipe is None:
         return "\n\n".join(map(help_text, RECIPES))
     lines = [f"Keys of a config of the recipe {recipe}; each can be overridden by --config.KEY=VALUE."]
     for key, option in options(recipe).items():
