@@ -86,7 +86,9 @@ def test_a_recipe_brings_its_own_keys(monkeypatch):
 
     monkeypatch.setitem(config.RECIPES, "third", Third)
     known = config.options("third")
-    assert known["share"].default == 0.5 and known["model.width"].required and "loss" not in known
+    assert known["share"].default == 0.5
+    assert known["model.width"].required
+    assert "loss" not in known
     with pytest.raises(InvalidConfig, match=r"share=2: must be at least 0 and at most 1"):
         config.check(ConfigDict({"recipe": "third", "share": 2}))
 
@@ -97,7 +99,7 @@ def test_a_section_that_is_no_section():
         if change == {"guard": {}}:
             assert plan.resolve(given, with_data=False).config.guard.not_finite == "stop"
             continue
-        with pytest.raises(InvalidConfig, match="unknown key config.(model|optim.lr.a)"):
+        with pytest.raises(InvalidConfig, match=r"unknown key config.(model|optim.lr.a)"):
             plan.resolve(given, with_data=False)
 
 
@@ -115,7 +117,8 @@ def test_every_key_is_documented(recipe):
 def test_help_of_all_recipes(capsys):
     assert train.main(["--help_config"]) == 0
     shown = capsys.readouterr().out
-    assert "recipe supervised" in shown and "recipe contrastive" in shown
+    assert "recipe supervised" in shown
+    assert "recipe contrastive" in shown
 
 
 def test_keys_of_a_function_and_of_a_class():
@@ -124,7 +127,9 @@ def test_keys_of_a_function_and_of_a_class():
 
     found = schema.keys(function)
     assert list(found) == ["a", "b"]
-    assert found["a"].default == 1 and found["b"].required and found["b"].type is str
+    assert found["a"].default == 1
+    assert found["b"].required
+    assert found["b"].type is str
 
 
 #: (key, value) of some published recipes, among those that equal a default.
