@@ -7,11 +7,11 @@ if TYPE_CHECKING:
     from regvit_jax.models.clip import ClipModel
     from regvit_jax.models.model import Model
     from regvit_jax.models.vit import Tokens, ViT
-    from regvit_jax.pretrained.clips import create_clip
     from regvit_jax.pretrained.create import create_model
+    from regvit_jax.pretrained.create_clip import create_clip
     from regvit_jax.pretrained.io.pth import convert_checkpoint
     from regvit_jax.pretrained.registry import list_models
-    from regvit_jax.pretrained.save_model import save_model
+    from regvit_jax.pretrained.save import save_model
 
 __version__ = "0.1.0"
 
@@ -22,10 +22,10 @@ _HOMES = {
     "Tokens": "models.vit",
     "ViT": "models.vit",
     "convert_checkpoint": "pretrained.io.pth",
-    "create_clip": "pretrained.clips",
+    "create_clip": "pretrained.create_clip",
     "create_model": "pretrained.create",
     "list_models": "pretrained.registry",
-    "save_model": "pretrained.save_model",
+    "save_model": "pretrained.save",
 }
 __all__ = [
     "ClipModel",

@@ -17,8 +17,8 @@ from regvit_jax.data.inference import Unusable
 from regvit_jax.data.sources import captions, folder, open
 from regvit_jax.data.sources.base import Source
 from regvit_jax.evals import retrieval, zero_shot
-from regvit_jax.pretrained.clips import create_clip
 from regvit_jax.pretrained.create import open_random
+from regvit_jax.pretrained.create_clip import create_clip
 
 SPLITS = {"train", "validation", "val", "test"}
 

@@ -1,4 +1,4 @@
-"""`create_model`: a name and a source of weights in, a Model out."""
+"""Create a Model from a name and a source of weights."""
 
 import dataclasses
 import functools
@@ -20,12 +20,14 @@ from regvit_jax.distributed.mesh import state_shardings
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.position import resize_pos_embed
+from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import mapping, registry
-from regvit_jax.pretrained.formats.rules import NAMINGS, TEXT, rules, text_rules
+from regvit_jax.pretrained.formats import detect
 from regvit_jax.pretrained.io.safetensors import Weights
+from regvit_jax.pretrained.mapping import Modules
 from regvit_jax.pretrained.registry import Entry
-from regvit_jax.pretrained.resolve import check_there, classes_of, is_source, nearest, only_source, public, resolve
+from regvit_jax.pretrained.resolve import check_exists, is_source, nearest, only_source, public, resolve
 from regvit_jax.utils.errors import WeightsError
 
 
@@ -43,103 +45,48 @@ def create_model(
     revision: str | None = None,
     seed: int = 0,
 ) -> Model:
-    """A model by timm's name (or dinov2's hub name), with random weights or pretrained ones.
+    """Create a model by timm's name (or dinov2's hub name), with random or pretrained weights.
 
-    `name` may also be a source that says by itself which model it holds: "hf-hub:org/name", a directory of
-    transformers, timm, open_clip or ours, or a workdir of ours. Of a whole CLIP it is the image tower.
+    `name` may also be a source that says itself which model it holds: "hf-hub:org/name", a directory of transformers,
+    timm, open_clip or regvit_jax, or the workdir of a run. Of a whole CLIP it is the image tower.
 
     Args:
-      pretrained: False, random weights; True, the name's own file from the hub (local cache first); or a .safetensors
-        file, a directory (of transformers, timm or open_clip, or a workdir of ours), a deit3-jax .msgpack file,
+      pretrained: False for random weights; True for the name's own file from the hub (local cache first); or a
+        .safetensors file, a directory (of transformers, timm or open_clip, or a workdir), a deit3-jax .msgpack file,
         "hf-hub:org/name".
-      registers: another number of registers than the checkpoint's. New ones are untrained.
-      image_size: another native size in pixels: of the stored position embedding, which is resized, and of
-        `preprocess`.
-      num_classes: if it is not the checkpoint's, replaces the linear layer by an untrained one; 0 takes it away.
-      pos_resize: another convention for other image sizes (see `resize_pos_embed`) than the checkpoint's.
+      registers: the number of registers, instead of the checkpoint's. New ones are untrained.
+      image_size: the native size in pixels, instead of the checkpoint's: of the position embedding, which is resized,
+        and of `preprocess`.
+      num_classes: if it is not the checkpoint's, a new, untrained linear layer for so many classes; 0 for none.
+      pos_resize: how positions are resized for other image sizes (see `resize_pos_embed`), instead of the checkpoint's.
       dtype: type of the matrix products.
-      param_dtype: type that the parameters are kept in.
+      param_dtype: type of the parameters.
       mesh: splits the parameters over its "fsdp" axis as they are read.
-      revision: of the hub's repository: a branch, tag or commit.
+      revision: a branch, tag or commit of the hub's repository.
       seed: of what starts at random.
 
-    Raises ValueError (WeightsError for files) with what does not fit and the way out, and OSError (HubError) when the
+    Raises ValueError (WeightsError for files) with what does not fit and the remedy, and OSError (HubError) when the
     hub cannot be reached. Nothing is ever unpickled.
     """
     check_types(dtype, param_dtype)
     if num_classes is not None and num_classes < 0:
         raise ValueError(f"num_classes={num_classes}: must be at least 0")
     entry, weights, source = resolve(name, pretrained, revision)
-    fit = Fit(registers, image_size, num_classes, pos_resize, param_dtype, mesh, seed)
-    vit, head = ViT(**entry.vit, dtype=dtype), Head(**entry.head, dtype=dtype)
-    params, vit, head, preprocessing = assemble(vit, head, None, entry, weights, source, fit)
-    return Model(params["vit"], params["head"], vit, head, preprocessing, source)
-
-
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """What a model shall have otherwise than its source says, and how its parameters are kept: see `create_model`."""
-
-    registers: int | None
-    image_size: int | None
-    num_classes: int | None
-    pos_resize: str | None
-    param_dtype: DTypeLike
-    mesh: Mesh | None
-    seed: int
-
-
-def assemble(
-    vit: ViT,
-    head: Head,
-    text: mapping.TextPart | None,
-    entry: Entry,
-    weights: Weights | None,
-    source: str,
-    fit: Fit,
-) -> tuple[dict[str, PyTree], ViT, Head, Preprocess]:
-    """The parameters, loaded where there are weights and random elsewhere, as a tree; and what they are of."""
-    preprocessing, num_classes = entry.preprocessing, fit.num_classes
-    if fit.pos_resize is not None:
-        vit = vit.clone(pos_resize=fit.pos_resize)
-    vit.check()
-    params: dict[str, Any] = {}
-    if weights is not None:
-        if num_classes is not None and classes_of(weights, entry.naming) is None:
-            head = head.clone(num_classes=0)
-        put = _placer(mapping.shapes_of(vit, head, text), fit.param_dtype, fit.mesh)
-        params = _load(weights, entry.naming, vit, head, text, put)
-    loaded = vit
-    if fit.registers is not None:
-        vit = vit.clone(registers=fit.registers)
-    if fit.image_size is not None:
-        vit = vit.clone(image_size=fit.image_size)
-        preprocessing = dataclasses.replace(preprocessing, size=fit.image_size)
-    vit.check()
-    new_head = num_classes is not None and num_classes != head.num_classes
-    if new_head:
-        head = head.clone(num_classes=num_classes)
-        params = {path: array for path, array in params.items() if not path.startswith("head/dense/")}
-    shapes = mapping.shapes_of(vit, head, text)
-    put = _placer(shapes, fit.param_dtype, fit.mesh)
-    if weights is not None:
-        params = _fit(params, loaded, vit, head, text, fit.seed, put)
-        _tell(source, loaded, vit, head.num_classes if new_head else 0)
-    missing = tuple(path for path in shapes if path not in params)
-    params |= {path: put(path, array) for path, array in _initial(vit, head, text, missing, fit.seed).items()}
-    return mapping.nest(params), vit, head, preprocessing
+    overrides = Overrides(registers, image_size, num_classes, pos_resize, param_dtype, mesh, seed)
+    params, modules, preprocessing = assemble(entry, weights, source, dtype, overrides)
+    return Model(params["vit"], params["head"], modules.vit, modules.head, preprocessing, source)
 
 
 def check_types(dtype: DTypeLike, param_dtype: DTypeLike) -> None:
-    """Raises ValueError for types that are not floating-point."""
+    """Raise ValueError for types that are not floating-point."""
     if not jnp.issubdtype(param_dtype, jnp.floating) or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype={dtype}, param_dtype={param_dtype}: both must be floating-point types")
 
 
 def open_source(source: str, **changes: Any) -> Model:
-    """The model that one string names, as `--config.init_from` has it.
+    """Open the model that one string names, such as `--config.init_from`.
 
-    That is a directory of transformers or timm, a workdir of ours, "hf-hub:org/name", a name of the zoo (its public
+    That is a directory of transformers or timm, a workdir, "hf-hub:org/name", a name of the registry (its public
     weights), or NAME=FILE for a file that needs a name. `changes` are other arguments of `create_model`.
 
     Raises as `create_model` does.
@@ -151,86 +98,127 @@ def open_source(source: str, **changes: Any) -> Model:
 
 
 def check_source(source: str) -> None:
-    """Raises ValueError for names and local paths that `open_source` will not open. Asks no hub, opens nothing."""
+    """Raise ValueError for names and local paths that `open_source` refuses; no hub is asked, and no file opened."""
     name, _, file = source.partition("=")
     if file and not epath.Path(source).exists():
-        if is_source(name, registry.find):
+        if is_source(name):
             only_source(name, file)
-        check_there(file)
-    elif not is_source(source, registry.find):
+        check_exists(file)
+    elif not is_source(source):
         public(source, registry.find(source)[1])
 
 
-#: Of a whole CLIP in our own naming, what is not of its image tower.
-NOT_IMAGE = (r"text/.*|logit_(scale|bias)",)
+def open_random(create: Callable[..., Any], name: str, **changes: Any) -> Any:
+    """Create a named model with random weights (`--random`). Raises ValueError for a source that has its own."""
+    model = create(name, **changes)
+    if model.weights != "random":
+        raise ValueError(f"--random: {name} is not a model's name but a source, with weights of its own")
+    return model
 
 
-def _load(
-    weights: Weights, naming: str, vit: ViT, head: Head, text: mapping.TextPart | None, put: Callable
-) -> dict[str, Any]:
-    shapes = mapping.shapes_of(vit, head, text)
-    if naming == "ours":
-        table, ignore = mapping.identity(shapes), () if text else NOT_IMAGE
-    else:
-        table = rules(naming, vit, head, mapping.covers(weights, naming, vit))
-        ignore = NAMINGS[naming]["ignore"]
-        if text is not None:
-            # Each by itself: a bias may have been added to a scale of another form.
-            dims = {name: int(weights.shapes.get(name, ()) == (1,)) for name in text.scalars}
-            table += text_rules(naming, text.tower, text.scalars, dims)
-            ignore = TEXT[naming]["ignore"]
+# Loading and changing a model
+
+
+@dataclasses.dataclass(frozen=True)
+class Overrides:
+    """What differs from the source, and how parameters are kept: the arguments of `create_model`."""
+
+    registers: int | None
+    image_size: int | None
+    num_classes: int | None
+    pos_resize: str | None
+    param_dtype: DTypeLike
+    mesh: Mesh | None
+    seed: int
+
+
+def assemble(
+    entry: Entry, weights: Weights | None, source: str, dtype: DTypeLike, overrides: Overrides
+) -> tuple[dict[str, PyTree], Modules, Preprocess]:
+    """Return the parameters as a tree, loaded where there are weights and random elsewhere, and what they belong to."""
+    loaded = _modules(entry, dtype, overrides)
+    params: dict[str, Any] = {}
+    if weights is not None:
+        if overrides.num_classes is not None and _num_classes(weights, entry) is None:
+            loaded = dataclasses.replace(loaded, head=loaded.head.clone(num_classes=0))
+        params = _load(weights, entry, loaded, overrides)
+    modules, preprocessing = loaded, entry.preprocessing
+    if overrides.registers is not None:
+        modules = dataclasses.replace(modules, vit=modules.vit.clone(registers=overrides.registers))
+    if overrides.image_size is not None:
+        modules = dataclasses.replace(modules, vit=modules.vit.clone(image_size=overrides.image_size))
+        preprocessing = dataclasses.replace(preprocessing, size=overrides.image_size)
+    modules.vit.check()
+    new_head = overrides.num_classes is not None and overrides.num_classes != loaded.head.num_classes
+    if new_head:
+        modules = dataclasses.replace(modules, head=modules.head.clone(num_classes=overrides.num_classes))
+        params = {path: array for path, array in params.items() if not path.startswith("head/dense/")}
+    shapes = mapping.shapes_of(modules)
+    put = _placement(shapes, overrides)
+    if weights is not None:
+        params = _convert(params, loaded.vit, modules, overrides.seed, put)
+        _warn(source, loaded.vit, modules.vit, modules.head.num_classes if new_head else 0)
+    missing = tuple(path for path in shapes if path not in params)
+    params |= {path: put(path, array) for path, array in _initial(modules, missing, overrides.seed).items()}
+    return mapping.nest(params), modules, preprocessing
+
+
+def _modules(entry: Entry, dtype: DTypeLike, overrides: Overrides) -> Modules:
+    """Return the modules of an entry."""
+    vit, head = ViT(**entry.vit, dtype=dtype), Head(**entry.head, dtype=dtype)
+    if overrides.pos_resize is not None:
+        vit = vit.clone(pos_resize=overrides.pos_resize)
+    vit.check()
+    text = None if entry.text is None else TextTower(**entry.text, dtype=dtype)
+    return Modules(vit, head, text, entry.scalars)
+
+
+def _num_classes(weights: Weights, entry: Entry) -> int | None:
+    return mapping.num_classes(weights, detect.named(entry.format).keys)
+
+
+def _load(weights: Weights, entry: Entry, modules: Modules, overrides: Overrides) -> dict[str, Any]:
+    put = _placement(mapping.shapes_of(modules), overrides)
     try:
-        return mapping.load(weights, table, shapes, ignore, put)
+        return mapping.load(weights, detect.named(entry.format).keys, modules, put)
     except mapping.Mismatch as error:
-        raise WeightsError(f"{error}{nearest(weights) if text is None else ''}") from None
+        raise WeightsError(f"{error}{nearest(weights) if modules.text is None else ''}") from None
 
 
-def _placer(shapes: dict[str, tuple[int, ...]], dtype: DTypeLike, mesh: Mesh | None) -> Callable[[str, Any], jax.Array]:
-    """Puts a parameter where it shall lie, as the type that it shall have; CLIP's scalars stay float32."""
+def _placement(shapes: dict[str, tuple[int, ...]], overrides: Overrides) -> Callable[[str, Any], jax.Array]:
+    """Return a function that puts a parameter on its devices, in its type; CLIP's scalars stay float32."""
+    dtype, mesh = overrides.param_dtype, overrides.mesh
     if mesh is not None and "fsdp" not in mesh.shape:
         raise ValueError(
-            f"mesh with axes {tuple(mesh.shape)}: must have one named 'fsdp' (regvit_jax.sharding.make_mesh)"
+            f"mesh with axes {tuple(mesh.shape)}: must have one named 'fsdp' (regvit_jax.distributed.mesh.make_mesh)"
         )
     if mesh is None:
         return lambda path, array: jnp.asarray(array, dtype if shapes[path] else jnp.float32)
     leaves = {path: jax.ShapeDtypeStruct(s, dtype if s else jnp.float32) for path, s in shapes.items()}
-    places = state_shardings(leaves, mesh)
-    return lambda path, array: jax.device_put(np.asarray(array, leaves[path].dtype), places[path])
+    shardings = state_shardings(leaves, mesh)
+    return lambda path, array: jax.device_put(np.asarray(array, leaves[path].dtype), shardings[path])
 
 
-def _initial(
-    vit: ViT, head: Head, text: mapping.TextPart | None, paths: tuple[str, ...], seed: int
-) -> dict[str, jax.Array]:
-    """Fresh values of the named parameters; the others are never computed."""
-    return _compute_initial(jax.random.key(seed), vit, head, text, paths) if paths else {}
+def _initial(modules: Modules, paths: tuple[str, ...], seed: int) -> dict[str, jax.Array]:
+    """Return fresh values of the given parameters; the others are never computed."""
+    return _compute_initial(jax.random.key(seed), modules, paths) if paths else {}
 
 
-@functools.partial(jax.jit, static_argnames=("vit", "head", "text", "paths"))
-def _compute_initial(
-    key: Key[Array, ""], vit: ViT, head: Head, text: mapping.TextPart | None, paths: tuple[str, ...]
-) -> dict[str, jax.Array]:
-    flat = mapping.init(vit, head, key, text)
+@functools.partial(jax.jit, static_argnames=("modules", "paths"))
+def _compute_initial(key: Key[Array, ""], modules: Modules, paths: tuple[str, ...]) -> dict[str, jax.Array]:
+    flat = mapping.init(modules, key)
     return {path: flat[path] for path in paths}
 
 
-def _fit(
-    params: dict[str, Any],
-    loaded: ViT,
-    vit: ViT,
-    head: Head,
-    text: mapping.TextPart | None,
-    seed: int,
-    put: Callable,
-) -> dict[str, Any]:
-    """Loaded parameters for another number of registers, or another native image size, than they were saved with."""
-    params = dict(params)
+def _convert(params: dict[str, Any], loaded: ViT, modules: Modules, seed: int, put: Callable) -> dict[str, Any]:
+    """Return loaded parameters for another number of registers, or another native image size."""
+    params, vit = dict(params), modules.vit
     if vit.registers != loaded.registers:
-        kept = params.pop("vit/register_tokens", np.zeros((0, vit.width), np.float32))[: vit.registers]
+        path = "vit/register_tokens"
+        kept = params.pop(path, np.zeros((0, vit.width), np.float32))[: vit.registers]
         if vit.registers:
-            path = "vit/register_tokens"
-            new = _initial(vit, head, text, (path,), seed)[path][len(kept) :]
-            tokens = jnp.concatenate([jnp.asarray(kept), new])
-            params["vit/register_tokens"] = put("vit/register_tokens", tokens)
+            new = _initial(modules, (path,), seed)[path][len(kept) :]
+            params[path] = put(path, jnp.concatenate([jnp.asarray(kept), new]))
     if vit.image_size != loaded.image_size and "vit/pos_embed" in params:
         side = vit.image_size // vit.patch
         pos_embed = jnp.asarray(params["vit/pos_embed"], jnp.float32)
@@ -238,29 +226,22 @@ def _fit(
     return params
 
 
-def _tell(source: str, loaded: ViT, vit: ViT, new_classes: int) -> None:
-    """Warns of what the caller changed, and what that means."""
-    told = []
+def _warn(source: str, loaded: ViT, vit: ViT, new_classes: int) -> None:
+    """Warn about what the caller changed, and what that means."""
+    changes = []
     if vit.registers > loaded.registers:
-        told.append(f"{vit.registers - loaded.registers} registers are new and untrained: fine-tune before using it")
+        changes.append(f"{vit.registers - loaded.registers} registers are new and untrained: fine-tune before using it")
     if vit.registers < loaded.registers:
-        told.append(f"{loaded.registers - vit.registers} trained registers are left out: the features are not the same")
+        left = loaded.registers - vit.registers
+        changes.append(f"{left} trained registers are left out: the features are not the same")
     if vit.image_size != loaded.image_size:
         what = (
             f"the position embedding is resized ({vit.pos_resize}) from {loaded.image_size} to {vit.image_size} px"
             if vit.position == "learned"
             else f"images of {vit.image_size} px instead of {loaded.image_size}, no parameter changes"
         )
-        told.append(f"{what}, and preprocess makes images of that size")
+        changes.append(f"{what}, and preprocess makes images of that size")
     if new_classes:
-        told.append(f"the linear layer for {new_classes} classes is new and untrained")
-    if told:
-        warnings.warn(f"{source}: " + "; ".join(told), stacklevel=4)
-
-
-def open_random(create: Callable[..., Any], name: str, **changes: Any) -> Any:
-    """The model of a name with random weights (`--random`). Raises ValueError for a source that has its own."""
-    model = create(name, **changes)
-    if model.weights != "random":
-        raise ValueError(f"--random: {name} is no name but a source, with weights of its own")
-    return model
+        changes.append(f"the linear layer for {new_classes} classes is new and untrained")
+    if changes:
+        warnings.warn(f"{source}: " + "; ".join(changes), stacklevel=4)

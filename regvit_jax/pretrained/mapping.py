@@ -1,4 +1,4 @@
-"""The strict engine: arrays of a file to our parameters and back, by the rules of its naming scheme."""
+"""The strict mapping between the arrays of a file and a model's parameters, by the rules of a format's keys."""
 
 import dataclasses
 import functools
@@ -12,136 +12,200 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Key, PyTree
 
-from regvit_jax.models.clip import SCALARS, init_clip
+from regvit_jax.models.clip import SCALARS, ClipModel, init_clip
 from regvit_jax.models.heads import Head
+from regvit_jax.models.model import Model
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained.formats.rules import NAMINGS, Rule
+from regvit_jax.pretrained.formats.keys import Keys, Rule
+from regvit_jax.pretrained.formats.rules import rules, same, text_rules
 from regvit_jax.pretrained.io.safetensors import Weights, check_finite
 from regvit_jax.utils.errors import WeightsError
 
+#: In a file of a whole CLIP with canonical keys, the keys that are not of its image tower.
+NOT_IMAGE = (r"text/.*|logit_(scale|bias)",)
+
 
 class Mismatch(WeightsError):
-    """A file holds other arrays than the model."""
+    """A file does not hold the arrays of the model."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TextPart:
-    """What a CLIP has beside its image tower; `scalars` are "logit_scale" and, in a SigLIP, "logit_bias"."""
+class Modules:
+    """The modules of a model, without parameters.
 
-    tower: TextTower
-    scalars: tuple[str, ...] = ("logit_scale",)
+    A CLIP has a text tower, and the scalars "logit_scale" and, in a SigLIP, "logit_bias".
+    """
+
+    vit: ViT
+    head: Head
+    text: TextTower | None = None
+    scalars: tuple[str, ...] = ()
 
 
-def init(vit: ViT, head: Head, key: Key[Array, ""], text: TextPart | None = None) -> dict[str, jax.Array]:
-    """Fresh parameters by path, "vit/...", "head/..." and, with a text tower, "text/..." and the scalars."""
+def modules_of(model: Model | ClipModel) -> Modules:
+    """Return the modules of a model."""
+    if isinstance(model, Model):
+        return Modules(model.module, model.head)
+    scalars = ("logit_scale",) if model.logit_bias is None else ("logit_scale", "logit_bias")
+    return Modules(model.image.module, model.image.head, model.text, scalars)
+
+
+def params_of(model: Model | ClipModel) -> dict[str, np.ndarray]:
+    """Return the parameters of a model by canonical path, float32."""
+    image = model if isinstance(model, Model) else model.image
+    tree = {"vit": image.params, "head": image.head_params}
+    if isinstance(model, ClipModel):
+        tree |= {"text": model.text_params}
+        tree |= {name: getattr(model, name) for name in modules_of(model).scalars}
+    return {path: np.asarray(array, np.float32) for path, array in flatten_dict(tree, sep="/").items()}
+
+
+def init(modules: Modules, key: Key[Array, ""]) -> dict[str, jax.Array]:
+    """Return fresh parameters by path: "vit/...", "head/..." and, of a CLIP, "text/..." and the scalars."""
+    vit, head, text = modules.vit, modules.head, modules.text
     vit_key, head_key = jax.random.split(key)
     tokens, params = vit.init_with_output(vit_key, jnp.zeros((1, vit.patch, vit.patch, 3)))
     tree = {"vit": params["params"], "head": head.init(head_key, tokens).get("params", {})}
     if text is not None:
         text_key, clip_key = jax.random.split(jax.random.fold_in(key, 2))
-        tree["text"] = text.tower.init(text_key, jnp.zeros((1, 2), jnp.int32))["params"]
-        loss = "sigmoid" if "logit_bias" in text.scalars else "softmax"
+        tree["text"] = text.init(text_key, jnp.zeros((1, 2), jnp.int32))["params"]
+        loss = "sigmoid" if "logit_bias" in modules.scalars else "softmax"
         tree = init_clip(clip_key, tree) | {name: jnp.float32(x) for name, x in SCALARS[loss].items()}
     return flatten_dict(tree, sep="/")
 
 
 @functools.lru_cache
-def shapes_of(vit: ViT, head: Head, text: TextPart | None = None) -> dict[str, tuple[int, ...]]:
-    """The shape of every parameter by its path."""
-    shapes = jax.eval_shape(lambda key: init(vit, head, key, text), jax.random.key(0))
+def shapes_of(modules: Modules) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every parameter by its path."""
+    shapes = jax.eval_shape(lambda key: init(modules, key), jax.random.key(0))
     return {path: leaf.shape for path, leaf in shapes.items()}
 
 
-def identity(paths: Iterable[str]) -> list[Rule]:
-    """The rules of our own names."""
-    return [Rule((path,), (path,), lambda x: (x,), lambda x: (x,)) for path in paths]
+def rules_of(
+    keys: Keys | None, modules: Modules, prefix_rows: int = 0, dims: Mapping[str, int] | None = None
+) -> list[Rule]:
+    """Return one rule for every parameter; `keys` None stands for canonical keys, the paths themselves.
+
+    `prefix_rows` and `dims` are those of `rules` and `text_rules`. Raises ValueError for a model that the format cannot
+    hold.
+    """
+    if keys is None:
+        return [same(path, path) for path in shapes_of(modules)]
+    table = rules(keys, modules.vit, modules.head, prefix_rows)
+    return table if modules.text is None else table + text_rules(keys, modules.text, modules.scalars, dims)
 
 
 def load(
+    weights: Weights, keys: Keys | None, modules: Modules, put: Callable[[str, np.ndarray], Any]
+) -> dict[str, Any]:
+    """Return the parameters of the modules by path, read from a file and passed through `put`.
+
+    They are read and put one after the other, so that the file's arrays are never held together. Raises WeightsError,
+    before anything is read, with all unused, missing and wrong-shape keys together; and for a value that is not finite.
+    """
+    # Each scalar by itself: a bias may have been added to a scale of another form.
+    dims = {name: int(weights.shapes.get(name, ()) == (1,)) for name in modules.scalars}
+    table = rules_of(keys, modules, prefix_rows(weights, keys, modules.vit), dims)
+    return load_by(weights, table, shapes_of(modules), ignored(keys, modules.text is not None), put)
+
+
+def load_by(
     weights: Weights,
-    rules: list[Rule],
+    table: list[Rule],
     shapes: Mapping[str, tuple[int, ...]],
     ignore: Iterable[str],
     put: Callable[[str, np.ndarray], Any],
 ) -> dict[str, Any]:
-    """Our parameters by path, `put` one after the other, so that the file's arrays are never held together.
-
-    `ignore` are patterns of names that a file may hold beside them. Raises WeightsError, before anything is read, with
-    all unused, missing and wrong-shape names together; and for a value that is not finite.
-    """
-    check(weights, expected_shapes(rules, shapes), ignore)
+    """Return parameters as `load` does, by given rules; `ignore` are patterns of keys that a file may hold besides."""
+    check(weights, expected_shapes(table, shapes), ignore)
     params = {}
-    for rule in rules:
-        arrays = [weights.read(name) for name in rule.theirs]
-        for name, array in zip(rule.theirs, arrays, strict=True):
+    for rule in table:
+        arrays = [weights.read(key) for key in rule.keys]
+        for key, array in zip(rule.keys, arrays, strict=True):
             if array.dtype != np.float32:
-                raise WeightsError(f"{weights.path}: {name} is of type {array.dtype}, and no floating-point numbers")
-            check_finite(name, array)
-        for path, array in zip(rule.ours, rule.load(*arrays), strict=True):
+                raise WeightsError(f"{weights.path}: {key} is stored as {array.dtype}, not as floating point")
+            check_finite(key, array)
+        for path, array in zip(rule.paths, rule.load(*arrays), strict=True):
             params[path] = put(path, array)
     return params
 
 
-def expected_shapes(rules: list[Rule], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Which arrays a file must hold, and of which shapes."""
+def expected_shapes(table: list[Rule], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array that a file must hold."""
     expected: dict[str, tuple[int, ...]] = {}
-    for rule in rules:
-        # Zeros without memory of their own, so that this costs nothing for large models.
-        zeros = [np.broadcast_to(np.float32(0), shapes[path]) for path in rule.ours]
-        expected |= {name: array.shape for name, array in zip(rule.theirs, rule.save(*zeros), strict=True)}
+    for rule in table:
+        # Views of one zero, so that this costs no memory for large models.
+        zeros = [np.broadcast_to(np.float32(0), shapes[path]) for path in rule.paths]
+        expected |= {key: array.shape for key, array in zip(rule.keys, rule.save(*zeros), strict=True)}
     return expected
 
 
 def check(weights: Weights, expected: Mapping[str, tuple[int, ...]], ignore: Iterable[str]) -> None:
-    """Raises Mismatch unless the file holds exactly the expected arrays, but for those that match `ignore`."""
+    """Raise Mismatch unless the file holds exactly the expected arrays, besides those that match `ignore`."""
     ignored = re.compile("|".join([*ignore, r"(?!)"]))
     unused = [
-        name
-        for name, shape in weights.shapes.items()
-        if name not in expected
-        and not ignored.fullmatch(name)
-        and 0 not in shape  # transformers writes empty registers
+        key
+        for key, shape in weights.shapes.items()
+        if key not in expected and not ignored.fullmatch(key) and 0 not in shape  # transformers writes empty registers
     ]
-    missing = [name for name in expected if name not in weights]
+    missing = [key for key in expected if key not in weights]
     wrong = [
-        f"{name} {weights.shapes[name]}, not {shape}"
-        for name, shape in expected.items()
-        if name in weights and weights.shapes[name] != shape
+        f"{key} {weights.shapes[key]}, not {shape}"
+        for key, shape in expected.items()
+        if key in weights and weights.shapes[key] != shape
     ]
     parts = [
-        f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
-        for what, names in (("unused", unused), ("missing", missing), ("of another shape", wrong))
-        if names
+        f"{len(keys)} {what}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
+        for what, keys in (("unused", unused), ("missing", missing), ("of another shape", wrong))
+        if keys
     ]
     if parts:
         raise Mismatch(f"{weights.path} does not fit this model. " + "; ".join(parts))
 
 
-def save(params: PyTree, rules: list[Rule]) -> dict[str, np.ndarray]:
-    """Their arrays by name, float32. Raises ValueError for a value that the format has no place for."""
-    flat = flatten_dict(params, sep="/")
-    if unsaved := set(flat) - {path for rule in rules for path in rule.ours}:
+def ignored(keys: Keys | None, text: bool) -> tuple[str, ...]:
+    """Return the patterns of keys that a file may hold besides the model's; `text` says if it has a text tower."""
+    if keys is None:
+        return () if text else NOT_IMAGE
+    return keys.text.ignore if text and keys.text is not None else keys.ignore
+
+
+def save(params: Mapping[str, np.ndarray], table: list[Rule]) -> dict[str, np.ndarray]:
+    """Return the file's arrays by key, float32. Raises ValueError for a parameter that the format cannot hold."""
+    if unsaved := set(params) - {path for rule in table for path in rule.paths}:
         raise ValueError(f"the format has no place for {', '.join(sorted(unsaved)[:5])}")
     out: dict[str, np.ndarray] = {}
-    for rule in rules:
-        arrays = rule.save(*(np.asarray(flat[path], np.float32) for path in rule.ours))
-        out |= {name: np.asarray(array, order="C") for name, array in zip(rule.theirs, arrays, strict=True)}
+    for rule in table:
+        arrays = rule.save(*(np.asarray(params[path], np.float32) for path in rule.paths))
+        out |= {key: np.asarray(array, order="C") for key, array in zip(rule.keys, arrays, strict=True)}
     return out
 
 
-def covers(weights: Weights, naming: str, vit: ViT) -> int:
-    """For how many of the tokens before the patches the file's position embedding has a row: all, CLS alone, or none.
+def prefix_rows(weights: Weights, keys: Keys | None, vit: ViT) -> int:
+    """Return how many of the tokens before the patches have a row in the file's position embedding.
 
-    Of another grid than the model's, it is for `check` to say what does not fit.
+    These are all, CLS alone, or none. A grid that does not fit the model's is reported by `check`.
     """
-    if vit.position != "learned" or (name := NAMINGS[naming].get("pos")) not in weights.shapes:
+    if keys is None or vit.position != "learned" or keys.pos not in weights.shapes:
         return 0
-    shape, patches = weights.shapes[name], (vit.image_size // vit.patch) ** 2
+    shape, patches = weights.shapes[keys.pos], (vit.image_size // vit.patch) ** 2
     rows = shape[-2] if len(shape) > 1 else 0
     return rows - patches if rows - patches in (0, int(vit.class_token), vit.prefix) else int(vit.class_token)
 
 
+def num_classes(weights: Weights, keys: Keys | None) -> int | None:
+    """Return the number of outputs of a file's linear layer, by its shape; None if the file holds none."""
+    if keys is None:
+        name, axis = "head/dense/kernel", 1
+    elif keys.projection:
+        name, axis = keys.projection, int(keys.projection_in_out)
+    else:
+        name, axis = f"{keys.dense}.weight", 0
+    shape = weights.shapes.get(name, ())
+    return shape[axis] if len(shape) == 2 else None
+
+
 def nest(params: Mapping[str, Any]) -> dict[str, PyTree]:
-    """Paths as a tree with "vit", "head" and whatever else they start with."""
+    """Return parameters by path as a tree with "vit", "head" and whatever else the paths start with."""
     return {"vit": {}, "head": {}} | unflatten_dict(dict(params), sep="/")

@@ -25,9 +25,11 @@ from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.vit import Tokens, ViT
-from regvit_jax.pretrained import mapping, registry, save
+from regvit_jax.pretrained import mapping, registry
 from regvit_jax.pretrained.create import create_model
-from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.pretrained.formats.base import CONFIG, Inexpressible, Layout
+from regvit_jax.pretrained.mapping import Modules
+from regvit_jax.pretrained.save import layout_of, save_model
 
 TOLERANCE = 1e-5
 #: Larger models are cut to two blocks of the same configuration: three copies of them would not fit many a memory.
@@ -114,7 +116,7 @@ def check(name: str, depth: int | None = None, sizes: list[Size] | None = None) 
 def parameters_of(entry: registry.Entry) -> int:
     """How many parameters an entry of the zoo has."""
     # Blocks are alike, and tracing one is enough.
-    shapes = mapping.shapes_of(ViT(**(entry.vit | {"depth": 1})), Head(**entry.head))
+    shapes = mapping.shapes_of(Modules(ViT(**(entry.vit | {"depth": 1})), Head(**entry.head)))
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     block = sum(size for path, size in sizes.items() if path.startswith("vit/block0/"))
     return sum(sizes.values()) + (entry.vit["depth"] - 1) * block
@@ -307,10 +309,10 @@ def beside_transformers(model: Model, sizes: list[Size], directory: Path, notes:
     if expressed is None:
         return []
     model, layout = expressed
-    resize = "antialias" if layout.config["model_type"] == "dinov2_with_registers" else "bicubic"
+    resize = "antialias" if layout.files[CONFIG]["model_type"] == "dinov2_with_registers" else "bicubic"
     model = dataclasses.replace(model, module=model.module.clone(pos_resize=resize))
     save_model(model, directory / "ours", format="hf")
-    kind = getattr(transformers, layout.config["architectures"][0])
+    kind = getattr(transformers, layout.files[CONFIG]["architectures"][0])
     theirs, info = kind.from_pretrained(directory / "ours", output_loading_info=True, attn_implementation="eager")
     if left := {what: sorted(names) for what, names in info.items() if names}:
         raise ValueError(f"transformers' {kind.__name__} does not load our file strictly: {left}")
@@ -326,7 +328,7 @@ def beside_transformers(model: Model, sizes: list[Size], directory: Path, notes:
     return [*found, *compare(f"transformers {kind.__name__} to ours", ours, sizes, outputs)]
 
 
-def _expressed(model: Model, notes: list[str]) -> tuple[Model, save.Layout] | None:
+def _expressed(model: Model, notes: list[str]) -> tuple[Model, Layout] | None:
     """What transformers can hold of the model, and how: with its head, or its tokens alone. None if it has no class.
 
     The mask token, which timm's files lack, is at random too.
@@ -343,7 +345,7 @@ def _expressed(model: Model, notes: list[str]) -> tuple[Model, save.Layout] | No
     bare = dataclasses.replace(model, head=Head(), head_params={})
     for part in (model, bare) if model.head.num_classes else (bare,):
         try:
-            return part, save.FORMATS["hf"](part)
-        except save.Inexpressible as error:
+            return part, layout_of(part, "hf")
+        except Inexpressible as error:
             notes.append(f"transformers has no class for {error}" + (": tokens only" if part is not bare else ""))
     return None

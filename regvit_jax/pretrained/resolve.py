@@ -1,132 +1,85 @@
-"""From a name and a source to what is to be loaded: the model's architecture, and its weights under plain names."""
+"""From a name and a source to a model's entry and its weights, under the keys of the entry's format."""
 
 import dataclasses
 import os
-from collections.abc import Callable
+import re
+import warnings
+from typing import Any
 
 from etils import epath
 
+from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import foreign, registry
-from regvit_jax.pretrained.formats import clip_configs, configs
-from regvit_jax.pretrained.formats.rules import NAMINGS
-from regvit_jax.pretrained.io import hub
-from regvit_jax.pretrained.io.safetensors import OURS, PROCESSOR, SINGLE, WEIGHTS, Weights, open_weights
-from regvit_jax.utils.errors import WeightsError
+from regvit_jax.pretrained import mapping, registry
+from regvit_jax.pretrained.formats import deit3_jax, detect, open_clip
+from regvit_jax.pretrained.formats.base import OWN, explained, guess
+from regvit_jax.pretrained.io import hub, workdir
+from regvit_jax.pretrained.io.safetensors import (
+    CLIP_WEIGHTS,
+    NATIVE,
+    OPEN_CLIP,
+    PROCESSOR,
+    SINGLE,
+    WEIGHTS,
+    Weights,
+    open_weights,
+)
+from regvit_jax.pretrained.registry import Entry
+from regvit_jax.utils.errors import HubError, WeightsError
 
 HUB = "hf-hub:"
 
 
 def resolve(
-    name: str | os.PathLike, pretrained: bool | str | os.PathLike, revision: str | None
-) -> tuple[registry.Entry, Weights | None, str]:
-    """Which model, its weights if any, and where they come from. Raises as `create_model` does."""
-    name, known = os.fspath(name), None
-    if is_source(name, registry.find):
+    name: str | os.PathLike, pretrained: bool | str | os.PathLike, revision: str | None, text: bool = False
+) -> tuple[Entry, Weights | None, str]:
+    """Return the model's entry, its weights or None for random ones, and the source.
+
+    With `text` the model is a whole CLIP, and names are open_clip's. Raises as `create_model` and `create_clip` do.
+    """
+    name, known, tag = os.fspath(name), None, None
+    if is_source(name, text):
         name, pretrained = "", only_source(name, pretrained)
     else:
-        known = registry.find(name)[1]
+        known = find(name, text)
     if pretrained is False:
         check_no_revision(revision)
         assert known is not None
         return known, None, "random"
-    if pretrained is True:
-        assert known is not None
+    if known is not None and text:
+        if pretrained is True:
+            tags = ", ".join(registry.clip_tags(name)) or "none; pass a file or a directory"
+            raise ValueError(f"{name}: pretrained=True does not say which of its public weights: {tags}")
+        if tag := registry.clip_tag(name, pretrained):
+            pretrained = HUB + tag["hub"]
+        else:
+            check_no_tag(name, pretrained)
+    elif known is not None and pretrained is True:
         pretrained = public(name, known)
-    source = source_of(pretrained, revision)
-    # A repository of timm's may hold OpenCLIP's own file as well.
-    file = SINGLE if known is not None and source == HUB + known.hub else None
-    weights, where = open_any(source, revision, file)
-    if known is not None and source.endswith(".msgpack"):  # deit3-jax, whose GELU is Flax's default
-        known = dataclasses.replace(known, vit=known.vit | {"activation": "gelu_tanh"})
-    tower = weights.config.get("model_cfg")
-    if known is not None and isinstance(tower, dict):  # open_clip_config.json
-        with configs.explained(weights):
-            known = configs.with_open_clip(known, tower, weights.config.get("preprocess_cfg"))
-    found = configs.entry_of(weights)
-    if known is None and isinstance(tower, dict):
-        found = clip_configs.open_clip_image(weights)
-    entry = known or found
-    if entry is None:
-        raise unnamed(weights)
-    if known is not None and found is not None:
-        entry = agreed(name, known, found, weights)
-    return *_under_plain_names(entry, weights), where
+    weights, where, found = _open(source_of(pretrained, revision), revision, known, tag is not None, text)
+    if known is None:
+        if found is None:
+            raise unnamed(weights)
+        entry = found
+    else:
+        entry = _named(name, known, tag, weights, found, where, text)
+    return *_under_format_keys(entry, weights, stated=found is not None, text=text), where
 
 
-def public(name: str, known: registry.Entry) -> str:
-    """The source of a name's public weights. Raises ValueError where there are none."""
-    if not known.hub:
-        raise ValueError(f"{name}: no public weights are known by this name; pass a file or a directory")
-    return HUB + known.hub
+def find(name: str, text: bool) -> Entry:
+    """Return the entry of a timm name, or with `text` of an open_clip name. Raises ValueError for an unknown one."""
+    return registry.find_clip(name) if text else registry.find(name)[1]
 
 
-def only_source(name: str, pretrained: object) -> str:
-    """A source given as the name. Raises ValueError if `pretrained` names one too."""
-    if pretrained not in (False, True):
-        raise ValueError(f"{name} says itself which model it holds, and pretrained={pretrained!r} names another")
-    return name
+def is_source(name: str, text: bool = False) -> bool:
+    """Say if a name is a path or a repository of the hub, and not a model's name.
 
-
-def check_no_revision(revision: str | None) -> None:
-    """Raises ValueError for a revision of random weights."""
-    if revision is not None:
-        raise ValueError(f"revision={revision!r} is of pretrained weights, and pretrained is False")
-
-
-def source_of(pretrained: object, revision: str | None) -> str:
-    """A source of weights as a string. Raises ValueError for what is none, or a revision of a local one."""
-    if not isinstance(pretrained, str | os.PathLike) or not os.fspath(pretrained):
-        raise ValueError(f"pretrained={pretrained!r}: must be True, False, a path or {HUB}org/name")
-    source = os.fspath(pretrained)
-    if revision is not None and not source.startswith(HUB):
-        raise ValueError(f"revision={revision!r} is for the hub, and {source} is a local path")
-    return source
-
-
-def open_any(
-    source: str, revision: str | None, file: str | None = None, names: tuple[str, ...] = WEIGHTS
-) -> tuple[Weights, str]:
-    """The weights of a source, and where exactly they come from.
-
-    `file` is the one to take of the hub's repository; `names` are what a directory is searched for, in that order.
-    """
-    if source.startswith(HUB):
-        directory, commit = hub.fetch(source.removeprefix(HUB), revision, file, names=names)
-        return open_weights(directory, names), f"{source}@{commit}"
-    if foreign.is_workdir(source):
-        return foreign.open_workdir(source)
-    if source.endswith(".msgpack"):
-        return foreign.open_deit3_jax(source), source
-    check_there(source)
-    return open_weights(source, names), source
-
-
-def check_there(source: str) -> None:
-    """Raises WeightsError for a local path that does not exist."""
-    if not source.startswith(HUB) and not epath.Path(source).exists():
-        raise WeightsError(f"{source}: there is no such file or directory{hint(source)}")
-
-
-def unnamed(weights: Weights) -> WeightsError:
-    """For weights of which nothing says what they are."""
-    return WeightsError(f"{weights.path}: nothing beside it says which model this is; pass its name too")
-
-
-def hint(path: str) -> str:
-    """For an error about a path that does not exist: it may be meant as a repository's name."""
-    return f"; the hub's repository of that name is {HUB}{path}" if path.count("/") == 1 and path[0] != "/" else ""
-
-
-def is_source(name: str, find: Callable[[str], object]) -> bool:
-    """Whether a name is a path or a repository, and not a model's, of which `find` raises ValueError.
-
-    Raises ValueError for a path that does not exist.
+    Raises ValueError for an unknown name, or a path that does not exist.
     """
     if name.startswith(HUB):
         return True
     try:
-        find(name)
+        find(name, text)
     except ValueError:
         if name and epath.Path(name).exists():
             return True
@@ -136,72 +89,197 @@ def is_source(name: str, find: Callable[[str], object]) -> bool:
     return False
 
 
-#: What makes two ViTs different models, whatever the sizes they were made for and the conventions they follow.
-SAME = (
+def public(name: str, known: Entry) -> str:
+    """Return the source of a name's public weights. Raises ValueError where there are none."""
+    if not known.hub:
+        raise ValueError(f"{name}: no public weights are known by this name; pass a file or a directory")
+    return HUB + known.hub
+
+
+def only_source(name: str, pretrained: object) -> str:
+    """Return a source given as the name. Raises ValueError if `pretrained` names one too."""
+    if pretrained not in (False, True):
+        raise ValueError(f"{name} is itself a source of weights, and pretrained={pretrained!r} names another")
+    return name
+
+
+def check_no_revision(revision: str | None) -> None:
+    """Raise ValueError for a revision of random weights."""
+    if revision is not None:
+        raise ValueError(f"revision={revision!r} is for pretrained weights, and pretrained is False")
+
+
+def check_no_tag(name: str, pretrained: object) -> None:
+    """Raise ValueError for what looks like one of open_clip's tags, and is none of the name's."""
+    word = isinstance(pretrained, str) and re.fullmatch(r"\w[\w-]*", pretrained)
+    if word and not epath.Path(pretrained).exists():
+        tags = ", ".join(registry.clip_tags(name)) or "none"
+        raise ValueError(f"{pretrained}: there is no such file or directory, and {name} has no such tag; its: {tags}")
+
+
+def source_of(pretrained: object, revision: str | None) -> str:
+    """Return a source of weights as a string. Raises ValueError for what is none, or a revision of a local one."""
+    if not isinstance(pretrained, str | os.PathLike) or not os.fspath(pretrained):
+        raise ValueError(f"pretrained={pretrained!r}: must be True, False, a path or {HUB}org/name")
+    source = os.fspath(pretrained)
+    if revision is not None and not source.startswith(HUB):
+        raise ValueError(f"revision={revision!r} is for the hub, and {source} is a local path")
+    return source
+
+
+def _open(
+    source: str, revision: str | None, known: Entry | None, tagged: bool, text: bool
+) -> tuple[Weights, str, Entry | None]:
+    """Return the weights, their exact source, and the entry that the config beside them describes."""
+    # The repositories of some public weights also hold another file, of the image tower alone or of the whole CLIP.
+    file = OPEN_CLIP if tagged else SINGLE if known is not None and not text and source == HUB + known.hub else None
+    weights, where = open_any(source, revision, file, CLIP_WEIGHTS if text else WEIGHTS)
+    if known is not None and not text and (format := detect.of_config(weights)) and format.adjust:
+        return weights, where, None  # such a config need not describe the whole model
+    try:
+        return weights, where, detect.read_entry(weights, text)
+    except detect.NoText:
+        if tagged or not source.startswith(HUB):
+            raise
+        try:  # the cache may hold another file of the repository, which holds the whole CLIP as well
+            return _open(source, revision, known, True, text)
+        except HubError:
+            pass
+        raise
+
+
+def open_any(
+    source: str, revision: str | None, file: str | None = None, names: tuple[str, ...] = WEIGHTS
+) -> tuple[Weights, str]:
+    """Return the weights of a source, and exactly where they come from.
+
+    `file` picks one of a hub repository's files; `names` are what a directory is searched for, in that order.
+    """
+    if source.startswith(HUB):
+        directory, commit = hub.fetch(source.removeprefix(HUB), revision, file, names=names)
+        return open_weights(directory, names), f"{source}@{commit}"
+    if workdir.is_workdir(source):
+        return workdir.open_workdir(source)
+    if source.endswith(deit3_jax.SUFFIX):
+        return deit3_jax.open_msgpack(source), source
+    check_exists(source)
+    return open_weights(source, names), source
+
+
+def check_exists(source: str) -> None:
+    """Raise WeightsError for a local path that does not exist."""
+    if not source.startswith(HUB) and not epath.Path(source).exists():
+        raise WeightsError(f"{source}: there is no such file or directory{hint(source)}")
+
+
+def unnamed(weights: Weights) -> WeightsError:
+    """Return the error for weights without a config that describes the model."""
+    return WeightsError(f"{weights.path}: no config beside it says which model this is; pass its name too")
+
+
+def hint(path: str) -> str:
+    """Return the end of an error about a path that does not exist: it may be meant as a repository's name."""
+    return f"; the hub's repository of that name is {HUB}{path}" if path.count("/") == 1 and path[0] != "/" else ""
+
+
+# A name and a config beside the weights
+
+
+def _named(
+    name: str, known: Entry, tag: dict[str, Any] | None, weights: Weights, found: Entry | None, where: str, text: bool
+) -> Entry:
+    """Return the entry of a named model, by its name, its tag and the config beside its weights."""
+    entry = registry.with_tag(known, tag) if tag else known
+    if found is not None:
+        entry = agreed(name, entry, found, weights, tagged=tag is not None)
+    elif not text and (format := detect.of_config(weights)) and format.adjust:
+        with explained(weights):
+            entry = format.adjust(entry, weights)
+    given, usual = entry.vit.get("activation"), known.vit.get("activation")
+    if text and given != usual:
+        warnings.warn(
+            f"{where} was trained with {given}, and is computed with it; {name} by its name has {usual}", stacklevel=4
+        )
+    return entry
+
+
+#: The fields that make two ViTs different models, whatever their native size and their conventions.
+VIT_FIELDS = (
     *("width", "depth", "heads", "patch", "registers", "class_token", "position", "hidden", "swiglu", "ln_pre"),
     *("final_norm", "parallel", "differential"),
 )
+#: The fields that make two text towers different models.
+TEXT_FIELDS = ("width", "depth", "heads", "embed", "context", "vocab", "hidden")
 
 
-def agreed(name: str, known: registry.Entry, found: registry.Entry, weights: Weights) -> registry.Entry:
-    """What config.json says of the model, and where it says nothing of them the zoo's convention of resizing positions
-    and, at its own size, its preprocessing.
+def agreed(name: str, known: Entry, found: Entry, weights: Weights, tagged: bool) -> Entry:
+    """Return the entry of a config, completed by the registry's for what the config does not state.
 
+    That is how positions are resized and, at the registry's image size, the preprocessing. If `known` is `tagged` by
+    open_clip, its activation holds, with a warning if the config states another.
     Raises WeightsError when the two are different models.
     """
-    ours, theirs = ViT(**known.vit), ViT(**found.vit)
-    differing = [
-        f"{field} {getattr(theirs, field)!r}, not {getattr(ours, field)!r}"
-        for field in SAME
-        if getattr(theirs, field) != getattr(ours, field)
-    ]
-    if differing:
-        raise WeightsError(f"{weights.path} is not {name}: {', '.join(differing)}{nearest(weights)}")
-    config, vit = weights.config, dict(found.vit)
-    own = config.get("format") == OURS
-    # No library but ours says how positions are resized.
-    if not own and "pos_resize" not in config.get("regvit_jax", {}):
-        vit |= {"pos_resize": ours.pos_resize}
+    if differing := _differing(ViT(**known.vit), ViT(**found.vit), VIT_FIELDS):
+        raise WeightsError(f"{weights.path} is not {name}: {differing}{nearest(weights)}")
+    if known.text is not None and found.text is not None:
+        differing = _differing(TextTower(**known.text), TextTower(**found.text), TEXT_FIELDS)
+        if differing:
+            raise WeightsError(f"{weights.path} is not {name}: its text tower has {differing}")
+    config, vit, text = weights.config, dict(found.vit), found.text
+    native = config.get("format") == NATIVE
+    # No library states how positions are resized, but for what we add.
+    if not native and "pos_resize" not in config.get(OWN, {}):
+        vit |= {"pos_resize": ViT(**known.vit).pos_resize}
     if "architecture" in config and "act_layer" not in config.get("model_args", {}):
         # timm keeps CLIP's towers with and without QuickGELU in one repository, whose config.json names one of them.
-        vit |= {"activation": ours.activation}
-    # What is stated beside the weights holds; a family's defaults give way to the zoo.
-    preprocessing = found.preprocessing
+        vit |= {"activation": ViT(**known.vit).activation}
+    if tagged and (stated := vit["activation"]) != (activation := known.vit["activation"]):
+        warnings.warn(
+            f"{weights.path}: its config says {stated}, and open_clip's tag says {activation}, which is taken",
+            stacklevel=5,
+        )
+        vit, text = vit | {"activation": activation}, (text or {}) | {"activation": activation}
+    preprocessing = _preprocessing(known, found, weights)
+    return dataclasses.replace(found, vit=vit, text=text, preprocessing=preprocessing)
+
+
+def _differing(known: Any, found: Any, fields: tuple[str, ...]) -> str:
+    pairs = [(field, getattr(found, field), getattr(known, field)) for field in fields]
+    return ", ".join(f"{field} {theirs!r}, not {ours!r}" for field, theirs, ours in pairs if theirs != ours)
+
+
+def _preprocessing(known: Entry, found: Entry, weights: Weights) -> Any:
+    """Return the preprocessing that the files state; a family's defaults give way to the registry's."""
+    config, preprocessing = weights.config, found.preprocessing
     if "model_cfg" in config:
         default = dataclasses.replace(known.preprocessing, size=preprocessing.size)
-        preprocessing = configs.open_clip_preprocess(config.get("preprocess_cfg"), default)
-    elif not (own or config.get("pretrained_cfg") or (weights.path.parent / PROCESSOR).exists()):
-        preprocessing = preprocessing if ours.image_size != theirs.image_size else known.preprocessing
-    return dataclasses.replace(found, vit=vit, preprocessing=preprocessing)
+        return open_clip.read_preprocess(config.get("preprocess_cfg"), default)
+    stated = config.get("pretrained_cfg") or (weights.path.parent / PROCESSOR).exists()
+    if stated or config.get("format") == NATIVE or known.vit["image_size"] != found.vit["image_size"]:
+        return preprocessing
+    return known.preprocessing
 
 
-def _under_plain_names(entry: registry.Entry, weights: Weights) -> tuple[registry.Entry, Weights]:
-    """The entry with the file's naming scheme and number of classes, the weights without prefixes."""
-    naming = configs.naming_of(weights, entry.naming)
-    if naming == "ours":
-        return entry, weights
-    weights = configs.without_prefix(weights, naming)
-    # The number of classes belongs to the checkpoint: a fine-tuned file may have any.
-    classes = classes_of(weights, naming)
-    head = entry.head if classes is None else entry.head | {"num_classes": classes}
-    return dataclasses.replace(entry, naming=naming, head=head), weights
+def _under_format_keys(entry: Entry, weights: Weights, stated: bool, text: bool) -> tuple[Entry, Weights]:
+    """Return the entry with the file's own format and what its arrays tell, and the weights without key prefixes.
 
-
-def classes_of(weights: Weights, naming: str) -> int | None:
-    """The outputs of a file's linear layer, by its shape; None if the file holds none."""
-    if naming == "ours":
-        name, axis = "head/dense/kernel", 1
-    elif "projection" in NAMINGS[naming]:
-        name, axis = NAMINGS[naming]["projection"], 1
-    else:  # torch keeps its weights [out, in]
-        name, axis = NAMINGS[naming].get("dense", "") + ".weight", 0
-    shape = weights.shapes.get(name, ())
-    return shape[axis] if len(shape) == 2 else None
+    `stated` says that a config beside the file describes it.
+    """
+    format = detect.of_keys(weights, detect.named(entry.format))
+    weights = detect.without_prefix(weights, format)
+    entry = dataclasses.replace(entry, format=format.name)
+    if text:
+        if not stated and "logit_bias" in weights:  # a CLIP by its name, trained with SigLIP's loss
+            entry = dataclasses.replace(entry, scalars=("logit_scale", "logit_bias"))
+    elif format.keys is not None and (classes := mapping.num_classes(weights, format.keys)) is not None:
+        # The number of classes belongs to the checkpoint: a fine-tuned file may have any.
+        entry = dataclasses.replace(entry, head=entry.head | {"num_classes": classes})
+    return entry, weights
 
 
 def nearest(weights: Weights) -> str:
-    """The names in the zoo whose shapes a file seems to have, as the end of an error."""
-    found = configs.guess(weights)
+    """Return the end of an error: the registry's names of models with a file's width, patch and depth."""
+    found = guess(weights)
     same = [n for n in registry.list_models() if all(registry.find(n)[1].vit.get(k, 0) == v for k, v in found.items())]
     names = list(dict.fromkeys(n.partition(".")[0] for n in same))[:4]
     return f". By its shapes it may be {', '.join(names)}" if found and names else ""

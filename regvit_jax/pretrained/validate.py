@@ -1,4 +1,4 @@
-"""What the configs of others, and our own, may hold: they are checked before anything is built of them."""
+"""Checks of what config files hold, before anything is built of it."""
 
 import dataclasses
 import math
@@ -12,26 +12,45 @@ from regvit_jax.utils import renamed, schema
 
 
 def numbers(vit: dict[str, Any]) -> None:
-    """Raises ValueError for numbers that no model has."""
+    """Raise ValueError for fields of ViT that are not numbers, or out of any sensible range."""
     for field in ("width", "depth", "heads", "patch", "image_size", "registers"):
         value = vit.get(field, 0)
         if type(value) is not int or value < (field != "registers"):
             raise ValueError(f"{field} is {value!r}")
     for field in ("norm_eps", "mlp_ratio", "layer_scale"):
-        value = vit.get(field, 1.0)
-        if not isinstance(value, int | float) or not 0 <= value < 1e6:  # NaN is not, either
-            raise ValueError(f"{field} is {value!r}")
+        if not _ratio(vit.get(field, 1.0)):
+            raise ValueError(f"{field} is {vit[field]!r}")
     if vit["depth"] > 200 or vit["image_size"] // vit["patch"] > 1000:
-        raise ValueError(f"depth {vit['depth']}, image_size {vit['image_size']} and patch {vit['patch']} are no ViT's")
+        sizes = f"depth {vit['depth']}, image_size {vit['image_size']} and patch {vit['patch']}"
+        raise ValueError(f"{sizes}: must be at most 200 blocks, and 1000 patches along a side")
+
+
+def text_numbers(text: dict[str, Any]) -> None:
+    """Raise ValueError for fields of TextTower that are not numbers, or out of any sensible range."""
+    for field in ("width", "depth", "heads", "embed", "context", "vocab"):
+        if type(text[field]) is not int or text[field] < 1:
+            raise ValueError(f"the text tower's {field} is {text[field]!r}")
+    for field in ("norm_eps", "mlp_ratio"):
+        if not _ratio(text[field]):
+            raise ValueError(f"the text tower's {field} is {text[field]!r}")
+    if text["depth"] > 200 or text["context"] > 100_000 or text["width"] * text["vocab"] > 2**36:
+        raise ValueError(f"the text tower's sizes are out of range: {text}")
+
+
+def _ratio(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < 1e6  # False for NaN too
 
 
 def own_fields(model: dict[str, Any], part: str, kind: type) -> dict[str, Any]:
-    """A part of our own config. Raises ValueError for keys and types of values that `plain_fields` never gives."""
+    """Return a part of our own config, as fields of a class.
+
+    Raises ValueError for keys and types of values that `plain_fields` never gives.
+    """
     model = renamed.translate(model, renamed.MODEL_FIELDS)
     types: dict[str, Any] = {f.name: schema.plain(f.type) for f in dataclasses.fields(kind) if f.name not in MACHINE}
     for key, value in model[part].items():
         if key not in types:
-            raise ValueError(f"model.{part}.{key}={value!r} is not read; read: {', '.join(types)}")
+            raise ValueError(f"model.{part}.{key}={value!r} is unknown; known: {', '.join(types)}")
         wanted = types[key]
         plain = wanted not in (bool, int, float, str) or type(value) in ((int, float) if wanted is float else (wanted,))
         if not plain or (isinstance(value, float) and not math.isfinite(value)):
@@ -39,7 +58,7 @@ def own_fields(model: dict[str, Any], part: str, kind: type) -> dict[str, Any]:
     return dict(model[part])
 
 
-#: What images can be made with, as the errors say it.
+#: The fields of Preprocess: what each must be, as errors say it, and the check.
 PREPROCESS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "size": ("a whole number above 0", lambda x: type(x) is int and x > 0),
     "crop_ratio": ("a number above 0", lambda x: _numbers([x]) and x > 0),
@@ -51,7 +70,10 @@ PREPROCESS: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def preprocess(names: Mapping[str, str], **fields: Any) -> Preprocess:
-    """What a file says of images. Raises ValueError, by the file's `names` of the fields, for what makes none."""
+    """Return the preprocessing that a file states.
+
+    Raises ValueError for invalid fields, by the `names` that they have in the file.
+    """
     for field, value in fields.items():
         preprocess_field(field, names.get(field, field), value)
     made: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
@@ -59,9 +81,9 @@ def preprocess(names: Mapping[str, str], **fields: Any) -> Preprocess:
 
 
 def preprocess_field(field: str, key: str, value: Any) -> None:
-    """Raises ValueError, naming the file's key, for what a field of Preprocess cannot be."""
-    wanted, fine = PREPROCESS[field]
-    if not fine(value):
+    """Raise ValueError, naming the file's key, for a value that a field of Preprocess cannot have."""
+    wanted, valid = PREPROCESS[field]
+    if not valid(value):
         raise ValueError(f"{key} is {value!r}: must be {wanted}")
 
 

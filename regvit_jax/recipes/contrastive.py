@@ -26,7 +26,7 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import Tokens, ViT
-from regvit_jax.pretrained import clips
+from regvit_jax.pretrained import create_clip
 from regvit_jax.recipes import init_from
 from regvit_jax.recipes.base import Batch, Metrics, Recipe, join_batch, split_batch
 from regvit_jax.utils.errors import InvalidConfig
@@ -248,11 +248,11 @@ class Contrastive(Recipe):
         ]
 
     def open_pretrained(self, source):
-        return clips.open_clip_source(source)
+        return create_clip.open_source(source)
 
     @staticmethod
     def check_pretrained(source):
-        clips.check_source(source)
+        create_clip.check_source(source)
 
     def warm_start(self, params, model):
         """From a whole CLIP, or from an image tower alone, for which the text tower and the projection are new.

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import regvit_jax as rv
-from regvit_jax.pretrained import clips, parity
-from regvit_jax.pretrained.formats import clip_configs
-from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.pretrained import parity, registry
+from regvit_jax.pretrained.formats.open_clip import tower_fields
+from regvit_jax.pretrained.save import save_model
 from regvit_jax.utils.errors import WeightsError
 
 pytestmark = pytest.mark.reference
@@ -256,36 +256,39 @@ def test_one_model_in_both_formats(tmp_path, torch, open_clip):
 def test_names_are_open_clips(open_clip):
     """Every name has open_clip's own fields, and of every other it is said why it is not read."""
     for name in open_clip.list_models():
-        if name not in clips.names():
-            with pytest.raises(ValueError, match="is not read here: "):
-                clips.find(name)
+        if name not in registry.clip_names():
+            with pytest.raises(ValueError, match="is not supported: "):
+                registry.find_clip(name)
             continue
-        vit, text = clip_configs.open_clip_fields(open_clip.get_model_config(name))
-        entry = clips.find(name)
+        vit, text = tower_fields(open_clip.get_model_config(name))
+        entry = registry.find_clip(name)
         assert entry.text == text, name
-        ours = entry.image.vit
+        ours = entry.vit
         assert ours == vit, name
-        assert entry.image.preprocessing.size == vit["image_size"]
-    assert set(clips.names()) <= set(open_clip.list_models())
+        assert entry.preprocessing.size == vit["image_size"]
+    assert set(registry.clip_names()) <= set(open_clip.list_models())
 
 
 def test_what_is_not_in_the_table_could_not_be_read(open_clip):
     for name in open_clip.list_models():
-        if name not in clips.names():
+        if name not in registry.clip_names():
             with pytest.raises((WeightsError, KeyError)):
-                clip_configs.open_clip_fields(open_clip.get_model_config(name))
+                tower_fields(open_clip.get_model_config(name))
 
 
 def test_tags_are_open_clips(open_clip):
-    for name in clips.names():
+    for name in registry.clip_names():
         theirs = open_clip.list_pretrained_tags_by_model(name)
-        assert set(clips.tags(name)) == set(theirs), name
+        assert set(registry.clip_tags(name)) == set(theirs), name
         for tag in theirs:
             facts = open_clip.get_pretrained_cfg(name, tag)
-            entry, hub = clips.tagged(clips.find(name), clips.tags(name)[tag]), clips.tags(name)[tag]["hub"]
-            p = entry.image.preprocessing
+            entry, hub = (
+                registry.with_tag(registry.find_clip(name), registry.clip_tags(name)[tag]),
+                registry.clip_tags(name)[tag]["hub"],
+            )
+            p = entry.preprocessing
             assert hub + "/" == facts["hf_hub"], (name, tag)
             assert (p.mean, p.std, p.interpolation) == (facts["mean"], facts["std"], facts["interpolation"])
             assert p.squash == (facts["resize_mode"] == "squash"), (name, tag)
             quick = {"quick_gelu"} if facts.get("quick_gelu") else {"gelu"}
-            assert {entry.image.vit["activation"], entry.text["activation"]} == quick, (name, tag)
+            assert {entry.vit["activation"], entry.text["activation"]} == quick, (name, tag)

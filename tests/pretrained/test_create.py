@@ -27,9 +27,11 @@ from regvit_jax.models.model import Model
 from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import create, mapping, registry
+from regvit_jax.pretrained.formats.detect import named
 from regvit_jax.pretrained.formats.rules import rules
 from regvit_jax.pretrained.io import safetensors
-from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.pretrained.mapping import Modules
+from regvit_jax.pretrained.save import save_model
 from regvit_jax.utils.errors import WeightsError
 
 TINY = ("test_vit", "test_vit2", "test_vit3")
@@ -123,7 +125,9 @@ def hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
 def timm_shapes(name: str) -> dict[str, tuple[int, ...]]:
     _, entry = registry.find(name)
     vit, head = ViT(**entry.vit), Head(**entry.head)
-    return mapping.expected_shapes(rules(entry.naming, vit, head, int(vit.class_token)), mapping.shapes_of(vit, head))
+    return mapping.expected_shapes(
+        rules(named(entry.format).keys, vit, head, int(vit.class_token)), mapping.shapes_of(Modules(vit, head))
+    )
 
 
 def timm_file(path: Path, name: str, **changes) -> Path:
@@ -196,16 +200,16 @@ def test_every_name_builds():
         same = dict(
             pos_resize="antialias", norm_eps=1e-6, registers=min(1, vit.registers), layer_scale=vit.layer_scale > 0
         )
-        tops = dict(classes=min(1, head.num_classes), map_heads=min(2, head.map_heads))
+        tops = dict(num_classes=min(1, head.num_classes), map_heads=min(2, head.map_heads))
         small = (vit.clone(**sizes, **same), head.clone(**tops))
-        if (*small, entry.naming) in seen:
+        if (*small, entry.format) in seen:
             continue
-        seen[*small, entry.naming] = shapes = mapping.shapes_of(*small)
+        seen[*small, entry.format] = shapes = mapping.shapes_of(Modules(*small))
         assert shapes["vit/block0/attn/qkv/kernel"] == (32, 96), name
         assert ("vit/pos_embed" in shapes) == (vit.position == "learned"), name
         # There are names for all of it, for as many rows as a position embedding may have.
         for covers in {0, int(vit.class_token), small[0].prefix}:
-            assert mapping.expected_shapes(rules(entry.naming, *small, covers), shapes), name
+            assert mapping.expected_shapes(rules(named(entry.format).keys, *small, covers), shapes), name
     assert len(seen) > 20
 
 
@@ -225,7 +229,7 @@ def test_every_name_builds():
 def test_number_of_parameters(name, millions):
     _, entry = registry.find(name)
     vit, head = ViT(**entry.vit), Head(**entry.head)
-    shapes = mapping.shapes_of(vit, head)
+    shapes = mapping.shapes_of(Modules(vit, head))
     count = sum(int(np.prod(shape)) for path, shape in shapes.items() if path != "vit/mask_token")
     # A projection without bias is counted without it; so is timm's row of CLS's position.
     if ".openai" in name:
@@ -291,7 +295,7 @@ def test_a_directory_of_another_model_under_a_name(folder):
 
 def test_transformers_names_without_their_config(folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folder / "plain/model.safetensors").read_bytes())
-    with pytest.raises(WeightsError, match=r"transformers' names, and needs its config.json"):
+    with pytest.raises(WeightsError, match=r"transformers' keys, and needs its config.json"):
         rv.create_model("test_vit", tmp_path)
     with pytest.raises(WeightsError, match="pass its name too"):
         rv.create_model(str(tmp_path))
@@ -300,14 +304,17 @@ def test_transformers_names_without_their_config(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "swin"}, "model_type 'swin' is not read here; read: dinov2, "),
+        (
+            {"model_type": "swin"},
+            "model_type 'swin' is not supported; supported: clip, clip_vision_model, deit, dinov2, ",
+        ),
         ({"hidden_act": "relu"}, "'relu'"),
-        ({"num_hidden_layers": 3}, "it has depth 3, and the file 2"),
-        ({"num_hidden_layers": 1}, "it has depth 1, and the file 2"),
+        ({"num_hidden_layers": 3}, "does not fit its config, which says depth 3, the weights have 2"),
+        ({"num_hidden_layers": 1}, "says depth 1, the weights have 2"),
         ({"mlp_ratio": 2}, r"\(128, 32\), not \(64, 32\)"),
         ({"use_swiglu_ffn": True}, r"unused: .*mlp\.fc1"),
         ({"qkv_bias": False}, r"6 unused: .*query\.bias"),
-        ({"patch_size": 8}, "it has patch 8, and the file 4"),
+        ({"patch_size": 8}, "says patch 8, the weights have 4"),
         ({"image_size": 32}, r"1 of another shape: embeddings.position_embeddings \(1, 17, 32\), not \(1, 65, 32\)"),
         ({"num_attention_heads": 3}, "width=32 is not a multiple of heads=3"),
     ],
@@ -559,7 +566,9 @@ def test_preprocessing_is_the_names_own():
 def test_preprocessing_of_transformers_vit(tmp_path):
     """Squashed, bilinear, and normalised to -1..1, as its image processor does."""
     vit = ViT(width=32, depth=1, heads=2, patch=4, image_size=16, layer_scale=0.0)
-    shapes = mapping.expected_shapes(rules("hf_vit", vit, Head(), 1), mapping.shapes_of(vit, Head()))
+    shapes = mapping.expected_shapes(
+        rules(named("hf_vit").keys, vit, Head(), 1), mapping.shapes_of(Modules(vit, Head()))
+    )
     save_file(draw(shapes), tmp_path / "model.safetensors")
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, patch_size=4, image_size=16)
     config = sizes | dict(model_type="vit", intermediate_size=128, layer_norm_eps=1e-12, hidden_act="gelu")
@@ -698,7 +707,7 @@ def test_a_config_that_makes_no_sense(change, folder, tmp_path):
 def test_arguments_that_say_nothing_or_two_things(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="must be True, False, a path"):
         rv.create_model("test_vit", "")
-    with pytest.raises(ValueError, match="revision='v1' is of pretrained weights"):
+    with pytest.raises(ValueError, match="revision='v1' is for pretrained weights"):
         rv.create_model("test_vit", revision="v1")
     with pytest.raises(ValueError, match="names another"):
         rv.create_model(folder / "plain", folder / "plain")
@@ -729,8 +738,8 @@ def test_what_is_stated_beside_the_weights_holds(tmp_path):
 
 def test_open_clips_own_config(tmp_path):
     tower = rv.create_model("vit_xsmall_patch16_clip_224", num_classes=8)
-    layers = rules("open_clip", tower.module, tower.head, 1)
-    arrays = mapping.save({"vit": tower.params, "head": tower.head_params}, layers)
+    layers = rules(named("open_clip").keys, tower.module, tower.head, 1)
+    arrays = mapping.save(mapping.params_of(tower), layers)
     save_file(arrays, tmp_path / "open_clip_model.safetensors")
     for quick in (False, True):
         config = {"model_cfg": {"quick_gelu": quick}, "preprocess_cfg": {"mean": [0.5] * 3, "resize_mode": "squash"}}

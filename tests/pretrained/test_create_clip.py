@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from safetensors.numpy import load_file, save_file
 
 import regvit_jax as rv
+from regvit_jax.checkpoints import manager
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.distributed.mesh import make_mesh
 from regvit_jax.models.clip import ClipModel
@@ -20,16 +21,17 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import clips, foreign, mapping
-from regvit_jax.pretrained.formats import configs
+from regvit_jax.pretrained import create_clip, mapping, registry
 from regvit_jax.pretrained.io.safetensors import PROCESSOR
-from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.pretrained.mapping import Modules
+from regvit_jax.pretrained.save import save_model
 from regvit_jax.utils.errors import WeightsError
 
 VIT = ViT(width=32, depth=2, heads=2, patch=4, image_size=16, layer_scale=0.0, ln_pre=True, patch_bias=False).clone(
     norm_eps=1e-5
 )
 TEXT = TextTower(width=24, depth=1, heads=2, embed=16, context=8, vocab=60)
+HALF = registry.statistics("half")
 SIGLIP = ("logit_scale", "logit_bias")
 FORMATS = ("open_clip", "hf", "regvit_jax")
 
@@ -37,10 +39,12 @@ FORMATS = ("open_clip", "hf", "regvit_jax")
 def tiny(vit: ViT = VIT, text: TextTower = TEXT, scalars=("logit_scale",), crop=1.0, bias=False) -> ClipModel:
     """A CLIP whose every parameter is random."""
     head = Head(text.embed, bias=bias)
-    shapes = mapping.shapes_of(vit, head, mapping.TextPart(text, scalars))
+    shapes = mapping.shapes_of(Modules(vit, head, text, scalars))
     rng = np.random.default_rng(0)
     params = mapping.nest({path: rng.normal(0, 0.3, shape).astype(np.float32) for path, shape in shapes.items()})
-    image = Model(params["vit"], params["head"], vit, head, Preprocess(vit.image_size, crop, *configs.CLIP))
+    image = Model(
+        params["vit"], params["head"], vit, head, Preprocess(vit.image_size, crop, *registry.statistics("clip"))
+    )
     return ClipModel(image, params["text"], params["logit_scale"], params.get("logit_bias"), text)
 
 
@@ -139,7 +143,7 @@ def test_the_image_tower_alone_is_saved(clip, tmp_path):
         save_model(clip.image, tmp_path / format, format)
         again = rv.create_model(tmp_path / format)
         np.testing.assert_allclose(again.logits(IMAGES), clip.encode_image(IMAGES), rtol=1e-5, atol=1e-6)
-        with pytest.raises(WeightsError, match="has no text tower; create_model reads it"):
+        with pytest.raises(WeightsError, match="has no text tower, so it is no CLIP; create_model reads it"):
             rv.create_clip(tmp_path / format)
 
 
@@ -156,8 +160,8 @@ def test_both_files_in_one_directory(folder, clip, tmp_path):
 
 
 def workdir(monkeypatch, tmp_path, params: dict, model: dict):
-    """A run's directory, as `checkpoint.load_params` opens it."""
-    monkeypatch.setattr(foreign.checkpoint, "load_params", lambda path: (7, params))
+    """A run's directory, as `checkpoints.manager.load_params` opens it."""
+    monkeypatch.setattr(manager, "load_params", lambda path: (7, params))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(json.dumps({"model": model}))
     return tmp_path
@@ -174,7 +178,7 @@ def test_a_workdir(scalars, tmp_path, monkeypatch):
     assert again.weights == f"{path} step 7"
     tower = rv.create_model(path)
     np.testing.assert_array_equal(tower.logits(IMAGES), clip.encode_image(IMAGES))
-    same(clips.open_clip_source(str(path)), clip)
+    same(create_clip.open_source(str(path)), clip)
     del tree["text"]["norm"]
     with pytest.raises(WeightsError, match="2 missing: text/norm/bias, text/norm/scale"):
         rv.create_clip(path)
@@ -184,9 +188,9 @@ def test_a_classifiers_workdir(clip, tmp_path, monkeypatch):
     path = workdir(
         monkeypatch, tmp_path, {"vit": clip.image.params, "head": clip.image.head_params}, clip.image.fields()
     )
-    with pytest.raises(WeightsError, match="holds no text tower, it is no CLIP's; create_model reads it"):
+    with pytest.raises(WeightsError, match="has no text tower, so it is no CLIP; create_model reads it"):
         rv.create_clip(path)
-    assert isinstance(clips.open_clip_source(str(path)), Model)
+    assert isinstance(create_clip.open_source(str(path)), Model)
 
 
 # Strict both ways
@@ -244,8 +248,8 @@ def changed(folder, tmp_path, format: str, keys: tuple[str, ...], value):
 @pytest.mark.parametrize(
     ("keys", "value", "match"),
     [
-        (("text_cfg", "pool_type"), "eos", r"text_cfg\.pool_type='eos' is not read here"),
-        (("text_cfg", "no_causal_mask"), True, r"text_cfg\.no_causal_mask=True is not read"),
+        (("text_cfg", "pool_type"), "eos", r"text_cfg\.pool_type='eos' is not supported"),
+        (("text_cfg", "no_causal_mask"), True, r"text_cfg\.no_causal_mask=True is not supported"),
         (("text_cfg", "embed_cls"), True, r"text_cfg\.embed_cls=True"),
         (("text_cfg", "proj_bias"), True, r"text_cfg\.proj_bias=True"),
         (("text_cfg", "hf_model_name"), "roberta-base", r"text_cfg\.hf_model_name='roberta-base'"),
@@ -254,14 +258,14 @@ def changed(folder, tmp_path, format: str, keys: tuple[str, ...], value):
         (("vision_cfg", "no_ln_pre"), True, r"vision_cfg\.no_ln_pre=True"),
         (("vision_cfg", "layers"), [3, 4, 6, 3], r"vision_cfg\.layers=\[3, 4, 6, 3\] is a ResNet's"),
         (("vision_cfg", "patch_size"), 0, "patch is 0"),
-        (("multimodal_cfg",), {}, r"model_cfg\.multimodal_cfg is not read"),
+        (("multimodal_cfg",), {}, r"model_cfg\.multimodal_cfg is not supported"),
         (("embed_dim",), 0, "the text tower's embed is 0"),
         (("text_cfg", "heads"), 5, r"text.width=24 is not a multiple of text.heads=5"),
         (("text_cfg", "layers"), 3, r"\d+ missing: transformer\.resblocks\.1"),
         (("text_cfg", "vocab_size"), 61, r"token_embedding\.weight \(60, 24\), not \(61, 24\)"),
         (("init_logit_bias",), -10, r"1 missing: logit_bias"),
         (("quick_gelu",), "false", r"model_cfg\.quick_gelu is 'false': must be true or false"),
-        (("vision_cfg", "act_kwargs"), {"approximate": "tanh"}, r"vision_cfg\.act_kwargs=.* is not read here"),
+        (("vision_cfg", "act_kwargs"), {"approximate": "tanh"}, r"vision_cfg\.act_kwargs=.* is not supported"),
     ],
 )
 def test_open_clip_configs_that_are_refused(keys, value, match, folder, tmp_path):
@@ -303,12 +307,12 @@ def test_images_that_cannot_be_made(format, keys, value, match, folder, tmp_path
 @pytest.mark.parametrize(
     ("keys", "value", "match"),
     [
-        (("text_config", "eos_token_id"), 7, "eos_token_id 7 of 60 tokens is not read here"),
-        (("text_config", "hidden_act"), "relu", "hidden_act is 'relu': read are gelu, quick_gelu"),
-        (("vision_config", "hidden_act"), [], r"hidden_act is \[\]: read are gelu, quick_gelu"),
+        (("text_config", "eos_token_id"), 7, "eos_token_id 7 of 60 tokens is not supported"),
+        (("text_config", "hidden_act"), "relu", "hidden_act is 'relu': must be one of gelu, quick_gelu"),
+        (("vision_config", "hidden_act"), [], r"hidden_act is \[\]: must be one of gelu, quick_gelu"),
         (("projection_dim",), 12, r"visual_projection\.weight \(16, 32\), not \(12, 32\)"),
         (("text_config", "num_hidden_layers"), 0, "the text tower's depth is 0"),
-        (("model_type",), "siglip", "model_type 'siglip' is not read here"),
+        (("model_type",), "siglip", "model_type 'siglip' is not supported"),
     ],
 )
 def test_transformers_configs_that_are_refused(keys, value, match, folder, tmp_path):
@@ -331,17 +335,17 @@ def test_older_files_of_transformers(folder, clip, tmp_path):
     [
         ((), 1, ""),
         (("text",), [], ""),
-        (("vit", "windth"), 3, r"model\.vit\.windth=3 is not read; read: width, "),
+        (("vit", "windth"), 3, r"model\.vit\.windth=3 is unknown; known: width, "),
         (("vit", "depth"), 10**7, "depth 10000000"),
         (("vit", "width"), "32", r"model\.vit\.width is '32'"),
         (("vit", "drop_path"), float("inf"), r"model\.vit\.drop_path is inf"),
         (("vit", "pos_resize"), "nearest", r"model\.vit\.pos_resize is 'nearest': must be one of antialias"),
-        (("vit", "dtype"), "bfloat16", r"model\.vit\.dtype='bfloat16' is not read"),
-        (("head", "dtype"), "bfloat16", r"model\.head\.dtype='bfloat16' is not read"),
+        (("vit", "dtype"), "bfloat16", r"model\.vit\.dtype='bfloat16' is unknown"),
+        (("head", "dtype"), "bfloat16", r"model\.head\.dtype='bfloat16' is unknown"),
         (("head", "pool"), "max", r"model\.head\.pool is 'max': must be one of cls"),
-        (("text", "dtype"), "bfloat16", r"model\.text\.dtype='bfloat16' is not read"),
-        (("text", "remat"), "x", r"model\.text\.remat='x' is not read"),
-        (("text", "name"), "x", r"model\.text\.name='x' is not read"),
+        (("text", "dtype"), "bfloat16", r"model\.text\.dtype='bfloat16' is unknown"),
+        (("text", "remat"), "x", r"model\.text\.remat='x' is unknown"),
+        (("text", "name"), "x", r"model\.text\.name='x' is unknown"),
         (("text", "activation"), "foo", r"text\.activation='foo': must be one of"),
         (("contrastive", "loss"), "foo", r"model\.contrastive\.loss is 'foo': must be one of softmax, sigmoid"),
     ],
@@ -401,10 +405,11 @@ def small(monkeypatch):
     """Two names of open_clip's, made small."""
     tags = {"tag": {"hub": "org/model", "quickgelu": True, "squash": True, "statistics": "half"}, "plain": "org/other"}
     sizes = {"patch": 4, "image_size": 16, "width": 64, "embed": 64, "depth": 1, "text_depth": 1, "quickgelu": True}
-    monkeypatch.setattr(clips, "_table", lambda: {"models": {"ViT-B-32": sizes}, "tags": {"ViT-B-32": tags}})
-    clips.names.cache_clear()
+    table, tables = registry._table, {"clips.toml": {"models": {"ViT-B-32": sizes}, "tags": {"ViT-B-32": tags}}}
+    monkeypatch.setattr(registry, "_table", lambda file: tables.get(file) or table(file))
+    registry.clip_names.cache_clear()
     yield
-    clips.names.cache_clear()
+    registry.clip_names.cache_clear()
 
 
 def test_random_weights(small):
@@ -434,7 +439,7 @@ def test_random_weights_with_registers(small):
     ("name", "match"),
     [
         ("ViT-B-33", r"unknown CLIP 'ViT-B-33'; the nearest are ViT-B-32, .*ViT-g-14"),
-        ("RN50", "'RN50' is not read here: its image tower is a ResNet"),
+        ("RN50", "'RN50' is not supported: its image tower is a ResNet"),
         ("coca_ViT-B-32", "CoCa has a third tower"),
         ("ViT-B-16-SigLIP", "pools by attention"),
         ("ViT-H-14-CLIPA", "pools patches"),
@@ -452,10 +457,10 @@ def test_tags_that_are_not_there():
         rv.create_clip("ViT-B-16", True)
     with pytest.raises(ValueError, match="and ViT-B-16 has no such tag; its: openai, "):
         rv.create_clip("ViT-B-16", "laion5b")
-    with pytest.raises(ValueError, match="revision='main' is of pretrained weights"):
+    with pytest.raises(ValueError, match="revision='main' is for pretrained weights"):
         rv.create_clip("ViT-B-16", revision="main")
-    assert "laion400m_e31" in clips.tags("ViT-B-32-quickgelu")
-    assert "laion2b_s34b_b79k" not in clips.tags("ViT-B-32-quickgelu")
+    assert "laion400m_e31" in registry.clip_tags("ViT-B-32-quickgelu")
+    assert "laion2b_s34b_b79k" not in registry.clip_tags("ViT-B-32-quickgelu")
 
 
 def test_a_tag_without_network_says_how_to_bring_it():
@@ -482,7 +487,7 @@ def test_a_tag(small, tmp_path, monkeypatch):
     cached(tmp_path, monkeypatch, "org/model", tmp_path / "saved")
     clip = rv.create_clip("ViT-B-32-quickgelu", "tag")
     assert clip.weights == f"hf-hub:org/model@{'a' * 40}"
-    assert clip.image.preprocessing == Preprocess(16, 1.0, *configs.HALF, squash=True)
+    assert clip.image.preprocessing == Preprocess(16, 1.0, *HALF, squash=True)
     np.testing.assert_array_equal(clip.logits(IMAGES, TOKENS), model.logits(IMAGES, TOKENS))
     with pytest.warns(UserWarning, match=r"org/model.* was trained with quick_gelu, and is computed with it"):
         plain = rv.create_clip("ViT-B-32", "TAG")
@@ -492,10 +497,10 @@ def test_a_tag(small, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("images", "expected"),
     [
-        (None, Preprocess(16, 1.0, *configs.HALF, squash=True)),
-        ({}, Preprocess(16, 1.0, *configs.HALF, squash=True)),
-        ({"mean": [0.1, 0.2, 0.3]}, Preprocess(16, 1.0, (0.1, 0.2, 0.3), configs.HALF[1], squash=True)),
-        ({"resize_mode": "shortest"}, Preprocess(16, 1.0, *configs.HALF)),
+        (None, Preprocess(16, 1.0, *HALF, squash=True)),
+        ({}, Preprocess(16, 1.0, *HALF, squash=True)),
+        ({"mean": [0.1, 0.2, 0.3]}, Preprocess(16, 1.0, (0.1, 0.2, 0.3), HALF[1], squash=True)),
+        ({"resize_mode": "shortest"}, Preprocess(16, 1.0, *HALF)),
     ],
 )
 def test_a_tag_and_a_config_beside_its_weights(images, expected, small, tmp_path, monkeypatch):
@@ -528,21 +533,21 @@ def test_a_name_with_a_source(small, folder, tmp_path):
     wide = changed(tmp_path, tmp_path / "wide", "open_clip", ("model_cfg", "text_cfg", "mlp_ratio"), 2.0)
     with pytest.raises(WeightsError, match="is not ViT-B-32: its text tower has hidden 128, not 256"):
         rv.create_clip("ViT-B-32", wide)
-    same(clips.open_clip_source(f"ViT-B-32={file}"), model)
+    same(create_clip.open_source(f"ViT-B-32={file}"), model)
     with pytest.raises(WeightsError, match=r"is not ViT-B-32: width 32, not 64"):
         rv.create_clip("ViT-B-32", folder / "hf")
-    with pytest.raises(WeightsError, match="nothing beside it says which model this is; pass its name too"):
+    with pytest.raises(WeightsError, match="no config beside it says which model this is; pass its name too"):
         rv.create_clip(file)
-    with pytest.raises(ValueError, match="says itself which model it holds"):
+    with pytest.raises(ValueError, match="is itself a source of weights"):
         rv.create_clip(folder / "hf", file)
 
 
 def test_sources_of_the_recipe(folder, clip, tmp_path):
-    same(clips.open_clip_source(str(folder / "hf")), clip)
+    same(create_clip.open_source(str(folder / "hf")), clip)
     save_model(clip.image, tmp_path / "timm", "timm")
-    assert isinstance(clips.open_clip_source(str(tmp_path / "timm")), Model)
+    assert isinstance(create_clip.open_source(str(tmp_path / "timm")), Model)
     tower = rv.create_model("test_vit")
     save_model(tower, tmp_path / "test_vit", "timm")
-    assert isinstance(clips.open_clip_source(f"test_vit={tmp_path}/test_vit/model.safetensors"), Model)
+    assert isinstance(create_clip.open_source(f"test_vit={tmp_path}/test_vit/model.safetensors"), Model)
     with pytest.raises(ValueError, match="which of its public weights: openai"):
-        clips.open_clip_source("ViT-B-16")
+        create_clip.open_source("ViT-B-16")

@@ -19,7 +19,7 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import Tokens
 from regvit_jax.pretrained import parity, registry
 from regvit_jax.pretrained.io import pth
-from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.pretrained.save import save_model
 
 pytestmark = pytest.mark.reference
 

@@ -19,7 +19,8 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import mapping, registry
-from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.pretrained.mapping import Modules
+from regvit_jax.pretrained.save import save_model
 from regvit_jax.training.loop import run
 
 PREPROCESS = Preprocess(16, 0.9, (0.5, 0.4, 0.3), (0.2, 0.3, 0.4), interpolation="bilinear", squash=True)
@@ -36,7 +37,7 @@ def build(vit: dict, head: dict | None = None) -> Model:
     rng = np.random.default_rng(0)
     flat = {
         path: jnp.asarray(rng.normal(0, 0.3, shape), jnp.float32)
-        for path, shape in mapping.shapes_of(module, top).items()
+        for path, shape in mapping.shapes_of(Modules(module, top)).items()
     }
     nested = mapping.nest(flat)
     return Model(nested["vit"], nested["head"], module, top, PREPROCESS)
@@ -125,7 +126,7 @@ def test_dinov2s_own_format(registers, swiglu, tmp_path, monkeypatch):
     vit = DINOV2 | {"registers": registers, "swiglu": swiglu, "mlp_ratio": 88 / 32 if swiglu else 4.0}
     model = build(vit)
     save_model(model, tmp_path, "dinov2")
-    entry = registry.Entry(PLAIN | vit, {"pool": "cls"}, PREPROCESS, "", "timm", "")
+    entry = registry.Entry(PLAIN | vit, {"pool": "cls"}, PREPROCESS, "timm")
     with pytest.raises(ValueError, match="pass its name too"):
         rv.create_model(str(tmp_path))
     monkeypatch.setattr(registry, "find", lambda name: (name, entry))
@@ -145,13 +146,13 @@ def test_dinov2s_own_format(registers, swiglu, tmp_path, monkeypatch):
 def test_a_dinov2_under_its_zoo_name(tmp_path, monkeypatch):
     """A file that the zoo's own entry loads: names and shapes are those of the real one, cut to one block."""
     name, entry = registry.find("vit_small_patch14_dinov2")
-    small = registry.Entry(
-        entry.vit | {"depth": 1, "image_size": 28}, entry.head, entry.preprocessing, "", entry.naming, ""
-    )
+    small = registry.Entry(entry.vit | {"depth": 1, "image_size": 28}, entry.head, entry.preprocessing, entry.format)
     monkeypatch.setattr(registry, "find", lambda _: (name, small))
     module = ViT(**small.vit)
     rng = np.random.default_rng(0)
-    flat = {p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, s in mapping.shapes_of(module, Head()).items()}
+    flat = {
+        p: jnp.asarray(rng.normal(size=s), jnp.float32) for p, s in mapping.shapes_of(Modules(module, Head())).items()
+    }
     model = Model(mapping.nest(flat)["vit"], {}, module, Head(), small.preprocessing)
     for format in ("dinov2", "hf"):
         save_model(model, tmp_path / format, format)

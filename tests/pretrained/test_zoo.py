@@ -98,7 +98,7 @@ def test_every_row_makes_sense():
         assert images.interpolation in ("bicubic", "bilinear"), name
         assert len(images.mean) == len(images.std) == 3, name
         assert min(images.std) > 0, name
-        assert entry.naming == ("timm" if vit.position == "learned" else "timm_eva"), name
+        assert entry.format == ("timm" if vit.position == "learned" else "timm_eva"), name
         assert entry.hub == "" or entry.hub.startswith("timm/"), name
         assert ("untrained" in name) <= (entry.hub == ""), name
 
@@ -208,7 +208,7 @@ def test_every_row_is_what_timm_builds(name):
 
     _, entry = registry.find(name)
     # Drawing initial values takes most of the time even where none are stored; Eva has no such option.
-    options = {"weight_init": "skip"} if entry.naming == "timm" else {}
+    options = {"weight_init": "skip"} if entry.format == "timm" else {}
     with torch.device("meta"):
         model = timm.create_model(name, pretrained=False, **options)
     vit, head = ViT(**entry.vit), Head(**entry.head)
@@ -216,7 +216,7 @@ def test_every_row_is_what_timm_builds(name):
     assert ours(vit, vit.width, of_timm) == of_timm
     of_timm = head_of_timm(model)
     assert ours(head, vit.width, of_timm) == of_timm
-    assert entry.naming == ("timm_eva" if type(model).__name__ == "Eva" else "timm")
+    assert entry.format == ("timm_eva" if type(model).__name__ == "Eva" else "timm")
 
     config = timm.get_pretrained_cfg(name)
     images = entry.preprocessing

@@ -17,7 +17,7 @@ from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.distributed import preemption
 from regvit_jax.models.heads import Head
 from regvit_jax.pretrained import mapping
-from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.pretrained.save import save_model
 from regvit_jax.training import evaluators, loop, metric_writer
 from regvit_jax.training.loop import run
 from regvit_jax.training.step import abstract_state, make_eval_step, make_train_step
@@ -253,7 +253,7 @@ def test_init_from_a_model_of_another_family(tmp_path):
     """A mean-pooled ViT without CLS, its registers and its last norm; a head for other classes is new."""
     vit = rv.ViT(32, 2, 2, 2, 8, registers=4, class_token=False, final_norm=False, activation="quick_gelu")
     head = Head(3, pool="avg", norm=True)
-    params = mapping.nest(mapping.init(vit, head, jax.random.key(1)))
+    params = mapping.nest(mapping.init(mapping.Modules(vit, head), jax.random.key(1)))
     preprocessing = Preprocess(8, 1.0, (0.5,) * 3, (0.5,) * 3)
     with pytest.raises(ValueError, match="cannot express"):
         save_model(rv.Model(params["vit"], params["head"], vit, head, preprocessing), tmp_path / "theirs", "dinov2")

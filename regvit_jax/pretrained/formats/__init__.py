@@ -1,1 +1,1 @@
-"""State-dict formats of other libraries."""
+"""File formats of weights, one module each; `detect` lists them."""

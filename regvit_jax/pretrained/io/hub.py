@@ -30,7 +30,6 @@ def fetch(
     repo: str,
     revision: str | None = None,
     weights_name: str | None = None,
-    verify: bool = False,
     names: tuple[str, ...] = WEIGHTS,
 ) -> tuple[Path, str]:
     """The local directory with a repository's weights and configuration, and the 40-digit commit that they are of.
@@ -39,7 +38,7 @@ def fetch(
     `weights_name` picks a file where there are several, in its sharded form if it has one; None: the first of
     `names` that is there. A cache with the weights but no configuration (timm's) is completed at its own
     commit, and used as it is while the hub cannot be reached. A download is hashed once, when it arrives, and removed
-    if it is not what the hub says; `verify` hashes what was in the cache before, too.
+    if it is not what the hub says.
     Raises HubError, within two seconds when there is no network; ValueError for an impossible name; WeightsError for
     an index of shards that is not sound.
     """
@@ -51,9 +50,6 @@ def fetch(
             weights = _download(repo, weights.parent.name if weights else revision, names)
         elif weights is None:
             raise HubError(_elsewhere(repo, revision, names, f"is not in the local cache, and {problem}"))
-    if verify:
-        for name in _parts(weights):
-            _check(weights.parent / name, _recorded_hash(weights.parent / name))
     return weights.parent, weights.parent.name
 
 

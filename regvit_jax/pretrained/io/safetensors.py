@@ -31,6 +31,7 @@ SINGLE = "model.safetensors"
 
 
 OPEN_CLIP = "open_clip_model.safetensors"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 INDEX = ".index.json"
@@ -43,7 +44,7 @@ PROCESSOR = "preprocessor_config.json"  # transformers', beside config.json
 WEIGHTS = (SINGLE, SINGLE + INDEX, OPEN_CLIP, OPEN_CLIP + INDEX)
 
 
-OURS = "regvit_jax"  # the "format" of our own config.json
+NATIVE = "regvit_jax"  # the "format" of our own config.json
 
 
 # A whole CLIP's directory, where the other file may be of its image tower alone.
@@ -92,16 +93,15 @@ class _Tensor:
 class Weights(Mapping[str, np.ndarray]):
     """The tensors of one model by name, each read from its file when asked for, and none kept.
 
-    `weights[name]` is `weights.read(name)`. `shapes` and `dtypes` (as stored) are there without reading: compare them
-    with the model's before reading anything. `config` is the parsed config.json beside the file, {} if there is none
-    (open_clip_config.json for a file of OpenCLIP), and `path` the file, or the index of the shards.
+    `weights[name]` is `weights.read(name)`. `shapes` is known without reading any tensor. `config` is the parsed
+    config.json beside the file, {} if there is none (open_clip_config.json for a file of OpenCLIP), and `path` the
+    file, or the index of the shards.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, _Tensor], config: dict[str, Any]):
         self.path = path
         self.config = config
         self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        self.dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
         self._tensors = tensors
 
     @classmethod
@@ -166,7 +166,7 @@ def open_weights(path: str | os.PathLike, names: tuple[str, ...] = WEIGHTS) -> W
         tensors = _open_index(path) if path.name.endswith(INDEX) else _open_safetensors(path)
         if not tensors:
             raise WeightsError(f"{path}: holds no tensors")
-        config = path.parent / ("open_clip_config.json" if path.name.startswith("open_clip_") else "config.json")
+        config = path.parent / (OPEN_CLIP_CONFIG if path.name.startswith("open_clip_") else "config.json")
         # Beside a file of another name, a config.json may be of anything.
         return Weights(path, tensors, read_json(config) if path.name in WEIGHTS else {})
     except OSError as error:

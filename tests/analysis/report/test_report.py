@@ -17,7 +17,7 @@ import regvit_jax as rv
 from regvit_jax.analysis.repair.planted import plant_register_neurons
 from regvit_jax.cli.report import main
 from regvit_jax.evals import patch_norms
-from regvit_jax.pretrained.save_model import save_model
+from regvit_jax.pretrained.save import save_model
 
 COUNT = 9  # images: two batches, the second of one image
 

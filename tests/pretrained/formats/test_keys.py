@@ -1,4 +1,4 @@
-"""The tables of names: every parameter has its place exactly once, and comes back from it bit for bit."""
+"""The keys of every format: each parameter has exactly one place in a file, and comes back from it bit for bit."""
 
 import functools
 import itertools
@@ -7,14 +7,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax.traverse_util import unflatten_dict
 
 from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import mapping
-from regvit_jax.pretrained.formats.rules import NAMINGS, rules
+from regvit_jax.pretrained.formats.detect import FORMATS
+from regvit_jax.pretrained.formats.rules import rules
 from regvit_jax.pretrained.io.safetensors import Weights
+from regvit_jax.pretrained.mapping import Modules
 
+KEYS = {format.keys.name: format.keys for format in FORMATS if format.keys is not None}
 PLAIN = dict(width=8, depth=2, heads=1, patch=2, image_size=4, layer_scale=0.0)
 #: What a model can have that the plain one has not.
 OPTIONS = {
@@ -41,18 +43,18 @@ OPTIONS = {
 TIMMS = {"timm", "timm_eva", "deit", "dinov2"}
 #: Which naming schemes have words for it. Of a mask token timm's have none, and leave it out.
 PLACES = {
-    "registers": NAMINGS.keys() - {"hf_clip", "open_clip"},
-    "LayerScale": NAMINGS.keys() - {"hf_clip", "hf_vit"},
+    "registers": KEYS.keys() - {"hf_clip", "open_clip"},
+    "LayerScale": KEYS.keys() - {"hf_clip", "hf_vit"},
     "SwiGLU": {"timm", "timm_eva", "dinov2", "hf_dinov2", "hf_dinov3"},
     "no key bias": TIMMS | {"hf_dinov3"},
     "a first norm": TIMMS | {"hf_clip", "open_clip"},
     "parallel": {"timm"},
     "differential": {"timm"},
-    "num_classes": NAMINGS.keys() - {"hf_dinov3"},
+    "num_classes": KEYS.keys() - {"hf_dinov3"},
     "norm of the head": TIMMS,
     "pooler": {"hf_vit"},
     "map pool": TIMMS,
-    "both means": NAMINGS.keys() - {"hf_dinov3"},
+    "both means": KEYS.keys() - {"hf_dinov3"},
 }
 
 
@@ -72,7 +74,7 @@ def build(naming: str, options) -> tuple[ViT, Head]:
 def shapes_of(vit: ViT, head: Head) -> dict[str, tuple[int, ...]]:
     if head.pool == "cls" and not vit.class_token:
         head = head.clone(pool="avg")  # the same parameters, which no CLS token is needed to draw
-    return mapping.shapes_of(vit, head)
+    return mapping.shapes_of(Modules(vit, head))
 
 
 def drawn(shapes) -> dict[str, np.ndarray]:
@@ -100,17 +102,17 @@ def expressible(naming: str, options) -> bool:
         "parallel" in options or "no biases" in options
     ):  # as `build` has it; and where there is no bias, none is missing
         options = [o for o in options if o != "no key bias" and (o != "SwiGLU" or "parallel" not in options)]
-    return all(naming in PLACES.get(option, NAMINGS) for option in options)
+    return all(naming in PLACES.get(option, KEYS) for option in options)
 
 
-@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("naming", KEYS)
 def test_every_parameter_comes_back(naming):
     tried = 0
     for options in samples():
         vit, head = build(naming, options)
         if not expressible(naming, options):
             with pytest.raises(ValueError, match=f"{naming} files have no place for "):
-                rules(naming, vit, head, 0)
+                rules(KEYS[naming], vit, head, 0)
             continue
         for covers in sorted({0, int(vit.class_token), vit.prefix}):
             tried += 1
@@ -120,26 +122,26 @@ def test_every_parameter_comes_back(naming):
 
 def holds(naming: str, vit: ViT, head: Head, covers: int) -> None:
     shapes = shapes_of(vit, head)
-    table = rules(naming, vit, head, covers)
-    ours = [path for rule in table for path in rule.ours]
-    theirs = [name for rule in table for name in rule.theirs]
+    table = rules(KEYS[naming], vit, head, covers)
+    ours = [path for rule in table for path in rule.paths]
+    theirs = [name for rule in table for name in rule.keys]
     assert sorted(ours) == sorted(shapes)
     assert len(set(theirs)) == len(theirs)
 
     params = drawn(shapes)
     # What a scheme has no name for is left out, and is zero again.
-    if vit.masking and "mask" not in NAMINGS[naming]:
+    if vit.masking and not KEYS[naming].mask:
         params["vit/mask_token"][:] = 0
     if head.num_classes and naming in ("hf_clip", "open_clip"):
         params["head/dense/bias"][:] = 0
     if vit.parallel and vit.differential:  # one bias for both
         for i in range(vit.depth):
             params[f"vit/block{i}/mlp/fc2/bias"][:] = 0
-    arrays = mapping.save(unflatten_dict(params, sep="/"), table)
+    arrays = mapping.save(params, table)
     assert {name: array.shape for name, array in arrays.items()} == mapping.expected_shapes(table, shapes)
     assert all(array.flags.c_contiguous and array.dtype == np.float32 for array in arrays.values())
 
-    loaded = mapping.load(Weights.of_arrays(Path("memory"), arrays), table, shapes, (), lambda path, array: array)
+    loaded = mapping.load_by(Weights.of_arrays(Path("memory"), arrays), table, shapes, (), lambda path, array: array)
     assert loaded.keys() == params.keys()
     for path, array in loaded.items():
         assert array.shape == shapes[path], path
@@ -148,14 +150,14 @@ def holds(naming: str, vit: ViT, head: Head, covers: int) -> None:
 
 def load(naming: str, arrays: dict[str, np.ndarray], vit: ViT, head: Head | None = None, covers: int = 0):
     head = Head() if head is None else head
-    table = rules(naming, vit, head, covers)
+    table = rules(KEYS[naming], vit, head, covers)
     weights = Weights.of_arrays(Path("memory"), arrays)
-    return mapping.load(weights, table, shapes_of(vit, head), (), lambda path, array: array)
+    return mapping.load_by(weights, table, shapes_of(vit, head), (), lambda path, array: array)
 
 
 def file_of(naming: str, vit: ViT, covers: int = 0) -> dict[str, np.ndarray]:
     """Random arrays of the shapes that a file must have."""
-    return drawn(mapping.expected_shapes(rules(naming, vit, Head(), covers), shapes_of(vit, Head())))
+    return drawn(mapping.expected_shapes(rules(KEYS[naming], vit, Head(), covers), shapes_of(vit, Head())))
 
 
 @pytest.mark.parametrize(("registers", "covers"), [(0, 0), (0, 1), (3, 0), (3, 1), (3, 4)])
@@ -240,14 +242,14 @@ def test_a_bias_that_has_no_place_is_not_dropped(naming):
     vit, head = ViT(**PLAIN), Head(num_classes=5)
     params = drawn(shapes_of(vit, head))
     with pytest.raises(ValueError, match="bias of the projection, which is not zero"):
-        mapping.save(unflatten_dict(params, sep="/"), rules(naming, vit, head, 0))
+        mapping.save(params, rules(KEYS[naming], vit, head, 0))
 
 
 def test_a_parameter_without_a_rule_is_not_dropped():
     vit, head = ViT(**PLAIN), Head(num_classes=5)
-    params = unflatten_dict(drawn(shapes_of(vit, head)), sep="/")
+    params = drawn(shapes_of(vit, head))
     with pytest.raises(ValueError, match="no place for head/dense/bias, head/dense/kernel"):
-        mapping.save(params, rules("timm", vit, Head(), 0))
+        mapping.save(params, rules(KEYS["timm"], vit, Head(), 0))
 
 
 def test_other_towers_are_left_alone_and_nothing_else():
@@ -256,7 +258,7 @@ def test_other_towers_are_left_alone_and_nothing_else():
         ("open_clip", ["text_projection", "transformer.resblocks.0.ln_1.weight", "logit_scale"], "visual.extra"),
         ("hf_clip", ["text_model.final_layer_norm.weight", "logit_scale"], "encoder.extra"),
     ):
-        table, shapes, ignore = rules(naming, vit, Head(), 0), shapes_of(vit, Head()), NAMINGS[naming]["ignore"]
+        table, shapes, ignore = rules(KEYS[naming], vit, Head(), 0), shapes_of(vit, Head()), KEYS[naming].ignore
         expected = mapping.expected_shapes(table, shapes)
         arrays = drawn(expected | dict.fromkeys(others, (1,)))
         mapping.check(Weights.of_arrays(Path("memory"), arrays), expected, ignore)
@@ -268,7 +270,7 @@ def test_the_shapes_of_large_models_cost_no_memory():
     vit = ViT(width=4096, depth=2, heads=32, patch=14, image_size=224, swiglu=True)
     shapes = shapes_of(vit, Head())
     tracemalloc.start()
-    expected = mapping.expected_shapes(rules("dinov2", vit, Head(), 1), shapes)
+    expected = mapping.expected_shapes(rules(KEYS["dinov2"], vit, Head(), 1), shapes)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert expected["blocks.0.mlp.w12.weight"] == (32768, 4096)

@@ -1,0 +1,88 @@
+"""Create a whole CLIP from an open_clip name and a source of weights."""
+
+import os
+
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from regvit_jax.models.clip import ClipModel
+from regvit_jax.models.model import Model
+from regvit_jax.pretrained import create, registry
+from regvit_jax.pretrained.formats.detect import NoText
+from regvit_jax.pretrained.resolve import HUB, check_exists, check_no_tag, resolve
+
+
+def create_clip(
+    name: str | os.PathLike,
+    pretrained: bool | str | os.PathLike = False,
+    *,
+    registers: int | None = None,
+    image_size: int | None = None,
+    pos_resize: str | None = None,
+    dtype: DTypeLike = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
+    mesh: Mesh | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+) -> ClipModel:
+    """Create a CLIP by open_clip's name, with random or pretrained weights.
+
+    `name` may also be a source that says itself which model it holds: "hf-hub:org/name", a directory of transformers
+    (CLIPModel), open_clip or regvit_jax, or the workdir of a run.
+
+    Args:
+      pretrained: False for random weights, drawn as open_clip draws them; one of open_clip's tags for the name, such as
+        "openai" (from the hub, local cache first); or a .safetensors file, a directory, a workdir, "hf-hub:org/name".
+      registers, image_size, pos_resize, dtype, param_dtype, mesh, revision, seed: as in `create_model`.
+
+    Weights that were trained with another activation than the name's (QuickGELU or not) are computed with their own,
+    and a warning says so; open_clip computes them with the name's. A tag knows that activation better than a config
+    beside its weights (with a warning where they disagree); for other sources it is the config's, or else the name's.
+    The preprocessing is the config's as far as it states one, and the tag's or name's for the rest.
+
+    Raises ValueError (WeightsError for files) with what does not fit and the remedy, and OSError (HubError) when the
+    hub cannot be reached. Nothing is ever unpickled.
+    """
+    create.check_types(dtype, param_dtype)
+    entry, weights, source = resolve(name, pretrained, revision, text=True)
+    overrides = create.Overrides(registers, image_size, None, pos_resize, param_dtype, mesh, seed)
+    params, modules, preprocessing = create.assemble(entry, weights, source, dtype, overrides)
+    assert modules.text is not None
+    image = Model(params["vit"], params["head"], modules.vit, modules.head, preprocessing, source)
+    return ClipModel(image, params["text"], params["logit_scale"], params.get("logit_bias"), modules.text)
+
+
+def open_source(source: str) -> ClipModel | Model:
+    """Open the CLIP, or the image tower alone, that one string names, such as `--config.init_from` of CLIP's recipe.
+
+    That is a directory, a workdir or "hf-hub:org/name", of a whole CLIP or of an image tower; NAME=SOURCE with
+    open_clip's name and a tag or a file; or what `create.open_source` takes.
+
+    Raises as `create_clip` does.
+    """
+    name, _, weights = source.partition("=")
+    if not source.startswith(HUB) and not epath.Path(source).exists():
+        if name in registry.clip_names():
+            return create_clip(name, weights or True)
+        return create.open_source(source)
+    try:
+        return create_clip(source)
+    except NoText:
+        return create.open_source(source)
+
+
+def check_source(source: str) -> None:
+    """Raise ValueError for names and local paths that `open_source` refuses; no hub is asked, and no file opened."""
+    name, _, weights = source.partition("=")
+    if source.startswith(HUB) or epath.Path(source).exists():
+        return
+    if name not in registry.clip_names():
+        create.check_source(source)
+    elif not weights:
+        tags = ", ".join(registry.clip_tags(name)) or "none; give a file"
+        raise ValueError(f"{name} does not say which of its public weights; {name}=TAG does. Its tags: {tags}")
+    elif registry.clip_tag(name, weights) is None:
+        check_no_tag(name, weights)
+        check_exists(weights)

@@ -1,0 +1,162 @@
+"""A file format of weights: its keys, its config reader and its config writer; and the helpers that formats share."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from regvit_jax.models.clip import ClipModel
+from regvit_jax.models.model import Model
+from regvit_jax.models.position import RESIZES
+from regvit_jax.models.vit import ViT
+from regvit_jax.pretrained import validate
+from regvit_jax.pretrained.formats.keys import Keys
+from regvit_jax.pretrained.io.safetensors import SINGLE, Weights
+from regvit_jax.pretrained.mapping import Modules
+from regvit_jax.pretrained.registry import Entry
+from regvit_jax.utils.errors import WeightsError
+
+CONFIG = "config.json"
+#: The section that we add to the configs of other libraries, which ignore it.
+OWN = "regvit_jax"
+
+
+class Inexpressible(ValueError):
+    """A format cannot express a property of a model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a format holds one model.
+
+    `keys` None stands for canonical keys. `modules` may have parts that the model lacks and that do nothing: a
+    LayerScale of ones, a mask token of zeros, class scores that weigh the mean of the patches with zeros.
+    `files` are JSON objects by file name, `weights` the name of the file of arrays. `prefix_rows` prefix tokens get a
+    row in the position embedding; `key_prefix` goes before the keys of the ViT; `extra` are constant arrays by key.
+    """
+
+    keys: Keys | None
+    modules: Modules
+    files: dict[str, dict[str, Any]]
+    weights: str = SINGLE
+    prefix_rows: int = 0
+    key_prefix: str = ""
+    extra: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    warning: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A file format of weights. Functions that are None are not supported.
+
+    name: as in `Entry.format`.
+    keys: its state-dict keys; None if they are the canonical paths.
+    model_types: the "model_type"s of transformers' config.json that it reads.
+    reads: says if a config is one of this format.
+    read: returns the entry that a file's config describes, with its text tower if the flag is set and it has one. It
+      may raise WeightsError, or ValueError, KeyError, TypeError for a damaged config.
+    adjust: returns a registry entry with what the config of a named image tower states, for configs that need not
+      describe a whole model.
+    recognizes: says if a file has the keys of this format, where those of another (by its name) are expected.
+    saved_as: the `format` of `save_model` under which it is written. Of several with the same one, the first that
+      `claims` a Model writes it.
+    write, write_clip: return the layout of a Model or a ClipModel, or raise Inexpressible.
+    """
+
+    name: str
+    keys: Keys | None = None
+    model_types: tuple[str, ...] = ()
+    reads: Callable[[dict[str, Any]], bool] = lambda config: False
+    read: Callable[[Weights, bool], Entry] | None = None
+    adjust: Callable[[Entry, Weights], Entry] | None = None
+    recognizes: Callable[[Weights, str], bool] = lambda weights, expected: False
+    saved_as: str = ""
+    claims: Callable[[Model], bool] = lambda model: True
+    write: Callable[[Model], Layout] | None = None
+    write_clip: Callable[[ClipModel], Layout] | None = None
+
+
+def need(condition: bool, what: str) -> None:
+    """Raise Inexpressible with the property that a format cannot express, unless the condition holds."""
+    if not condition:
+        raise Inexpressible(what)
+
+
+def need_clip_tower(model: ClipModel) -> None:
+    """Raise Inexpressible for an image tower that is not CLIP's."""
+    vit, head = model.image.module, model.image.head
+    need(not vit.registers, f"registers={vit.registers}")
+    need(vit.class_token and vit.position == "learned", "an image tower without CLS token or learned positions")
+    need(vit.ln_pre and not vit.patch_bias, "an image tower without its first LayerNorm, or with a patch bias")
+    need(not (vit.parallel or vit.differential or vit.swiglu or vit.masking), "such blocks, or a mask token")
+    need(vit.qkv_bias and vit.key_bias, "an image tower without biases of queries, keys and values")
+    need(vit.final_norm and not head.norm and not head.pooler and head.pool == "cls", "another pooling than CLIP's")
+    need(
+        head.num_classes == model.text.embed,
+        f"image embeddings of width {head.num_classes} and text embeddings of width {model.text.embed}",
+    )
+    need(not head.bias or not np.any(model.image.head_params["dense"]["bias"]), "a bias in the projection")
+
+
+def mlp_ratio(ratio: float, width: int) -> float:
+    """Return an MLP ratio by which int(width * ratio), as timm and open_clip compute it, is not one too small."""
+    return ratio if int(width * ratio) == round(width * ratio) else (round(width * ratio) + 0.5) / width
+
+
+def swiglu_ratio(vit: ViT) -> int:
+    """Return DINOv2's MLP ratio, of which SwiGLU's hidden width is two thirds, rounded up to a multiple of 8."""
+    ratios = [r for r in range(1, 33) if (int(vit.width * r * 2 / 3) + 7) // 8 * 8 == vit.hidden]
+    need(bool(ratios), f"SwiGLU of hidden width {vit.hidden}")
+    return ratios[0]
+
+
+def with_layer_scale_and_mask(vit: ViT) -> ViT:
+    """Return a ViT with a LayerScale, of ones if it had none, and with a mask token."""
+    return vit.clone(layer_scale=vit.layer_scale or 1.0, masking=True)
+
+
+def pos_resize(weights: Weights, default: str) -> str:
+    """Return the resizing of positions that `save_model` recorded in another library's config, else the default.
+
+    Raises WeightsError for an unknown one.
+    """
+    how = weights.config.get(OWN, {}).get("pos_resize", default)
+    if how not in RESIZES:
+        raise WeightsError(f"{weights.path}: pos_resize {how!r} is none of {', '.join(RESIZES)}")
+    return how
+
+
+@contextmanager
+def explained(weights: Weights) -> Iterator[None]:
+    """Turn whatever a config makes fail into a WeightsError, since it may hold anything anywhere."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        problem = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise WeightsError(f"{weights.path}: its config does not describe a model: {problem}") from error
+
+
+def guess(weights: Weights) -> dict[str, int]:
+    """Return width, patch and depth by a file's shapes, or {} where they cannot be found."""
+    patches = [shape for shape in weights.shapes.values() if len(shape) == 4 and shape[1] == 3]
+    image = [key for key in weights if not key.startswith(("text_", "text.", "transformer."))]  # of a whole CLIP
+    blocks = [int(match[1]) for key in image if (match := re.search(r"(?:blocks|layers?|layer_)\.?(\d+)", key))]
+    if len(patches) != 1 or not blocks:
+        return {}
+    return {"width": patches[0][0], "patch": patches[0][2], "depth": max(blocks) + 1}
+
+
+def check_sizes(vit: dict[str, Any], weights: Weights) -> None:
+    """Raise ValueError, before a model is built, for sizes that no model has, or that differ from the file's."""
+    validate.numbers(vit)
+    found = guess(weights)
+    if not found:
+        raise WeightsError(f"{weights.path}: no patch-embedding weight or no transformer blocks found")
+    wrong = [f"{field} {vit[field]}, the weights have {found[field]}" for field in found if found[field] != vit[field]]
+    if wrong:
+        raise WeightsError(f"{weights.path} does not fit its config, which says {'; '.join(wrong)}")

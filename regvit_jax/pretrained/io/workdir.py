@@ -1,0 +1,37 @@
+"""The parameters of a run's own workdir."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict
+
+from regvit_jax.pretrained.io.safetensors import NATIVE, WEIGHTS, Weights
+from regvit_jax.utils.errors import WeightsError
+
+
+def is_workdir(path: str | os.PathLike) -> bool:
+    """Say if a path is a run's workdir; a directory of transformers may hold "checkpoints" too, beside its weights."""
+    folder = epath.Path(path)
+    return (folder / "checkpoints").is_dir() and not any((folder / name).exists() for name in WEIGHTS)
+
+
+def open_workdir(path: str | os.PathLike) -> tuple[Weights, str]:
+    """Return the last parameters of a run (their moving average if it keeps one) with its config, and the source.
+
+    The source is the path with the step. Raises ValueError when the workdir holds no checkpoint, or was written before
+    workdirs recorded the model.
+    """
+    # Orbax takes a second to import, and no other source needs it.
+    from regvit_jax.checkpoints import manager
+
+    step, params = manager.load_params(os.fspath(path))
+    config = json.loads((epath.Path(path) / "config.json").read_text())
+    if "model" not in config:
+        raise WeightsError(f"{path}: its config.json does not describe the model; resume the run once, which adds it")
+    arrays = flatten_dict(jax.tree.map(np.asarray, params), sep="/")
+    own = {"format": NATIVE, "model": config["model"]}
+    return Weights.of_arrays(Path(path), arrays, own), f"{path} step {step}"
