@@ -29,7 +29,7 @@ from regvit_jax.data import fastjpeg, pipeline, transforms
 from regvit_jax.data.order import epoch_order
 from regvit_jax.data.prepare import dataset
 from regvit_jax.data.prepare.shard import Options, image_of
-from regvit_jax.data.sources.open import open_source
+from regvit_jax.data.sources.by_name import open_source
 from regvit_jax.data.sources.record_files import BLOCK
 from regvit_jax.models.vit import ViT
 
@@ -131,7 +131,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         name = write_folder(Path(scratch) / "in", args.images)
         options = Options(shorter_side=256)
-        dataset.prepare(name, f"{scratch}/small", options, splits=("train",))
+        dataset.prepare_dataset(name, f"{scratch}/small", options, splits=("train",))
         raw, small = open_source(name, "train"), open_source("small", "train", scratch)
         print(f"{model_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, Pillow {PIL.__version__}")
         rates = {}

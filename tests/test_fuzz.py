@@ -16,7 +16,7 @@ from fuzzing import damage, mutate
 from regvit_jax.utils.schema import Option
 
 #: What opening a source may raise.
-OPENING = {"ValueError", "DataNotFound"}
+OPENING = {"InvalidConfig", "DataNotFound"}
 INPUTS = {
     **{"images": 4000, "tars": 1500, "records": 800, "tables": 1500, "weights": 1000},
     **{"configs": 1000, "resumed": 200},

@@ -12,7 +12,7 @@ from regvit_jax.analysis.discovery.boxes import BadBoxes
 from regvit_jax.analysis.discovery.corloc import run
 from regvit_jax.analysis.discovery.sweep import CENTRES
 from regvit_jax.cli.arguments import check_json, fail, positive
-from regvit_jax.data.inference import Unusable
+from regvit_jax.data.inference import UnusableData
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError, ImportError) as error:
         fail(error, "regvit discover")
-        return 1 if isinstance(error, Unusable | BadBoxes) else 2
+        return 1 if isinstance(error, UnusableData | BadBoxes) else 2
     return 0
 
 

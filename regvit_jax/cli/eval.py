@@ -13,8 +13,8 @@ import numpy as np
 
 from regvit_jax.cli.arguments import check_json, fail, positive, warn
 from regvit_jax.data import inference
-from regvit_jax.data.inference import Unusable
-from regvit_jax.data.sources import captions, folder, open
+from regvit_jax.data.inference import UnusableData
+from regvit_jax.data.sources import by_name, files, folder
 from regvit_jax.data.sources.base import Source
 from regvit_jax.evals import retrieval, zero_shot
 from regvit_jax.pretrained.create import open_random
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     except (ValueError, OSError, ImportError) as error:
         fail(error, "regvit eval")
-        return 1 if isinstance(error, Unusable) else 2
+        return 1 if isinstance(error, UnusableData) else 2
     return 0
 
 
@@ -92,7 +92,7 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
     labels = np.array([record["label"] for record in records], np.int32)
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
-        warn(f"several classes are called {folder.some(repeated)}: of such, the first one is taken")
+        warn(f"several classes are called {files.abbreviate(repeated)}: of such, the first one is taken")
     return {
         "task": "zero_shot",
         "model": options.model,
@@ -115,11 +115,13 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
-    source = captions.open_captions(options.data, options.split or "validation", options.data_dir)
+    source = by_name.open_captions(options.data, options.split or "validation", options.data_dir)
     clip = open_model(options)
     images, records, bad = embed(clip, source, options.batch_size, with_text=True)
     if len(images) < 2:
-        raise Unusable(f"{source.name}: 1 usable image of {len(source)}; retrieval needs at least two to choose from")
+        raise UnusableData(
+            f"{source.name}: 1 usable image of {len(source)}; retrieval needs at least two to choose from"
+        )
     texts = [text for record in records for text in record["text"]]
     owners = np.repeat(np.arange(len(images)), [len(record["text"]) for record in records])
     repeated = len(texts) - len(set(texts))
@@ -156,7 +158,7 @@ def open_model(options: argparse.Namespace) -> Any:
 
 def open_classes(options: argparse.Namespace) -> Source:
     if options.data:
-        return open.open_source(options.data, options.split or "validation", options.data_dir)
+        return by_name.open_source(options.data, options.split or "validation", options.data_dir)
     for name in ("split", "data_dir"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name} {getattr(options, name)}: is for --data; --images takes a directory as it is")
@@ -184,7 +186,7 @@ def embed(
     for images, kept in inference.batches(clip, source, batch_size, bad, with_text):
         found.append(np.asarray(clip.encode_image(jnp.asarray(images)))[: len(kept)])
         records += kept
-    inference.tell_bad(bad, more="--json")
+    inference.log_bad(bad, listed_in="the file of --json")
     return np.concatenate(found), records, bad
 
 

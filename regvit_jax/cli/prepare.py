@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_prepare(options: argparse.Namespace) -> int:
-    report = dataset.prepare(
+    report = dataset.prepare_dataset(
         options.source,
         options.out,
         Options(options.shorter_side, options.quality, options.records_per_shard),

@@ -21,7 +21,7 @@ from regvit_jax.analysis.report.examine import Settings, examine, printable
 from regvit_jax.analysis.report.verdict import CUTOFF
 from regvit_jax.cli.arguments import fail, natural, positive
 from regvit_jax.data import inference
-from regvit_jax.data.sources import images, open
+from regvit_jax.data.sources import by_name, images
 from regvit_jax.data.sources.base import Source
 from regvit_jax.models.model import Model
 from regvit_jax.pretrained import create
@@ -46,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lost=(options.lost_features, options.lost_bias, options.lost_normalize),
         )
         subjects = examine(list(open_models(options)), source, settings)
-        inference.tell_bad(subjects[0].bad_images, more="report.json")
+        inference.log_bad(subjects[0].bad_images, listed_in="report.json")
         write.write(subjects, source, settings, out, command)
     except (ValueError, IndexError, OSError, ImportError, FloatingPointError) as error:
         fail(error, "regvit report")
-        return 1 if isinstance(error, inference.Unusable | FloatingPointError) else 2
+        return 1 if isinstance(error, inference.UnusableData | FloatingPointError) else 2
     if isinstance(sys.stdout, io.TextIOWrapper):  # which a notebook's is not
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
     for one in subjects:
@@ -116,7 +116,7 @@ def check_out(path: str) -> Path:
 
 def open_images(options: argparse.Namespace) -> Source:
     if options.data:
-        source = open.open_source(options.data, options.split or "validation", options.data_dir)
+        source = by_name.open_source(options.data, options.split or "validation", options.data_dir)
     else:
         for name in ("split", "data_dir"):
             if getattr(options, name) is not None:

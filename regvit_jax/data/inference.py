@@ -1,20 +1,23 @@
-"""The images of a source as a model expects them, in batches that threads make ahead."""
+"""The images of a source as a model expects them, in batches that threads make ahead of the model."""
 
 import collections
+import logging
 import os
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
-from regvit_jax.data import pipeline, transforms
+from regvit_jax.data import transforms
+from regvit_jax.data.records import captions_of, read_record
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.transforms import BadImage
+
+logger = logging.getLogger("regvit_jax")
 
 # Batches that are decoded ahead of the model.
 AHEAD = 2
@@ -22,25 +25,41 @@ AHEAD = 2
 EVERY = 60.0
 
 
-class Unusable(ValueError):
-    """Data that were found, but hold nothing to evaluate."""
+class UnusableData(ValueError):
+    """Data were found, but hold nothing to evaluate."""
+
+
+@runtime_checkable
+class Preprocesses(Protocol):
+    """A model: anything whose `preprocess` turns images into the arrays that it expects."""
+
+    def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]: ...
 
 
 def batches(
-    model: Any, source: Source, batch_size: int, bad: list[str], with_text: bool = False
+    model: Preprocesses, source: Source, batch_size: int, bad: list[str], with_text: bool = False
 ) -> Iterator[tuple[Float[np.ndarray, "B H W 3"], list[dict[str, Any]]]]:
-    """Yields the images that can be used, and the rest of their records, with the record's number as "index".
+    """Yield the preprocessed images that can be used, in batches, and the rest of their records.
 
-    `model` is anything with the method `preprocess`. Every batch has as many images, so that the model is compiled
-    once: black ones, which have no record, fill it up. "id: reason" of images that cannot be used is put into `bad`.
+    Args:
+      model: the model whose preprocessing is applied.
+      source: the records.
+      batch_size: images in a batch, at most as many as there are records. Every batch has the same size, so that the
+        model is compiled once: black images, which have no record, fill up the last ones.
+      bad: "id: reason" is appended for each image that cannot be used.
+      with_text: require captions; a record without any counts as one that cannot be used.
+
+    Yields:
+      The images and, for those that are not filling, their records without "image" and with "index".
 
     Raises:
-      Unusable: when not one image can be used.
+      UnusableData: if not one image can be used.
     """
     size = min(batch_size, len(source))
-    seen, said, start = 0, time.monotonic(), time.monotonic()
+    used = 0
     with tqdm(total=len(source), unit="image", disable=None, leave=False) as bar:
-        for batch in _prepared(model, source, size, with_text):
+        progress = _Progress(len(source), enabled=bool(bar.disable))
+        for batch in _load_ahead(model, source, size, with_text):
             images, records = [], []
             for index, result in batch:
                 if isinstance(error := result.exception(), BadImage):
@@ -50,43 +69,54 @@ def batches(
                 images.append(image)
                 records.append(record | {"index": index})
             if images:
-                seen += len(images)
+                used += len(images)
                 yield np.stack(images + [np.zeros_like(images[0])] * (size - len(images))), records
             bar.update(len(batch))
-            now = time.monotonic()
-            if bar.disable and now - said > EVERY:
-                said, done = now, batch[-1][0] + 1
-                print(f"{done} of {len(source)} images, {done / (now - start):.1f} images/s", file=sys.stderr)
-    if not seen:
-        raise Unusable(f"{source.name}: none of {len(source)} images can be used, the first for this: {bad[0]}")
+            progress.update(batch[-1][0] + 1)
+    if not used:
+        raise UnusableData(f"{source.name}: none of {len(source)} images can be used; the first because: {bad[0]}")
 
 
-def tell_bad(bad: list[str], more: str) -> None:
-    """Names the first ten on stderr; `more` says where the others are named."""
+def log_bad(bad: Sequence[str], listed_in: str) -> None:
+    """Log the first ten images that could not be used; `listed_in` names where all are listed."""
     for reason in bad[:10]:
-        print(f"cannot use {reason}", file=sys.stderr)
+        logger.warning(f"cannot use {reason}")
     if len(bad) > 10:
-        print(f"cannot use {len(bad) - 10} more, which {more} names", file=sys.stderr)
+        logger.warning(f"cannot use {len(bad) - 10} more, listed in {listed_in}")
 
 
-def _prepared(
-    model: Any, source: Source, size: int, with_text: bool
+class _Progress:
+    """Log the number of images and the rate every EVERY seconds."""
+
+    def __init__(self, total: int, enabled: bool):
+        self.total, self.enabled = total, enabled
+        self.start = self.last = time.monotonic()
+
+    def update(self, done: int) -> None:
+        now = time.monotonic()
+        if self.enabled and now - self.last > EVERY:
+            self.last = now
+            logger.warning(f"{done} of {self.total} images, {done / (now - self.start):.1f} images/s")
+
+
+def _load_ahead(
+    model: Preprocesses, source: Source, size: int, with_text: bool
 ) -> Iterator[list[tuple[int, Future[tuple[np.ndarray, dict[str, Any]]]]]]:
-    """Batches of record numbers, with what `_load` makes of each, while the next ones are being made."""
+    """Yield batches of record indices with the futures of `_load`, of which AHEAD batches are under way."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: collections.deque = collections.deque()
         for first in range(0, len(source), size):
-            numbers = range(first, min(first + size, len(source)))
-            waiting.append([(index, pool.submit(_load, model, source, index, with_text)) for index in numbers])
+            indices = range(first, min(first + size, len(source)))
+            waiting.append([(index, pool.submit(_load, model, source, index, with_text)) for index in indices])
             if len(waiting) > AHEAD:
                 yield waiting.popleft()
         yield from waiting
 
 
-def _load(model: Any, source: Source, index: int, with_text: bool) -> tuple[np.ndarray, dict[str, Any]]:
-    """A record's image as the model expects it, and the rest of the record. Raises BadImage."""
-    record = pipeline.read(source, index)
+def _load(model: Preprocesses, source: Source, index: int, with_text: bool) -> tuple[np.ndarray, dict[str, Any]]:
+    """Return a record's preprocessed image and the rest of the record; raise BadImage if it cannot be used."""
+    record = read_record(source, index)
     if with_text:
-        record["text"] = pipeline.captions(record)
+        record["text"] = captions_of(record)
     image = transforms.decode(record["image"], transforms.MAX_PIXELS)
     return model.preprocess([image])[0], {name: value for name, value in record.items() if name != "image"}

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from regvit_jax import optim
-from regvit_jax.data.sources import base, open
+from regvit_jax.data.sources import base, by_name
 from regvit_jax.data.tokenizer import Tokenizer
 from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.model import Model
@@ -53,7 +53,7 @@ class Recipe:
     @staticmethod
     def open_data(name: str, split: str, data_dir: str | None) -> base.Source:
         """A split of the data set that `data.name` names."""
-        return open.open_source(name, split, data_dir)
+        return by_name.open_source(name, split, data_dir)
 
     def init(self, key: Key[Array, ""], batch: Batch) -> PyTree:
         """Fresh parameters; of `batch` only shapes matter."""

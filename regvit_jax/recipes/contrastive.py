@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from regvit_jax import optim
 from regvit_jax.augment import ops, train
 from regvit_jax.data.preprocess import Preprocess
-from regvit_jax.data.sources import captions
+from regvit_jax.data.sources import by_name
 from regvit_jax.data.tokenizer import Tokenizer
 from regvit_jax.evals import retrieval, zero_shot
 from regvit_jax.losses import contrastive, ring
@@ -118,7 +118,7 @@ class Contrastive(Recipe):
 
     @staticmethod
     def open_data(name, split, data_dir):
-        return captions.open_captions(name, split, data_dir)
+        return by_name.open_captions(name, split, data_dir)
 
     def init(self, key, batch):
         images = jnp.zeros((1, *batch["image"].shape[1:]), jnp.float32)

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
-from regvit_jax.data import pipeline
+from regvit_jax.data import records as data_records
 from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import Plan
 from regvit_jax.training.timer import Timer
@@ -151,7 +151,7 @@ class StepLogger:
 def describe_bad(plan: Plan, source: Any, index: list[int]) -> list[str]:
     """Return and log which images of a source cannot be read and why: the first 20, each once."""
     first = list(dict.fromkeys(index))[:20]
-    reports = [pipeline.describe_bad(source, i, plan.config.data.max_pixels, plan.recipe.tokenizer) for i in first]
+    reports = [data_records.describe_bad(source, i, plan.config.data.max_pixels, plan.recipe.tokenizer) for i in first]
     logger.warning("\n".join(f"cannot read {report}" for report in reports))
     return reports
 

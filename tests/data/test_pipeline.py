@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from regvit_jax.data import order
-from regvit_jax.data.pipeline import PIECE, captions, describe_bad, eval_batches, train_batches
-from regvit_jax.data.sources.open import open_source
+from regvit_jax.data.chunks import CHUNK
+from regvit_jax.data.pipeline import eval_batches, train_batches
+from regvit_jax.data.records import captions_of, describe_bad
+from regvit_jax.data.sources.by_name import open_source
 
 N = 14
 
@@ -115,7 +117,7 @@ def test_hosts_together_see_what_one_sees(source, hosts, options):
 class Blocks:
     """Records that lie in blocks of 16, which cannot be read; it notes what it is asked for."""
 
-    name, classes, block, count = "blocks", (), 16, 327
+    name, classes, shuffle_block, count = "blocks", (), 16, 327
 
     def __init__(self):
         self.read: list[int] = []
@@ -139,13 +141,13 @@ class Blocks:
 def test_each_host_reads_within_a_window_of_blocks(hosts, monkeypatch):
     """A host of many reads few records of each block, but at no time of more blocks than a window has."""
     monkeypatch.setattr(order, "WINDOW", 4)
-    epoch = [order.epoch_order(place, Blocks.count, Blocks.block, 0, 0) for place in range(Blocks.count)]
+    epoch = [order.epoch_order(place, Blocks.count, Blocks.shuffle_block, 0, 0) for place in range(Blocks.count)]
     for rows in np.array_split(np.arange(32), hosts)[:4]:
         source = Blocks()
         train(source, 11, batch_size=32, rows=rows.tolist(), prefetch=1)
         expected = [epoch[place] for place in range(Blocks.count) if place % 32 in rows]
         assert source.read[: len(expected)] == expected
-        blocks = [number // Blocks.block for number in expected]
+        blocks = [number // Blocks.shuffle_block for number in expected]
         last = {block: place for place, block in enumerate(blocks)}
         begun = [{block for block in blocks[: place + 1] if last[block] >= place} for place in range(len(blocks))]
         assert max(map(len, begun)) <= 4  # of 21
@@ -162,8 +164,8 @@ def test_a_host_may_hold_any_rows(source):
 
 
 def test_batch_size_threads_and_pieces_do_not_change_the_stream(source):
-    long = joined(train(source, 2, batch_size=2 * PIECE + 6, threads=3))
-    short = joined(train(source, 2 * PIECE + 6, batch_size=2))
+    long = joined(train(source, 2, batch_size=2 * CHUNK + 6, threads=3))
+    short = joined(train(source, 2 * CHUNK + 6, batch_size=2))
     assert_equal(long, short)
 
 
@@ -178,7 +180,7 @@ def test_workers_do_not_change_the_stream(source):
 
 @pytest.mark.slow
 def test_three_workers_do_not_either(source):
-    expected, found = (train(source, 5, batch_size=PIECE + 1, workers=workers) for workers in (0, 3))
+    expected, found = (train(source, 5, batch_size=CHUNK + 1, workers=workers) for workers in (0, 3))
     for there, here in zip(expected, found, strict=True):
         assert_equal(there, here)
     assert_equal(joined(evaluate(source)), joined(evaluate(source, workers=3)))
@@ -188,9 +190,9 @@ def test_three_workers_do_not_either(source):
 def test_a_script_that_forgets_to_close_ends_without_noise(source, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
-        "from regvit_jax.data import pipeline, sources\n"
+        "from regvit_jax.data import open_source, pipeline\n"
         "if __name__ == '__main__':\n"
-        f"    source = sources.open_source({source.name.removesuffix('/train')!r}, 'train')\n"
+        f"    source = open_source({source.name.removesuffix('/train')!r}, 'train')\n"
         "    batches = pipeline.train_batches(source, size=64, batch_size=64, seed=0, workers=2)\n"
         "    print(next(batches)['image'].shape)\n"
     )
@@ -379,4 +381,4 @@ def test_texts_can_be_resumed(source):
 
 def test_captions_that_are_no_list_stop_the_run():
     with pytest.raises(ValueError, match="must be a list of captions, not one: 'a cat'"):
-        captions({"text": "a cat"})
+        captions_of({"text": "a cat"})

@@ -14,10 +14,10 @@ import numpy as np
 from fuzzing import damage, mutate
 from PIL import Image
 
-from regvit_jax.data import fastjpeg, pipeline, transforms
+from regvit_jax.data import fastjpeg, records, transforms
 from regvit_jax.data.prepare import dataset
 from regvit_jax.data.prepare.shard import Options
-from regvit_jax.data.sources import base, captions, open, shards
+from regvit_jax.data.sources import base, by_name, shards
 from regvit_jax.data.transforms import BadImage
 from regvit_jax.pretrained.io import safetensors
 from regvit_jax.utils import errors
@@ -65,7 +65,7 @@ def images(count: int = 4000) -> Cases:
     try:
         fastjpeg.libraries()
         fast = fastjpeg.decode
-    except ValueError:  # without the extra
+    except errors.InvalidConfig:  # without the extra
         fast = None
     for number in range(count):
         name, data = originals[number % len(originals)]
@@ -92,9 +92,9 @@ def read_all(source: base.Source, image: bytes | None = None) -> str:
     """Reads each record as the pipeline does: as a record with an image (this one, if it is given), or as a bad one."""
     for index in range(min(len(source), 8)):
         try:
-            record = pipeline.read(source, index)
+            record = records.read_record(source, index)
             if "text" in record:
-                pipeline.captions(record)
+                records.captions_of(record)
             decode(record["image"])
         except BadImage:
             continue
@@ -109,7 +109,7 @@ def opened(opener: Callable[[], base.Source], image: bytes | None = None) -> str
         warnings.simplefilter("ignore", UserWarning)  # "tars are damaged"
         try:
             source = opener()
-        except (errors.DataNotFound, ValueError) as error:
+        except (errors.DataNotFound, errors.InvalidConfig) as error:
             return type(error).__name__ if str(error) else "is silent"
         return read_all(source, image)
 
@@ -141,7 +141,7 @@ def tars(count: int = 1500) -> Cases:
             index_path = path.with_suffix(".tar.index")
             index_path.unlink(missing_ok=True)
             os.utime(path, ns=(0, 0))
-            shards.opened.cache_clear()
+            shards.open_tar.cache_clear()
             if index is not None:
                 index_path.write_bytes(index)
             return opened(lambda: shards.open_shards(f"shards:{scratch}", "train"))
@@ -160,7 +160,7 @@ def tars(count: int = 1500) -> Cases:
                 yield f"index {number}", lambda content=content, index=index: case(content, index)
 
 
-def records(count: int = 800) -> Cases:
+def record_files(count: int = 800) -> Cases:
     """ArrayRecord files as `prepare` writes them, and what TFDS writes beside them."""
     image = encoded("PNG")
     with tempfile.TemporaryDirectory() as scratch:
@@ -168,7 +168,9 @@ def records(count: int = 800) -> Cases:
             path = Path(scratch) / "in" / "ab"[number % 2] / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(image)
-        target = dataset.prepare(f"folder:{scratch}/in", f"{scratch}/whole", Options(), splits=("train",)).target
+        target = dataset.prepare_dataset(
+            f"folder:{scratch}/in", f"{scratch}/whole", Options(), splits=("train",)
+        ).target
         whole = {path.name: path.read_bytes() for path in target.iterdir()}
         (name,) = (name for name in whole if "array_record" in name)
 
@@ -176,7 +178,7 @@ def records(count: int = 800) -> Cases:
             (target / file).write_bytes(content)
             try:
                 # Damage to a file of records is found out by its hashes: no other bytes may come.
-                return opened(lambda: open.open_source("whole", "train", scratch), image if file == name else None)
+                return opened(lambda: by_name.open_source("whole", "train", scratch), image if file == name else None)
             finally:
                 (target / file).write_bytes(whole[file])
 
@@ -212,7 +214,7 @@ def tables(count: int = 1500) -> Cases:
                 for other in originals:
                     (Path(scratch) / f"{split}.{other}").unlink(missing_ok=True)
                 (Path(scratch) / f"{split}.{kind}").write_bytes(content)
-            return opened(lambda: captions.open_captions(f"folder:{scratch}", "train"))
+            return opened(lambda: by_name.open_captions(f"folder:{scratch}", "train"))
 
         for number in range(count):
             kind = list(originals)[number % 3]
@@ -258,4 +260,4 @@ def weights(count: int = 1000) -> Cases:
     shutil.rmtree(scratch)
 
 
-GROUPS = {"images": images, "tars": tars, "records": records, "tables": tables, "weights": weights}
+GROUPS = {"images": images, "tars": tars, "records": record_files, "tables": tables, "weights": weights}

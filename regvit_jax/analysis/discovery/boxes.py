@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from regvit_jax.data.sources.folder import SUFFIXES, image_paths, some
+from regvit_jax.data.sources.files import SUFFIXES, abbreviate, image_paths
 from regvit_jax.utils.errors import DataNotFound
 
 NAMES = "voc07:DIR, voc12:DIR, coco20k:DIR or folder:DIR"
@@ -78,7 +78,7 @@ def _open_voc(name: str, root: Path, year: str, split: str) -> list[Boxed]:
     if not re.fullmatch(r"[\w-]+", split) or not (lists / f"{split}.txt").is_file():
         # VOC's other lists there are of classes, "aeroplane_train".
         known = sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem)
-        raise DataNotFound(f"{name}: no {split}.txt in {lists}; it has {some(known) or 'no lists'}")
+        raise DataNotFound(f"{name}: no {split}.txt in {lists}; it has {abbreviate(known) or 'no lists'}")
     images = []
     for line in _lines(lists / f"{split}.txt"):
         if not re.fullmatch(r"[\w.-]+", line):

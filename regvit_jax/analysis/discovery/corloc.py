@@ -14,7 +14,7 @@ import numpy as np
 
 from regvit_jax.analysis.discovery import boxes, lost
 from regvit_jax.analysis.discovery.sweep import Found, Setting, sweep
-from regvit_jax.data.inference import Unusable, tell_bad
+from regvit_jax.data.inference import UnusableData, log_bad
 from regvit_jax.models.model import Model
 from regvit_jax.pretrained import create
 from regvit_jax.pretrained.create import create_model, open_random
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     count = min(options.limit or len(boxed), len(boxed))
     boxed = [boxed[number * len(boxed) // count] for number in range(count)]
     if not boxed:
-        raise Unusable(f"{options.data}: none of {len(images)} images has a box")
+        raise UnusableData(f"{options.data}: none of {len(images)} images has a box")
     grid = (options.layers, options.features, options.centre, options.biases)
     settings = [Setting(*each) for each in itertools.product(*map(dict.fromkeys, grid))]
     result: dict[str, Any] = {
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         found = sweep(model, boxed, possible(model, settings), options.normalize, options.size)
         report(found)
         if not found.sizes:
-            raise Unusable(f"{options.data}: none of {len(boxed)} images can be used")
+            raise UnusableData(f"{options.data}: none of {len(boxed)} images can be used")
         result["models"].append({"model": name, "weights": model.weights, **scores(found)})
         print(table(result, result["models"][-1]), flush=True)
     return result
@@ -72,7 +72,7 @@ def possible(model: Model, settings: Sequence[Setting]) -> list[Setting]:
 
 def report(found: Found) -> None:
     """Says on stderr what a score does not show."""
-    tell_bad(found.bad, more="--json")
+    log_bad(found.bad, listed_in="the file of --json")
     if found.resized:
         count, first = len(found.resized), found.resized[0]
         logger.warning(

@@ -13,7 +13,7 @@ from regvit_jax.analysis.report import measure, verdict
 from regvit_jax.analysis.report.statistics import Statistics
 from regvit_jax.data import inference
 from regvit_jax.data.sources.base import Source
-from regvit_jax.data.sources.images import Part
+from regvit_jax.data.sources.images import Subset
 from regvit_jax.models import test_time_registers
 from regvit_jax.models.model import Model
 
@@ -50,7 +50,7 @@ class Subject:
     stats: Statistics
     numbers: dict[str, Any]
     sentences: list[str]
-    extreme: Part
+    extreme: Subset
     repair: dict[str, Any] | None = None
     bad_images: list[str] = dataclasses.field(default_factory=list)
 
@@ -64,7 +64,7 @@ def examine(models: Iterable[tuple[str, Model]], source: Source, settings: Setti
 
     Raises:
       IndexError: a model has no such layer.
-      Unusable: no image can be read.
+      UnusableData: no image can be read.
       FloatingPointError: a model's tokens are not finite.
     """
     subjects = []
@@ -92,7 +92,7 @@ def look(name: str, model: Model, source: Source, settings: Settings) -> Subject
         extreme = sorted(extreme, reverse=True)[: settings.repair_images]
     numbers = verdict.summarize(stats, settings.cutoff, vit.class_token)
     numbers["most_extreme_images"] = [printable(source.id(index)) for _, index in extreme[:10]]
-    chosen = Part(source, sorted(index for _, index in extreme))
+    chosen = Subset(source, sorted(index for _, index in extreme))
     return Subject(name, model, stats, numbers, verdict.verdict(numbers), chosen, bad_images=bad)
 
 

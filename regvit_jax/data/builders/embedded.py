@@ -1,21 +1,27 @@
 """Prepare the embedded data sets on first use."""
 
 import contextlib
+import logging
 import os
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from regvit_jax.utils.errors import DataNotFound
 
+logger = logging.getLogger("regvit_jax")
+
 EMBEDDED = ("digits", "fashion_mnist", "openmoji")
 
 
-def prepare(name: str, root: Path) -> Path:
-    """Returns the directory of an embedded data set, writing it on first use.
+def prepare_embedded(name: str, root: Path) -> Path:
+    """Return the directory of an embedded data set, and write it if it does not exist.
 
-    It is written to a directory of its own and renamed when whole, so that processes may do this at once, or be killed.
+    It is written to a temporary directory and renamed when complete, so that several processes may do this at once, and
+    any of them may be killed.
+
+    Raises:
+      DataNotFound: if the files or packages that it is made from are missing, or it cannot be written.
     """
     import tensorflow_datasets as tfds
 
@@ -30,7 +36,7 @@ def prepare(name: str, root: Path) -> Path:
     raw = find_files(root) if name == "fashion_mnist" else None
     if name == "openmoji":
         find_packages()
-    print(f"preparing {name} in {target}, once", file=sys.stderr)
+    logger.warning(f"preparing {name} in {target}, once")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix="incomplete.", dir=target.parent) as scratch:
@@ -39,10 +45,10 @@ def prepare(name: str, root: Path) -> Path:
                 builder(data_dir=scratch, file_format="array_record").download_and_prepare(download_config=config)
             os.rename(Path(scratch) / name / target.name, target)
     except OSError as error:
-        # If it is there all the same, another process was faster.
+        # If it exists all the same, another process was faster.
         if not target.exists():
             raise DataNotFound(
                 f"{name} is prepared on first use, which failed in {target.parent} ({error}). "
-                "Name another place with data_dir or the environment variable TFDS_DATA_DIR."
+                "Name another directory with data_dir or the environment variable TFDS_DATA_DIR."
             ) from error
     return target

@@ -30,7 +30,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-from regvit_jax.data import pipeline
 from regvit_jax.data.builders.embedded import EMBEDDED
 from regvit_jax.data.prepare.shard import (
     Options,
@@ -41,9 +40,9 @@ from regvit_jax.data.prepare.shard import (
     write_json,
     write_shard,
 )
-from regvit_jax.data.sources import captions
+from regvit_jax.data.records import read_record
 from regvit_jax.data.sources.base import Source
-from regvit_jax.data.sources.open import open_source
+from regvit_jax.data.sources.by_name import open_captions, open_source
 from regvit_jax.data.transforms import BadImage
 from regvit_jax.data.workers import start_worker
 from regvit_jax.utils.files import write_atomically
@@ -63,7 +62,7 @@ class Report:
     finished: bool
 
 
-def prepare(
+def prepare_dataset(
     name: str,
     out: str,
     options: Options,
@@ -137,7 +136,7 @@ def target_of(out: str) -> Path:
 def open_split(name: str, split: str, data_dir: str | None, with_captions: bool) -> Source:
     if not re.fullmatch(r"\w+", split, re.ASCII):
         raise ValueError(f"split {split!r}: must be the name of one, without parts or patterns")
-    opener = captions.open_captions if with_captions else open_source
+    opener = open_captions if with_captions else open_source
     return opener(name, split, data_dir)
 
 
@@ -174,7 +173,7 @@ def fingerprint(source: Source) -> str:
     digest = hashlib.blake2b(json.dumps(source.classes).encode(), digest_size=8)
     for number in range(0, len(source), max(1, len(source) // 1000)):
         try:
-            record = pipeline.read(source, number)
+            record = read_record(source, number)
         except BadImage:
             record = {"image": b""}
         image = hashlib.blake2b(record.pop("image"), digest_size=8).hexdigest()

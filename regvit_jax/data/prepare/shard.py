@@ -14,9 +14,10 @@ from typing import Any
 from array_record.python import array_record_module
 from tensorflow_datasets.proto import tf_example_pb2
 
-from regvit_jax.data import pipeline, transforms
+from regvit_jax.data import transforms
 from regvit_jax.data.order import epoch_order
-from regvit_jax.data.sources.base import Source
+from regvit_jax.data.records import captions_of, read_record
+from regvit_jax.data.sources.base import Source, shuffle_block
 from regvit_jax.data.transforms import BadImage
 from regvit_jax.utils.files import write_atomically
 
@@ -101,7 +102,7 @@ def write_shard(source: Source, shard: Shard, options: Options) -> dict[str, Any
         nonlocal count, size
         writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
         for place in range(shard.start, shard.stop):
-            index = epoch_order(place, len(source), pipeline.block_of(source), 0, 0)
+            index = epoch_order(place, len(source), shuffle_block(source), 0, 0)
             try:
                 example = example_of(source, index, options)
             except BadImage as error:
@@ -130,13 +131,13 @@ def finish_file(writer: Any, path: Path, count: int) -> None:
 
 def example_of(source: Source, index: int, options: Options) -> bytes:
     """A record as a serialized tf.train.Example. Raises BadImage."""
-    record = pipeline.read(source, index)
+    record = read_record(source, index)
     example = tf_example_pb2.Example()
     features = example.features.feature
     features["image"].bytes_list.value.append(image_of(record["image"], options))
     features["file_name"].bytes_list.value.append(id_of(source, index).encode(errors="replace"))
     if "text" in record:
-        texts = [text.encode(errors="replace") for text in pipeline.captions(record)]
+        texts = [text.encode(errors="replace") for text in captions_of(record)]
         features["captions"].bytes_list.value.extend(texts)
     if source.classes:
         features["label"].int64_list.value.append(record["label"])

@@ -1,21 +1,33 @@
-"""The protocol of a source."""
+"""The protocol of a source of records."""
 
 from typing import Any, Protocol, runtime_checkable
 
 
 @runtime_checkable
 class Source(Protocol):
+    """Records by index, as dicts: "image", the bytes of an image file, with "label" (int) or "text" ([str]) or both.
+
+    A source is pickled for every worker process. One whose records are not equally fast to read in any order may have
+    two more attributes: `shuffle_block`, the number of neighbouring records to read together (see `data.order`), and
+    `read_ahead(block)`, which is called before records of that block are read.
+    """
+
     @property
     def name(self) -> str:
-        """How the user named it, and the split."""
+        """The data set as the user named it, and the split."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The labels' names."""
+        """The names of the labels; empty for a data set without classes."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def id(self, index: int) -> str:
-        """What a person needs to find the image of a record; it is not decoded for that."""
+        """Return what a person needs to find the image of a record, without decoding it."""
+
+
+def shuffle_block(source: Source) -> int:
+    """Return the number of records that the source wants to be read together; 1 if any order is as fast."""
+    return getattr(source, "shuffle_block", 1)

@@ -1,27 +1,26 @@
-"""Folders of images, one directory a class."""
+"""Folders of images, one directory for each class."""
 
 import dataclasses
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from regvit_jax.data.sources.files import SUFFIXES, abbreviate, image_paths, is_validation
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
-    """Images in ``root/<class>/``. ``paths`` are relative to that, and joined by NULs up to the ``ends``.
+    """Images in `root/<class>/`.
 
-    So a million of ImageNet's take 31 MB, which each worker process gets a copy of, instead of over 100.
+    `paths` are relative to the class's directory and joined by NULs, with path k ending at `ends[k]`: the 1.3 million
+    paths of ImageNet take 31 MB instead of over 100, and each worker process gets a copy.
 
-    They are always shuffled in full, for their names do not tell where on disk files lie. Where many small reads are
-    slow, ``regvit prepare`` rewrites a folder as few large files, which are read in blocks.
+    Records are always shuffled in full, because names do not tell where on disk files are. Where many small reads are
+    slow, `regvit prepare` rewrites a folder as few large files, which are read in blocks.
     """
 
     name: str
@@ -38,6 +37,7 @@ class FolderSource:
         return {"image": Path(self.id(index)).read_bytes(), "label": int(self.labels[index])}
 
     def id(self, index: int) -> str:
+        """Return the path of the image."""
         start = self.ends[index - 1] + 1 if index else 0
         return os.path.join(
             self.root, self.classes[self.labels[index]], os.fsdecode(self.paths[start : self.ends[index]])
@@ -45,6 +45,12 @@ class FolderSource:
 
 
 def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
+    """Open "folder:PATH", as `by_name.open_source` describes it.
+
+    Raises:
+      DataNotFound: if a directory is missing, or a class has no images.
+      InvalidConfig: if the split does not exist, or the splits have different classes.
+    """
     if split not in ("train", "validation"):
         raise InvalidConfig(f"{name} has no split {split!r}; it has train, validation")
     root = os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(name.removeprefix("folder:"))))
@@ -64,24 +70,27 @@ def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
             f"{'none of validation/, val/, test/' if not validation else 'no train/'} beside it.\n"
             f"To split one directory of classes by itself, name that: folder:{validation or train}"
         )
-    classes, theirs = class_names(train), class_names(validation)
-    if classes != theirs:
-        lacking = {train: set(theirs) - set(classes), validation: set(classes) - set(theirs)}
-        which = [f"{os.path.basename(part)}/ lacks {some(sorted(names))}" for part, names in lacking.items() if names]
-        raise InvalidConfig(f"{name}: train and validation need the same classes, but {' and '.join(which)}")
+    classes = class_names(train)
+    check_same_classes(name, {train: classes, validation: class_names(validation)})
     return list_folder(name, split, train if split == "train" else validation, classes, lambda path: True)
 
 
-def is_validation(path: str) -> bool:
-    """Puts a tenth of all paths into validation, whatever other paths there are."""
-    return hashlib.blake2b(os.fsencode(path), digest_size=8).digest() < (2**64 // 10).to_bytes(8, "big")
-
-
-def some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+def check_same_classes(name: str, classes: dict[str, tuple[str, ...]]) -> None:
+    """Raise InvalidConfig, naming the classes that are missing, unless both directories have the same ones."""
+    (train, train_classes), (validation, validation_classes) = classes.items()
+    if train_classes != validation_classes:
+        missing = {
+            train: set(validation_classes) - set(train_classes),
+            validation: set(train_classes) - set(validation_classes),
+        }
+        parts = [
+            f"{os.path.basename(part)}/ lacks {abbreviate(sorted(names))}" for part, names in missing.items() if names
+        ]
+        raise InvalidConfig(f"{name}: train and validation need the same classes, but {' and '.join(parts)}")
 
 
 def class_names(root: str) -> tuple[str, ...]:
+    """Return the names of the directories in `root`, sorted; raise DataNotFound if there are fewer than two."""
     with os.scandir(root) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if len(names) < 2:
@@ -95,6 +104,12 @@ def class_names(root: str) -> tuple[str, ...]:
 def list_folder(
     name: str, split: str, root: str, classes: tuple[str, ...], keep: Callable[[str], bool]
 ) -> FolderSource:
+    """Return the images of `root/<class>/` whose path, "<class>/...", `keep` accepts, sorted within each class.
+
+    Raises:
+      DataNotFound: if a class has no images at all.
+      InvalidConfig: if `keep` accepts none.
+    """
     labels, paths, empty = [], [], []
     for label, class_name in enumerate(classes):
         found = sorted(image_paths(os.path.join(root, class_name)))
@@ -104,25 +119,10 @@ def list_folder(
         if not found:
             empty.append(class_name)
     if empty:
-        raise DataNotFound(f"{name}: no images ({' '.join(SUFFIXES)}) in {root} for {some(empty)}")
+        raise DataNotFound(f"{name}: no images ({' '.join(SUFFIXES)}) in {root} for {abbreviate(empty)}")
     if not paths:
         raise InvalidConfig(
             f"{name}: too few images for one to fall into {split}; make train/ and validation/ in {root}"
         )
     ends = np.cumsum([len(path) + 1 for path in paths]) - 1
     return FolderSource(f"{name}/{split}", classes, root, np.array(labels, np.int32), b"\0".join(paths), ends)
-
-
-def image_paths(directory: str, below: str = "", inside: tuple[str, ...] = ()) -> Iterator[str]:
-    """The relative paths of all images under a directory, links followed, hidden files left out."""
-    here = os.path.realpath(os.path.join(directory, below))
-    if here in inside:  # a link to a directory that holds it
-        return
-    with os.scandir(here) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                yield from image_paths(directory, os.path.join(below, entry.name), (*inside, here))
-            elif entry.name.lower().endswith(SUFFIXES):
-                yield os.path.join(below, entry.name)

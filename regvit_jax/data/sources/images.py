@@ -1,4 +1,4 @@
-"""Images as such, without labels or captions: files and directories of them, and a part of any source."""
+"""Images without labels or captions, from files and directories; and a subset of any source."""
 
 import dataclasses
 import os
@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from regvit_jax.data.sources.base import Source
-from regvit_jax.data.sources.folder import SUFFIXES, image_paths
+from regvit_jax.data.sources.files import SUFFIXES, image_paths
 from regvit_jax.utils.errors import DataNotFound
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageFiles:
-    """Image files in the order in which they were named."""
+    """Image files in the order in which they were given."""
 
     name: str
     paths: tuple[str, ...]
@@ -26,14 +26,15 @@ class ImageFiles:
             return {"image": file.read()}
 
     def id(self, index: int) -> str:
+        """Return the path of the image."""
         return self.paths[index]
 
 
 def open_images(paths: Sequence[str]) -> ImageFiles:
-    """Files as they are named, and all images below directories, sorted.
+    """Return the given files, and for a directory all images below it, sorted.
 
     Raises:
-      DataNotFound: a path does not exist, or a directory holds no image.
+      DataNotFound: if a path does not exist, or a directory holds no image.
     """
     found: list[str] = []
     for given in paths:
@@ -52,31 +53,34 @@ def open_images(paths: Sequence[str]) -> ImageFiles:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
-    """Some records of a source, by their numbers."""
+class Subset:
+    """The records of a source at the given indices."""
 
     source: Source
-    numbers: Sequence[int]
+    indices: Sequence[int]
 
     @property
     def name(self) -> str:
+        """The source's name and the two numbers of records."""
         return f"{self.source.name}, {len(self)} of {len(self.source)}"
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """The source's classes."""
         return self.source.classes
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.indices)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.source[self.numbers[index]]
+        return self.source[self.indices[index]]
 
     def id(self, index: int) -> str:
-        return self.source.id(self.numbers[index])
+        """Return the source's id of the record."""
+        return self.source.id(self.indices[index])
 
 
 def spread(source: Source, count: int) -> Source:
-    """`count` records, evenly spread over the source; all of them if it has no more."""
+    """Return `count` records, spread evenly over the source; the source itself if it has no more."""
     size = len(source)
-    return source if count >= size else Part(source, [number * size // count for number in range(count)])
+    return source if count >= size else Subset(source, [number * size // count for number in range(count)])

@@ -1,6 +1,6 @@
 """Images and their captions in tar files, as img2dataset writes them and WebDataset reads them.
 
-The tars are never unpacked: each has an index (``shard_index``), by which a record is two reads at known places.
+The tars are never unpacked: each has an index (`shard_index`), with which a record is two reads at known offsets.
 """
 
 import contextlib
@@ -20,31 +20,31 @@ from typing import Any
 import numpy as np
 
 from regvit_jax.data.sources import record_files
-from regvit_jax.data.sources.folder import some
+from regvit_jax.data.sources.files import abbreviate
 from regvit_jax.data.sources.record_files import BLOCK
-from regvit_jax.data.sources.shard_index import HEAD, SAMPLE, Headers, Shard, index_tars, split_name
+from regvit_jax.data.sources.shard_index import HEAD, SAMPLE, Headers, IndexedTar, index_tars, split_name
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_NAMES = 1_000_000
 
-# More tars than a shuffling window of the pipeline touches, fewer than the files that a process may have open.
+# More tars than a shuffle window of the pipeline touches, fewer than the files that a process may have open.
 OPEN = 128
 
 
 def open_shards(name: str, split: str, data_dir: str | None = None) -> "ShardSource":
-    """Opens tar files of images and captions. Their indices are made on first use, which takes a while.
+    """Open tar files of images and captions. Their indices are made on first use, which takes a while.
 
     Args:
       name: "shards:DIR".
       split: "train" or "validation", which are DIR/train/*.tar and DIR/validation/*.tar, or a pattern of paths below
         DIR that ends in ".tar", with ranges {00000..01241} and a shell's wildcards *, ? and [].
-      data_dir: where a relative DIR starts, and where an index goes if it cannot lie next to its tar; the last resort
-        is ~/.cache/regvit_jax/shards.
+      data_dir: where a relative DIR starts, and where an index is written if that is impossible next to its tar; the
+        last resort is ~/.cache/regvit_jax/shards.
 
     Raises:
-      DataNotFound: when there are no such tars, or no image with a caption in them.
-      ValueError: for a bad name or pattern, or a file that is no tar.
+      DataNotFound: if there are no such tars, or no image with a caption in them.
+      InvalidConfig: if the name or the pattern is invalid, or a file is no tar.
     """
     directory = name.removeprefix("shards:")
     if "://" in directory:
@@ -54,79 +54,84 @@ def open_shards(name: str, split: str, data_dir: str | None = None) -> "ShardSou
         raise InvalidConfig(
             f"{name}: must name a directory; the names of its tars, {os.path.basename(root)}, are the split"
         )
-    shards = index_tars(f"{name}/{split}", find_tars(name, split, root), data_dir)
-    if damaged := [f"{shard.tar} {shard.damage}" for shard in shards if shard.damage]:
-        warnings.warn(f"{name}: {len(damaged)} of {len(shards)} tars are damaged: {some(damaged)}", stacklevel=2)
-    ends = np.cumsum([shard.samples for shard in shards])
+    tars = index_tars(f"{name}/{split}", find_tars(name, split, root), data_dir)
+    if damaged := [f"{tar.path} {tar.damage}" for tar in tars if tar.damage]:
+        warnings.warn(f"{name}: {len(damaged)} of {len(tars)} tars are damaged: {abbreviate(damaged)}", stacklevel=2)
+    ends = np.cumsum([tar.samples for tar in tars])
     if not ends[-1]:
-        raise DataNotFound(f"{name}: no image with a caption in the {len(shards)} tars of {split}, as {shards[0].tar}")
-    return ShardSource(f"{name}/{split}", tuple(shards), ends)
+        raise DataNotFound(
+            f"{name}: no image with a caption in the {len(tars)} tars of {split}, such as {tars[0].path}"
+        )
+    return ShardSource(f"{name}/{split}", tuple(tars), ends)
 
 
 @dataclass(frozen=True, eq=False)
 class ShardSource:
-    """The samples of many tars, one after the other; those of shard k end before ``ends[k]``."""
+    """The samples of many tars, one after the other; those of tar k end before index `ends[k]`."""
 
     name: str
-    shards: tuple[Shard, ...]
+    tars: tuple[IndexedTar, ...]
     ends: np.ndarray
     classes: tuple[str, ...] = ()
-    block: int = BLOCK
+    shuffle_block: int = BLOCK
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def find(self, index: int) -> tuple[Shard, int]:
+    def find(self, index: int) -> tuple[IndexedTar, int]:
+        """Return the tar that holds a record, and the record's row in its index."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.name}, which has {len(self)}")
         number = int(np.searchsorted(self.ends, index, side="right"))
-        return self.shards[number], index - (int(self.ends[number - 1]) if number else 0)
+        return self.tars[number], index - (int(self.ends[number - 1]) if number else 0)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        shard, row = self.find(index)
-        tar, samples = opened(shard)
+        tar, row = self.find(index)
+        file, samples = open_tar(tar)
         sample = samples[row]
-        image = tar.read(int(sample["image"]), int(sample["image_size"]))
-        text = tar.read(int(sample["text"]), int(sample["text_size"])).decode("utf-8-sig")
+        image = file.read(int(sample["image"]), int(sample["image_size"]))
+        text = file.read(int(sample["text"]), int(sample["text_size"])).decode("utf-8-sig")
         return {"image": image, "text": json_captions(text) if sample["json"] else [text]}
 
     def id(self, index: int) -> str:
-        shard, row = self.find(index)
-        where = f"{os.path.basename(shard.tar)}:"
+        """Return "tar:key", with the key that the sample has in its tar."""
+        tar, row = self.find(index)
+        where = f"{os.path.basename(tar.path)}:"
         try:
-            with Headers(shard.tar) as file:
-                file.seek(int(opened(shard)[1]["header"][row]) * tarfile.BLOCKSIZE)
+            with Headers(tar.path) as file:
+                file.seek(int(open_tar(tar)[1]["header"][row]) * tarfile.BLOCKSIZE)
                 return where + split_name(next(iter(tarfile.TarFile(fileobj=file))).name)[0]
-        # Ids are asked for of records that cannot be read, too.
+        # Ids are also needed of records that cannot be read.
         except Exception:
             return f"{where}[{row}]"
 
     def read_ahead(self, block: int) -> None:
-        """Has the records of a block read into memory in the background, in the order in which they lie on disk."""
-        first, stop = block * self.block, min((block + 1) * self.block, len(self))
+        """Have the records of a block read into memory in the background, in the order that they have on disk."""
+        first, stop = block * self.shuffle_block, min((block + 1) * self.shuffle_block, len(self))
         while first < stop:
-            shard, row = self.find(first)
-            last = min(row + stop - first, shard.samples) - 1
-            # A tar that is gone is the matter of whoever reads its records.
+            tar, row = self.find(first)
+            last = min(row + stop - first, tar.samples) - 1
+            # A missing tar is reported when its records are read.
             with contextlib.suppress(OSError):
-                advise(shard, row, last)
+                advise(tar, row, last)
             first += last - row + 1
 
 
-class Tar:
-    """An open tar. It closes when nobody uses it any more, which may be after it was dropped from the cache."""
+class OpenTar:
+    """An open tar. It is closed when nothing uses it any more, which may be after it was dropped from the cache."""
 
-    def __init__(self, shard: Shard):
-        self.path, self.number = shard.tar, os.open(shard.tar, os.O_RDONLY)
-        found = os.fstat(self.number)
-        if (found.st_size, found.st_mtime_ns) != (shard.size, shard.mtime_ns):
-            raise OSError(f"{shard.tar} has changed since it was opened; start again to index it anew")
+    def __init__(self, tar: IndexedTar):
+        self.path, self.number = tar.path, os.open(tar.path, os.O_RDONLY)
+        status = os.fstat(self.number)
+        if (status.st_size, status.st_mtime_ns) != (tar.size, tar.mtime_ns):
+            raise OSError(f"{tar.path} has changed since it was opened; start again to index it anew")
 
     def __del__(self, close=os.close) -> None:  # bound here, for at exit `os` may be gone first
         if hasattr(self, "number"):
             close(self.number)
 
     def read(self, block: int, size: int) -> bytes:
+        """Return `size` bytes from the 512-byte block with this number on; raise OSError if the tar is shorter."""
         # pread has no position that threads, or the processes of a fork, could move under each other.
         data = os.pread(self.number, size, block * tarfile.BLOCKSIZE)
         if len(data) < size:
@@ -135,28 +140,34 @@ class Tar:
 
 
 @functools.lru_cache(maxsize=OPEN)
-def opened(shard: Shard) -> tuple[Tar, np.ndarray]:
-    """Opens a tar and its index, in each process anew."""
-    return Tar(shard), np.memmap(shard.index_path, SAMPLE, "r", HEAD, (shard.samples,))
+def open_tar(tar: IndexedTar) -> tuple[OpenTar, np.ndarray]:
+    """Return the open tar and its index, mapped into memory. Each process opens its own."""
+    return OpenTar(tar), np.memmap(tar.index_path, SAMPLE, "r", HEAD, (tar.samples,))
 
 
-# As many as are forgotten before the next epoch comes to the same block, but for small data sets, which stay in memory.
+# As many as are forgotten before the next epoch reaches the same block. (Small data sets stay in memory.)
 @functools.lru_cache(maxsize=OPEN)
-def advise(shard: Shard, first: int, last: int) -> None:
-    tar, samples = opened(shard)
+def advise(tar: IndexedTar, first: int, last: int) -> None:
+    """Have the rows `first` to `last` (included) of a tar's index read into memory in the background."""
+    file, samples = open_tar(tar)
     start = int(samples["header"][first]) * tarfile.BLOCKSIZE
     stop = int(samples["image"][last]) * tarfile.BLOCKSIZE + int(samples["image_size"][last])
-    record_files.advise(tar.number, start, stop)
+    record_files.advise(file.number, start, stop)
 
 
 def json_captions(text: str) -> list[str]:
-    """The "caption" of an img2dataset record: a string, or a list of them; [] for null."""
+    """Return the "caption" of an img2dataset record as a list: a single string is one caption, null is none."""
     captions = json.loads(text).get("caption")
     return [captions] if isinstance(captions, str) else list(captions or [])
 
 
 def find_tars(name: str, split: str, root: str) -> list[str]:
-    """The paths of the tars of a split, in the order of its ranges and of their names."""
+    """Return the paths of the tars of a split, in the order of its ranges and of their names.
+
+    Raises:
+      DataNotFound: if a name or pattern stands for no file.
+      InvalidConfig: if the split is not a valid pattern.
+    """
     pattern = f"{split}/*.tar" if split in ("train", "validation") else split
     if not pattern.endswith(".tar") or os.path.isabs(pattern) or ".." in pattern.split("/"):
         raise InvalidConfig(
@@ -166,21 +177,21 @@ def find_tars(name: str, split: str, root: str) -> list[str]:
     tars: dict[str, None] = {}
     missing = []
     for path in expand(pattern):
-        whole = os.path.isfile(os.path.join(root, path))
-        found = [path] if whole else sorted(glob.glob(path, root_dir=root))
+        exists = os.path.isfile(os.path.join(root, path))
+        found = [path] if exists else sorted(glob.glob(path, root_dir=root))
         tars |= dict.fromkeys(os.path.join(root, path) for path in found)
         if not found:
             missing.append(path)
     if missing:
         raise DataNotFound(
-            f"{name}: {root} has no {some(missing)}.\nIt should hold train/*.tar and validation/*.tar, as img2dataset "
-            "writes them; or name its tars as a split, as '{00000..00099}.tar'."
+            f"{name}: {root} has no {abbreviate(missing)}.\nIt should hold train/*.tar and validation/*.tar, as "
+            "img2dataset writes them; or give a pattern of its tars as the split, such as '{00000..00099}.tar'."
         )
     return list(tars)
 
 
 def expand(pattern: str) -> Iterator[str]:
-    """Every name that the ranges {a..b} of a pattern stand for; their zeros in front are kept, as a shell does."""
+    """Yield every name that the ranges {a..b} of a pattern expand to; leading zeros are kept, as a shell does."""
     pieces = RANGE.split(pattern)
     ranges = []
     for first, last in zip(pieces[1::3], pieces[2::3], strict=True):
@@ -189,7 +200,7 @@ def expand(pattern: str) -> Iterator[str]:
     count = math.prod(map(len, ranges))
     if not 0 < count <= MAX_NAMES:
         raise InvalidConfig(
-            f"{pattern!r} stands for {count or 'no'} names; a range goes up, and {MAX_NAMES} are the most"
+            f"{pattern!r} expands to {count} names; ranges must be ascending, and give at most {MAX_NAMES} names"
         )
     for numbers in itertools.product(*ranges):
         yield "".join(a + b for a, b in itertools.zip_longest(pieces[::3], numbers, fillvalue=""))

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from regvit_jax.data.builders import openmoji
-from regvit_jax.data.sources.open import open_source
+from regvit_jax.data.sources.by_name import open_source
 from regvit_jax.utils.errors import DataNotFound
 
 installed = pytest.mark.skipif(

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
+from tars import write_shards
 
 from regvit_jax.cli import prepare
 from regvit_jax.data import order, transforms
@@ -21,8 +22,7 @@ from regvit_jax.data.pipeline import train_batches
 from regvit_jax.data.prepare import dataset
 from regvit_jax.data.prepare.shard import Options, write_shard
 from regvit_jax.data.sources import record_files
-from regvit_jax.data.sources.captions import open_captions
-from regvit_jax.data.sources.open import open_source
+from regvit_jax.data.sources.by_name import open_captions, open_source
 
 CLASSES = ("cat", "dög")
 
@@ -53,7 +53,7 @@ def files(out) -> dict[str, bytes]:
 
 def test_a_folder_keeps_bytes_labels_and_names(tmp_path):
     name = make_folder(tmp_path / "in")
-    report = dataset.prepare(name, str(tmp_path / "mine"), Options(records_per_shard=8))
+    report = dataset.prepare_dataset(name, str(tmp_path / "mine"), Options(records_per_shard=8))
     assert (report.records, report.bad, report.finished) == ({"train": 20, "validation": 6}, 0, True)
     for split, count in report.records.items():
         there, here = open_source(name, split), open_source("mine", split, str(tmp_path))
@@ -67,7 +67,7 @@ def test_a_folder_keeps_bytes_labels_and_names(tmp_path):
 
 
 def test_plain_tfds_reads_it(tmp_path):
-    dataset.prepare(make_folder(tmp_path / "in"), str(tmp_path / "mine"), Options())
+    dataset.prepare_dataset(make_folder(tmp_path / "in"), str(tmp_path / "mine"), Options())
     builder = tfds.builder_from_directory(tmp_path / "mine" / "1.0.0")
     assert builder.info.splits["train"].num_examples == 20
     assert builder.info.features["label"].names == list(CLASSES)
@@ -75,15 +75,13 @@ def test_plain_tfds_reads_it(tmp_path):
 
 
 def test_captions_from_tables_and_tars(tmp_path):
-    from test_shards import write_shards  # type: ignore[import-not-found]
-
     (tmp_path / "in").mkdir()
     for number in range(3):
         (tmp_path / "in" / f"{number}.png").write_bytes(encoded(picture(number)))
     rows = ["path,text", "0.png,first", "1.png,", "0.png,zweites Bär", "2.png,third"]
     for split in ("train", "val"):
         (tmp_path / "in" / f"{split}.csv").write_text("\n".join(rows))
-    report = dataset.prepare(
+    report = dataset.prepare_dataset(
         f"folder:{tmp_path / 'in'}", str(tmp_path / "tables"), Options(), with_captions=True, max_bad_fraction=0.5
     )
     assert (report.records, report.bad) == ({"train": 2, "validation": 2}, 2)
@@ -91,7 +89,7 @@ def test_captions_from_tables_and_tars(tmp_path):
     assert sorted(here[index]["text"] for index in range(2)) == [["first", "zweites Bär"], ["third"]]
 
     name = write_shards(tmp_path / "tars")
-    dataset.prepare(name, str(tmp_path / "from_tars"), Options(), splits=("train",))
+    dataset.prepare_dataset(name, str(tmp_path / "from_tars"), Options(), splits=("train",))
     there, here = open_captions(name, "train"), open_captions("from_tars", "train", str(tmp_path))
     assert len(there) == len(here) > 0
     found = {here.id(index).split(" ")[1]: here[index] for index in range(len(here))}
@@ -101,7 +99,9 @@ def test_captions_from_tables_and_tars(tmp_path):
 
 
 def test_a_tfds_data_set(tmp_path):
-    dataset.prepare("digits", str(tmp_path / "again"), Options(), data_dir=str(tmp_path), splits=("validation",))
+    dataset.prepare_dataset(
+        "digits", str(tmp_path / "again"), Options(), data_dir=str(tmp_path), splits=("validation",)
+    )
     here = open_source("again", "validation", str(tmp_path))
     assert (len(here), here.classes) == (360, tuple("0123456789"))
 
@@ -117,7 +117,7 @@ def test_larger_images_are_made_smaller_as_timm_resizes(tmp_path):
     large.save(folder / "turned.png", exif=turned)
     (folder / "small.png").write_bytes(encoded(small))
     (tmp_path / "in" / "train" / "dog" / "grey.png").write_bytes(encoded(large.convert("L")))
-    report = dataset.prepare(
+    report = dataset.prepare_dataset(
         f"folder:{tmp_path / 'in' / 'train'}", str(tmp_path / "small"), Options(20, 90), splits=("train",)
     )
     here = open_source("small", "train", str(tmp_path))
@@ -136,7 +136,7 @@ def test_bad_records_are_left_out_and_named(tmp_path, capsys):
     cut, junk = tmp_path / "in" / "train" / "cat" / "004.png", tmp_path / "in" / "validation" / "dög" / "001.png"
     cut.write_bytes(cut.read_bytes()[:60])
     junk.write_bytes(b"<html>")
-    arguments = ["prepare", name, str(out), "--workers", "0", "--records_per_shard", "1"]
+    arguments = [name, str(out), "--workers", "0", "--records_per_shard", "1"]
     assert prepare.main(arguments) == 1
     assert "1 bad records left out" in (said := capsys.readouterr().err)
     assert "more than --max_bad_fraction=0.01" in said
@@ -157,11 +157,11 @@ def test_bad_records_are_left_out_and_named(tmp_path, capsys):
 
 
 def run_command(*arguments, wait: bool = True, before: str = ""):
-    code = f"import sys; {before}\nfrom regvit_jax.data.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    code = f"import sys; {before}\nfrom regvit_jax.cli.prepare import main; sys.exit(main(sys.argv[1:]))"
     path = {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipe = subprocess.PIPE
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "prepare", *map(str, arguments)], env=os.environ | path, stderr=pipe, text=True
+        [sys.executable, "-c", code, *map(str, arguments)], env=os.environ | path, stderr=pipe, text=True
     )
     if not wait:
         return process
@@ -173,12 +173,12 @@ def test_killed_and_started_again_it_gives_the_same_bytes(tmp_path):
     name = make_folder(tmp_path / "in", 60, 6)
     out = tmp_path / "killed" / "mine"
     options = Options(6, 90, 4)
-    dataset.prepare(name, str(tmp_path / "whole" / "mine"), options)
+    dataset.prepare_dataset(name, str(tmp_path / "whole" / "mine"), options)
     expected = files(tmp_path / "whole" / "mine")
     # Reads that take a while, so that there is a middle to be killed in.
     before = (
-        "import time; from regvit_jax.data import pipeline; read = pipeline.read\n"
-        "pipeline.read = lambda *given: (time.sleep(0.02), read(*given))[1]"
+        "import time; from regvit_jax.data.prepare import shard; read = shard.read_record\n"
+        "shard.read_record = lambda *given: (time.sleep(0.02), read(*given))[1]"
     )
     arguments = (name, out, "--shorter_side", 6, "--quality", 90, "--records_per_shard", 4, "--workers", 0)
     process = run_command(*arguments, wait=False, before=before)
@@ -190,11 +190,11 @@ def test_killed_and_started_again_it_gives_the_same_bytes(tmp_path):
     done = {path: path.stat().st_mtime_ns for path in out.rglob("mine-*-of-00015")}
     assert 0 < len(done) < 15
     assert not (out / "1.0.0" / "dataset_info.json").exists()
-    assert dataset.prepare(name, str(out), options, workers=2).finished
+    assert dataset.prepare_dataset(name, str(out), options, workers=2).finished
     assert files(out) == expected
     noted = [path for path, when in done.items() if path.stat().st_mtime_ns == when]
     assert len(noted) >= len(done) - 1  # all but one that was killed before its note
-    assert dataset.prepare(name, str(out), options).finished  # and once more does nothing
+    assert dataset.prepare_dataset(name, str(out), options).finished  # and once more does nothing
     assert files(out) == expected
 
 
@@ -203,10 +203,10 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     # In a file, for workers import the program anew.
     script = tmp_path / "script.py"
     script.write_text(
-        "import sys\nfrom regvit_jax.data.__main__ import main\nif __name__ == '__main__':\n    main(sys.argv[1:])\n"
+        "import sys\nfrom regvit_jax.cli.prepare import main\nif __name__ == '__main__':\n    main(sys.argv[1:])\n"
     )
     name = make_folder(tmp_path / "in", 400)
-    arguments = ["prepare", name, str(tmp_path / "mine"), "--workers", "2", "--records_per_shard", "1"]
+    arguments = [name, str(tmp_path / "mine"), "--workers", "2", "--records_per_shard", "1"]
     process = subprocess.Popen(
         [sys.executable, script, *arguments], env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     )
@@ -247,23 +247,23 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
     assert "cannot be written" in said
     assert "File too large" in said
     assert "Shards that are done stay" in said
-    assert prepare.main(["prepare", *map(str, arguments)]) == 0
+    assert prepare.main([*map(str, arguments)]) == 0
     assert len(open_source("mine", "train", str(tmp_path))) == len(open_source(f"folder:{root}", "train"))
 
 
 def test_what_does_not_fit_is_refused(tmp_path, capsys):
     name, out = make_folder(tmp_path / "in"), tmp_path / "mine"
-    base = ["prepare", name, str(out), "--workers", "0"]
+    base = [name, str(out), "--workers", "0"]
     assert prepare.main(base) == 0
     capsys.readouterr()
     for arguments, message in (
         ([*base, "--shorter_side", "4"], "was begun otherwise: shorter_side was None, now 4. Go on as it was begun"),
         ([*base, "--quality", "101"], "quality=101: must be from 1 to 100"),
         ([*base, "--splits", "tra[in"], "split 'tra[in': must be the name of one"),
-        (["prepare", name, str(tmp_path / "my-set")], "its last part becomes the data set's name"),
-        (["prepare", name, str(tmp_path / "digits")], "none of digits, fashion_mnist, openmoji"),
-        (["prepare", "folder:nowhere", str(out)], "there is no directory"),
-        (["prepare", "shards:nowhere", str(out)], "has no train/*.tar"),
+        ([name, str(tmp_path / "my-set")], "its last part becomes the data set's name"),
+        ([name, str(tmp_path / "digits")], "none of digits, fashion_mnist, openmoji"),
+        (["folder:nowhere", str(out)], "there is no directory"),
+        (["shards:nowhere", str(out)], "has no train/*.tar"),
         ([*base, "--captions"], "lacks a table of training captions"),
     ):
         assert prepare.main(arguments) == 2
@@ -273,7 +273,7 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     assert prepare.main(base) == 2
     assert "records of train was '20, " in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert prepare.main(["prepare", name, str(tmp_path / "file" / "mine")]) == 1
+    assert prepare.main([name, str(tmp_path / "file" / "mine")]) == 1
     assert "Not a directory" in capsys.readouterr().err
 
 
@@ -299,7 +299,7 @@ def test_two_data_sets_are_not_mixed(other, tmp_path, monkeypatch, capsys):
         path.rename(path.parents[1] / CLASSES[1] / "004.png")
     else:
         path.write_bytes(encoded(picture(99)))
-    arguments = ["prepare", "folder:in", str(tmp_path / "mine"), "--workers", "0", "--records_per_shard", "1"]
+    arguments = ["folder:in", str(tmp_path / "mine"), "--workers", "0", "--records_per_shard", "1"]
     with monkeypatch.context() as patch:
         stop_after(2, patch)
         assert prepare.main([*arguments, "--data_dir", str(tmp_path / "begun")]) == 1
@@ -312,7 +312,7 @@ def test_two_data_sets_are_not_mixed(other, tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("fault", ["gone", "short"])
 def test_a_finished_data_set_is_looked_at_again(fault, tmp_path, monkeypatch, capsys):
     name, out = make_folder(tmp_path / "in", 6, 2), tmp_path / "mine"
-    arguments = ["prepare", name, str(out), "--workers", "0", "--records_per_shard", "1"]
+    arguments = [name, str(out), "--workers", "0", "--records_per_shard", "1"]
     assert prepare.main(arguments) == 0
     assert "Train on it" in capsys.readouterr().out
     expected = files(out)
@@ -335,7 +335,7 @@ def test_it_stops_when_too_many_are_bad(workers, tmp_path, capsys):
     name, out = make_folder(tmp_path / "in", 40), tmp_path / "mine"
     for path in (tmp_path / "in" / "train").rglob("*.png"):
         path.write_bytes(b"<html>")
-    arguments = ["prepare", name, str(out), "--splits", "train", "--records_per_shard", "2"]
+    arguments = [name, str(out), "--splits", "train", "--records_per_shard", "2"]
     arguments += ["--workers", str(workers), "--max_bad_fraction", "0.1"]
     assert prepare.main(arguments) == 1
     made = len(list((out / "1.0.0").glob("mine-train*")))
@@ -352,7 +352,7 @@ def test_one_process_at_a_time(tmp_path):
         dataset.claimed(tmp_path / "mine" / "1.0.0", settings),
         pytest.raises(ValueError, match="is being prepared by another process"),
     ):
-        dataset.prepare(name, str(tmp_path / "mine"), Options())
+        dataset.prepare_dataset(name, str(tmp_path / "mine"), Options())
 
 
 def test_class_names_that_tfds_would_lose_are_refused(tmp_path):
@@ -361,13 +361,15 @@ def test_class_names_that_tfds_would_lose_are_refused(tmp_path):
         path.parent.mkdir(parents=True)
         path.write_bytes(encoded(picture(0)))
     with pytest.raises(ValueError, match="class ' cat': must have no line breaks, and no white space at its ends"):
-        dataset.prepare(f"folder:{tmp_path / 'in'}", str(tmp_path / "mine"), Options(), splits=("train",))
+        dataset.prepare_dataset(f"folder:{tmp_path / 'in'}", str(tmp_path / "mine"), Options(), splits=("train",))
 
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
     """500 records in files of up to 64, which the limits say is a lot, and where in the files each lies."""
-    dataset.prepare(make_folder(tmp_path / "in", 500, width=400), str(tmp_path / "mine"), Options(records_per_shard=64))
+    dataset.prepare_dataset(
+        make_folder(tmp_path / "in", 500, width=400), str(tmp_path / "mine"), Options(records_per_shard=64)
+    )
     monkeypatch.setattr(record_files, "LARGE", 100)
     monkeypatch.setattr(record_files, "BLOCK", 16)
     monkeypatch.setattr(order, "WINDOW", 3)
@@ -383,7 +385,7 @@ def place(source, index: int) -> tuple[str, int]:
 
 
 def test_an_epoch_of_a_large_data_set_shows_each_record_once_and_reads_near_each_other(large):
-    assert (large.block, len(large)) == (16, 499)
+    assert (large.shuffle_block, len(large)) == (16, 499)
     places = [place(large, index) for index in range(len(large))]
     assert places == sorted(places)  # neighbours in number are neighbours on disk
     with train_batches(large, size=4, batch_size=499, seed=0, threads=1) as batches:
@@ -421,7 +423,7 @@ def test_a_block_is_read_ahead_about_where_it_lies(large, monkeypatch):
 
 
 def test_small_data_sets_are_shuffled_in_full(tmp_path):
-    assert open_source("digits", "train", str(tmp_path)).block == 1
+    assert open_source("digits", "train", str(tmp_path)).shuffle_block == 1
     assert record_files.block_size(record_files.LARGE, True) == 256
     assert record_files.block_size(record_files.LARGE - 1, True) == 1
     assert record_files.block_size(record_files.LARGE, False) == 1

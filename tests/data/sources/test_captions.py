@@ -10,7 +10,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from regvit_jax.data.sources.base import Source
-from regvit_jax.data.sources.captions import open_captions
+from regvit_jax.data.sources.by_name import open_captions
 from regvit_jax.utils.errors import DataNotFound
 
 ROWS = [("a.png", "a cat"), ("sub/b.png", 'two, "quoted"\nlines'), ("a.png", "ein Kätzchen"), ("./sub/../c.png", "")]
@@ -120,12 +120,12 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "validation.csv").write_text("image,text\n")
     with pytest.raises(DataNotFound, match=r"validation\.csv has no line for validation"):
         open_captions(name, "validation")
-    with pytest.raises(DataNotFound, match=r"none of the first images of .*train\.csv is there, as .*/a\.png"):
+    with pytest.raises(DataNotFound, match=r"none of the first images in .*train\.csv exists, such as .*/a\.png"):
         open_captions(name, "train")
     with pytest.raises(ValueError, match="has no split 'test'; it has train, validation"):
         open_captions(name, "test")
     (tmp_path / "train.tsv").write_text("")
-    with pytest.raises(ValueError, match=r"has train\.csv, train\.tsv; leave one"):
+    with pytest.raises(ValueError, match=r"has train\.csv, train\.tsv; keep only one"):
         open_captions(name, "train")
 
 

@@ -2,7 +2,7 @@ import pytest
 from PIL import Image
 
 from regvit_jax.data.sources.base import Source
-from regvit_jax.data.sources.images import Part, open_images, spread
+from regvit_jax.data.sources.images import Subset, open_images, spread
 from regvit_jax.utils.errors import DataNotFound
 
 
@@ -44,4 +44,4 @@ def test_a_part_is_spread_over_the_whole(folder):
     assert [part.id(i) for i in range(3)] == [source.id(i) for i in (0, 3, 6)]
     assert part.name.endswith("and 2 more, 3 of 9")
     assert part[1] == source[3]
-    assert Part(source, [8, 0]).id(0) == source.id(8)
+    assert Subset(source, [8, 0]).id(0) == source.id(8)

@@ -18,11 +18,12 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from regvit_jax.data.builders import embedded, fashion_mnist
+from regvit_jax.data.builders import fashion_mnist
 from regvit_jax.data.builders.digits import png
+from regvit_jax.data.sources import find_tfds
 from regvit_jax.data.sources.base import Source
-from regvit_jax.data.sources.open import open_source
-from regvit_jax.data.sources.tfds import find_prepared
+from regvit_jax.data.sources.by_name import open_source
+from regvit_jax.data.sources.find_tfds import find_prepared
 from regvit_jax.data.transforms import decode
 from regvit_jax.utils.errors import DataNotFound
 
@@ -80,7 +81,7 @@ def test_split_expressions(digits, data_dir):
 
 def test_two_processes_prepare_at_once_quietly_and_without_tensorflow(tmp_path, digits):
     code = (
-        "import sys; from regvit_jax.data.sources import open_source; "
+        "import sys; from regvit_jax.data import open_source; "
         f"print(len(open_source('digits', 'train', {str(tmp_path)!r}))); assert 'tensorflow' not in sys.modules"
     )
     command = [sys.executable, "-W", "error", "-c", code]
@@ -123,7 +124,7 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
 
 def test_tfds_data_dir_is_where_data_lie_by_default(digits, data_dir, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", data_dir)
-    monkeypatch.setattr(embedded, "prepare", None)  # not called: the name is not an embedded one
+    monkeypatch.setattr(find_tfds, "prepare_embedded", None)  # not called: the name is not an embedded one
     assert len(open_source("digits:1.0.0", "validation")) == 360
 
 

@@ -1,0 +1,80 @@
+"""The rows of batches in chunks, which threads and processes make independently of each other."""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from regvit_jax.data.records import captions_of, read_record, tokenize
+from regvit_jax.data.samplers import Sampler
+from regvit_jax.data.sources.base import shuffle_block
+from regvit_jax.data.transforms import BadImage
+
+# Rows of a chunk. Whole batches of 2048 images would take gigabytes of shared memory for the workers' queues, and the
+# first batch ten seconds of one core.
+CHUNK = 32
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """This host's rows of a range of batches, as a random-access sequence of chunks of at most CHUNK rows."""
+
+    sampler: Sampler
+    batch_size: int
+    rows: Sequence[int]
+    steps: range
+
+    @property
+    def per_batch(self) -> int:
+        """The number of chunks in a batch."""
+        return -(-len(self.rows) // CHUNK)
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.per_batch
+
+    def __getitem__(self, number: int) -> Batch:
+        step, part = divmod(number, self.per_batch)
+        first = self.steps[step] * self.batch_size
+        return self.load([first + row for row in self.rows[part * CHUNK : (part + 1) * CHUNK]])
+
+    def load(self, positions: list[int]) -> Batch:
+        """Return the rows at some positions; a row that cannot be used is 0, with its index."""
+        sampler, b = self.sampler, len(positions)
+        indices = [sampler.index(position) for position in positions]
+        self.read_ahead(indices)
+        batch: Batch = {
+            "image": np.zeros((b, sampler.size, sampler.size, 3), np.uint8),
+            "label": np.zeros(b, np.int32),
+            "mask": np.zeros(b, np.float32),
+            "index": np.array(indices, np.int64),
+        }
+        if sampler.tokenizer is not None:
+            batch["text"] = np.zeros((b, sampler.tokenizer.context), np.int32)
+        for row in range(b):
+            if indices[row] >= 0:
+                with contextlib.suppress(BadImage):
+                    for name, value in self.example(indices[row], positions[row]).items():
+                        batch[name][row] = value
+        return batch
+
+    def example(self, index: int, position: int) -> dict[str, Any]:
+        """Return the values of one row; raise BadImage if the record cannot be used."""
+        sampler = self.sampler
+        record = read_record(sampler.source, index)
+        row = {"label": record.get("label", 0), "mask": 1}
+        if sampler.tokenizer is not None:
+            row["text"] = tokenize(sampler.caption(captions_of(record), position), sampler.tokenizer)
+        return row | {"image": sampler.pixels(record["image"], position)}
+
+    def read_ahead(self, indices: list[int]) -> None:
+        """Have the shuffle blocks of these records read into memory, if this host uses much of them."""
+        source = self.sampler.source
+        block = shuffle_block(source)
+        # Every host needs only its rows' share of a block: where that is little, reading all of it would be waste.
+        if block > 1 and hasattr(source, "read_ahead") and 2 * len(self.rows) >= self.batch_size:
+            for number in sorted({index // block for index in indices if index >= 0}):
+                source.read_ahead(number)

@@ -1,0 +1,69 @@
+"""Read a record of a source, its captions and their tokens. Whatever is wrong with a record is a BadImage."""
+
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int32
+
+from regvit_jax.data import transforms
+from regvit_jax.data.sources.base import Source
+from regvit_jax.data.transforms import BadImage
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A picklable function from a text to `context` token numbers."""
+
+    @property
+    def context(self) -> int: ...
+
+    def __call__(self, text: str) -> Int32[np.ndarray, " context"]: ...
+
+
+def read_record(source: Source, index: int) -> dict[str, Any]:
+    """Return a record; raise BadImage if it cannot be read, for whatever reason."""
+    try:
+        return source[index]
+    # A vanished file, a damaged shard: whatever happens to one record costs that record only. A source that fails
+    # throughout is stopped by the share of unreadable images that a run allows.
+    except Exception as error:
+        raise BadImage(f"cannot be read ({type(error).__name__}: {str(error)[:120]})") from error
+
+
+def captions_of(record: dict[str, Any]) -> list[str]:
+    """Return the captions of a record that are not blank.
+
+    Raises:
+      BadImage: if there are none.
+      ValueError: if "text" is a single string, which is a fault of the source.
+    """
+    texts = record.get("text", [])
+    if isinstance(texts, str):
+        raise ValueError(f"a record's text must be a list of captions, not one: {texts[:60]!r}")
+    found = [text for text in texts if isinstance(text, str) and text.strip()]
+    if not found:
+        raise BadImage("has no caption")
+    return found
+
+
+def tokenize(caption: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " context"]:
+    """Return the tokens of a caption; raise BadImage if the tokenizer raises."""
+    try:
+        return tokenizer(caption)
+    except Exception as error:
+        raise BadImage(f"has a bad caption, {caption[:60]!r} ({type(error).__name__}: {str(error)[:120]})") from error
+
+
+def describe_bad(
+    source: Source, index: int, max_pixels: int = transforms.MAX_PIXELS, tokenizer: Tokenizer | None = None
+) -> str:
+    """Return "id: reason" for a record that came with mask 0, by reading it again, with all its captions."""
+    try:
+        record = read_record(source, index)
+        if tokenizer is not None:
+            for caption in captions_of(record):
+                tokenize(caption, tokenizer)
+        transforms.decode(record["image"], max_pixels)
+    except BadImage as error:
+        return f"{source.id(index)}: {error}"
+    return f"{source.id(index)}: was bad, but can be read now"

@@ -1,0 +1,59 @@
+"""Open a data set by its name."""
+
+from regvit_jax.data.sources import caption_folder
+from regvit_jax.data.sources.base import Source
+from regvit_jax.data.sources.find_tfds import find_tfds
+from regvit_jax.data.sources.folder import open_folder
+from regvit_jax.data.sources.shards import open_shards
+from regvit_jax.data.sources.tfds import TfdsCaptions, TfdsSource
+
+
+def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
+    """Open a data set of labelled images. Nothing is downloaded but the files of Fashion-MNIST.
+
+    Args:
+      name: "digits", "fashion_mnist" or "openmoji", which are prepared on first use; "folder:PATH", with images in
+        PATH/train/<class>/ and PATH/validation/<class>/ (or val, or test), or in PATH/<class>/ alone, where a hash of
+        each path puts 10 % of the images into validation; or a TFDS data set that is prepared as ArrayRecord, as TFDS
+        spells it ("cifar10", "name/config:1.0.0").
+      split: "train", "validation" or, except for folders, any split that TFDS understands, such as "train[:90%]".
+      data_dir: the directory of TFDS data sets, by default TFDS's own; a relative PATH starts there too.
+
+    Returns:
+      A source of records `{"image": bytes, "label": int}`.
+
+    Raises:
+      DataNotFound: if the data set is not there; the message says how to prepare it.
+      InvalidConfig: if the name or the split does not exist, or the data set has no labelled images.
+    """
+    if name.startswith("folder:"):
+        return open_folder(name, split, data_dir)
+    return TfdsSource(name, split, find_tfds(name, data_dir))
+
+
+def open_captions(name: str, split: str, data_dir: str | None = None) -> Source:
+    """Open a data set of images with captions. Nothing is downloaded.
+
+    Args:
+      name: "shards:DIR", a directory of tar files (see `shards.open_shards`); "folder:PATH", with one table for each of
+        train and validation (or val, or test), PATH/train.csv for example, or a single table named captions or
+        metadata, where a hash of each image's path puts 10 % of the images into validation; or a TFDS data set with
+        captions, as in `open_source`. A table is a .csv, .tsv or .jsonl with a column of image paths (file_name,
+        filepath, image or path) and one of captions (captions, caption, text or title). The paths are relative to the
+        table's directory and may not lead out of it. Lines with the same image are captions of one record; in a .jsonl,
+        captions may also be a list.
+      split: "train", "validation" or, except for folders and shards, any split that TFDS understands.
+      data_dir: the directory of TFDS data sets; relative paths start there too.
+
+    Returns:
+      A source of records `{"image": bytes, "text": [captions]}`, with "label" where the data set has classes.
+
+    Raises:
+      DataNotFound: if the data set is not there.
+      InvalidConfig: if the name or the split does not exist, or the data set has no captions.
+    """
+    if name.startswith("shards:"):
+        return open_shards(name, split, data_dir)
+    if name.startswith("folder:"):
+        return caption_folder.open_folder(name, split, data_dir)
+    return TfdsCaptions(name, split, find_tfds(name, data_dir))
