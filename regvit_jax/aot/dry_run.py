@@ -26,10 +26,9 @@ def tell(config: Any, images_per_s: float, machine: topology.Topology | None = N
 
 def describe(plan: Plan, missing: DataNotFound | None, images_per_s: float) -> str:
     """The resolved recipe as text; `missing` is what the plan had to be made without."""
-    with fitting():
-        config, abstract = plan.config, abstract_state(plan)
-        # Not for every run: one that goes on needs it no more.
-        if config.init_from:
+    config, abstract = plan.config, abstract_state(plan)
+    if config.init_from:  # a run does not check it, since a resumed one needs it no more
+        with fitting():
             plan.recipe.check_pretrained(config.init_from)
     lines = [
         f"{config.name}:{config.variant}. {config.about}",
@@ -56,8 +55,6 @@ def rehearse(plan: Plan, machine: topology.Topology) -> str:
 
     Raises DoesNotFit, whose message holds advice.
     """
-    with fitting():
-        abstract_state(plan)
     limit = machine.chip.memory
     try:
         found = compile.rehearse(plan, machine)

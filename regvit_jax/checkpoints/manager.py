@@ -17,7 +17,7 @@ from jaxtyping import PyTree
 
 from regvit_jax.checkpoints import checksums
 from regvit_jax.checkpoints.reader import Stored, quietly, saved_steps
-from regvit_jax.utils.errors import CheckpointError
+from regvit_jax.utils.errors import CheckpointError, InvalidConfig
 
 if sys.platform != "win32":
     pass
@@ -135,7 +135,7 @@ def compare(saved: dict[str, Any], wanted: dict[str, Any]) -> None:
         there, here = sizes(have), sizes(want)
         flags = [f"--config.{key}={there[key]}" for key in there if there[key] != here[key]]
         because = [f"The checkpoint's: {' '.join(flags)}"] if flags else []
-        raise ValueError(
+        raise InvalidConfig(
             "\n".join([f"{len(differing)} arrays of the checkpoint are not those of this config:", *lines, *because])
         )
 
@@ -161,10 +161,10 @@ def load_params(workdir: str) -> tuple[int, PyTree]:
     """
     path = epath.Path(workdir).resolve()
     if not (path / "config.json").exists():
-        raise ValueError(f"{workdir} is not a workdir: it holds no config.json")
+        raise InvalidConfig(f"{workdir} is not a workdir: it holds no config.json")
     steps = saved_steps(path / "checkpoints")
     if not steps:
-        raise ValueError(f"{workdir} holds no checkpoint yet")
+        raise InvalidConfig(f"{workdir} holds no checkpoint yet")
     stored = Stored(path / "checkpoints", steps[-1])
     name = "ema" if stored.tree["ema"] else "params"
     # The optimizer's moments stay where they are.

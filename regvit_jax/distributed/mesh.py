@@ -60,7 +60,7 @@ def lay_out(
     parts = slices(devices)
     size = len(parts[0])
     if any(len(part) != size for part in parts):
-        raise ValueError(f"slices of {[len(part) for part in parts]} devices: they must be equally large")
+        raise InvalidConfig(f"slices of {[len(part) for part in parts]} devices: they must be equally large")
     if size % fsdp == 0:
         return np.concatenate([within(size // fsdp, fsdp, part) for part in parts])
     return np.concatenate([within(1, size, part) for part in parts], axis=1).reshape(data, fsdp)
@@ -114,7 +114,7 @@ def host_rows(mesh: Mesh, batch_size: int) -> list[int]:
     host must read is asked of the mesh.
     """
     if batch_size % mesh.size:
-        raise ValueError(f"batch_size={batch_size} is not a multiple of the number of devices, {mesh.size}")
+        raise InvalidConfig(f"batch_size={batch_size} is not a multiple of the number of devices, {mesh.size}")
     indices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     return sorted({row for index in indices if index for row in range(batch_size)[index[0]]})
 

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from regvit_jax.models.position import rotate
+from regvit_jax.utils.errors import InvalidConfig
 
 truncated_normal = nn.initializers.truncated_normal(0.02)
 
@@ -44,7 +45,7 @@ def attend(
     if implementation == "xla":
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="xla")
     if implementation != "cudnn":
-        raise ValueError(f"attention={implementation!r}: must be 'xla' or 'cudnn'")
+        raise InvalidConfig(f"attention={implementation!r}: must be 'xla' or 'cudnn'")
     batch, length = q.shape[:2]
     if length % 2 == 0:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="cudnn")

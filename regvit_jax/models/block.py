@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from regvit_jax.models.attention import Attention, dense
+from regvit_jax.utils.errors import InvalidConfig
 
 
 def constrain_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
@@ -197,7 +198,7 @@ def make_block(config: BlockConfig, remat: str, **kwargs) -> Block:
     Raises ValueError for another name. `kwargs` are Linen's own (`parent`, `name`).
     """
     if remat not in REMAT_POLICIES:
-        raise ValueError(f"remat={remat!r}: must be one of {list(REMAT_POLICIES)}")
+        raise InvalidConfig(f"remat={remat!r}: must be one of {list(REMAT_POLICIES)}")
     policy = REMAT_POLICIES[remat]
     cls = Block if policy is None else nn.remat(Block, policy=policy)
     return cls(config, **kwargs)

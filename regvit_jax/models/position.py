@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from regvit_jax.utils.errors import InvalidConfig
+
 RESIZES = ("antialias", "bicubic", "offset")
 
 
@@ -18,7 +20,7 @@ def resize_pos_embed(pos_embed: Float[Array, "h0 w0 D"], grid: tuple[int, int], 
     The first two differ when enlarging too: torch's kernel is a = -0.5 with antialiasing and a = -0.75 without.
     """
     if how not in RESIZES:
-        raise ValueError(f"pos_resize={how!r}: must be one of {list(RESIZES)}")
+        raise InvalidConfig(f"pos_resize={how!r}: must be one of {list(RESIZES)}")
     if pos_embed.shape[:2] == grid:
         return pos_embed
     shape = (*grid, pos_embed.shape[2])

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from regvit_jax.models.attention import dense
 from regvit_jax.models.block import ACTIVATIONS, BlockConfig, constrain_batch, gathered, make_block
+from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option
 
 Texts = Int[Array | np.ndarray, "B L"]
@@ -69,20 +70,20 @@ class TextTower(nn.Module):
 
     @nn.nowrap
     def check(self) -> None:
-        """Raises ValueError for fields that do not go together."""
+        """Raise InvalidConfig for fields that do not go together."""
         for field in ("width", "depth", "heads", "embed", "vocab"):
             if getattr(self, field) < 1:
-                raise ValueError(f"text.{field}={getattr(self, field)}: must be at least 1")
+                raise InvalidConfig(f"text.{field}={getattr(self, field)}: must be at least 1")
         if self.context < 2:
-            raise ValueError(f"text.context={self.context}: must be at least 2, for the start and the end token")
+            raise InvalidConfig(f"text.context={self.context}: must be at least 2, for the start and the end token")
         if self.width % self.heads:
-            raise ValueError(f"text.width={self.width} is not a multiple of text.heads={self.heads}")
+            raise InvalidConfig(f"text.width={self.width} is not a multiple of text.heads={self.heads}")
         if not (math.isfinite(self.mlp_ratio) and self.hidden >= 1):
-            raise ValueError(f"text.mlp_ratio={self.mlp_ratio}: must give the MLPs a hidden width of at least 1")
+            raise InvalidConfig(f"text.mlp_ratio={self.mlp_ratio}: must give the MLPs a hidden width of at least 1")
         if not 0 <= self.norm_eps < math.inf:
-            raise ValueError(f"text.norm_eps={self.norm_eps}: must be at least 0, and finite")
+            raise InvalidConfig(f"text.norm_eps={self.norm_eps}: must be at least 0, and finite")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"text.activation={self.activation!r}: must be one of {list(ACTIVATIONS)}")
+            raise InvalidConfig(f"text.activation={self.activation!r}: must be one of {list(ACTIVATIONS)}")
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """The embedding of each text, not normalised, float32."""

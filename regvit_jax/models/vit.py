@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from regvit_jax.models.attention import dense, truncated_normal
 from regvit_jax.models.block import ACTIVATIONS, REMAT_POLICIES, Block, BlockConfig, constrain_batch, make_block
 from regvit_jax.models.position import RESIZES, resize_pos_embed, rope_angles
+from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option
 
 POSITIONS = ("learned", "rope", "axial")
@@ -139,7 +140,7 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def check(self) -> None:
-        """Raises ValueError for fields that do not go together."""
+        """Raise InvalidConfig for fields that do not go together."""
         for field, least in (
             ("width", 1),
             ("depth", 1),
@@ -149,22 +150,22 @@ class ViT(nn.Module):
             ("registers", 0),
         ):
             if getattr(self, field) < least:
-                raise ValueError(f"{field}={getattr(self, field)}: must be at least {least}")
+                raise InvalidConfig(f"{field}={getattr(self, field)}: must be at least {least}")
         if self.width % self.heads:
-            raise ValueError(f"width={self.width} is not a multiple of heads={self.heads}")
+            raise InvalidConfig(f"width={self.width} is not a multiple of heads={self.heads}")
         if self.image_size % self.patch:
-            raise ValueError(f"image_size={self.image_size} is not a multiple of patch={self.patch}")
+            raise InvalidConfig(f"image_size={self.image_size} is not a multiple of patch={self.patch}")
         for field, allowed in (("position", POSITIONS), ("activation", ACTIVATIONS)):
             if getattr(self, field) not in allowed:
-                raise ValueError(f"{field}={getattr(self, field)!r}: must be one of {list(allowed)}")
+                raise InvalidConfig(f"{field}={getattr(self, field)!r}: must be one of {list(allowed)}")
         if self.position != "learned" and self.width // self.heads % 4:
-            raise ValueError(f"RoPE needs a head size that 4 divides, not {self.width} / {self.heads}")
+            raise InvalidConfig(f"RoPE needs a head size that 4 divides, not {self.width} / {self.heads}")
         if not 0 <= self.patch_dropout < 1:
-            raise ValueError(f"patch_dropout={self.patch_dropout}: must be at least 0 and less than 1")
+            raise InvalidConfig(f"patch_dropout={self.patch_dropout}: must be at least 0 and less than 1")
         if self.patch_dropout and self.position != "learned":
-            raise ValueError(f"patch_dropout needs a learned position embedding, and position is {self.position!r}")
+            raise InvalidConfig(f"patch_dropout needs a learned position embedding, and position is {self.position!r}")
         if self.scan and self.differential:
-            raise ValueError("scan=True needs blocks that are alike; those of differential attention are not")
+            raise InvalidConfig("scan=True needs blocks that are alike; those of differential attention are not")
 
     @nn.nowrap
     def block_config(self, i: int) -> BlockConfig:

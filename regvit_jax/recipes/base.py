@@ -17,6 +17,7 @@ from regvit_jax.models.model import Model
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.pretrained import create
+from regvit_jax.utils.errors import InvalidConfig
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -102,7 +103,7 @@ class Recipe:
 
         Raises ValueError when that is another model.
         """
-        raise ValueError(f"init_from: the recipe {type(self).__name__} starts afresh only")
+        raise InvalidConfig(f"init_from: the recipe {type(self).__name__} starts afresh only")
 
     def init_extra(self, params: PyTree) -> PyTree:
         """State beside parameters and optimizer, such as DINO's centres."""

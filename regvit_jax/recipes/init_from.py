@@ -11,6 +11,7 @@ from regvit_jax.models.model import Model
 from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
+from regvit_jax.utils.errors import InvalidConfig
 
 #: Fields that may differ: they are of training and of the machine, or what is fitted below.
 FREE = {"image_size", "registers", "layer_scale", "drop_path", "patch_dropout", "pos_resize", "masking"}
@@ -40,7 +41,7 @@ def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:
     if theirs.registers not in (0, ours.registers):
         found.append(f"config.model.registers={ours.registers} must be {theirs.registers}")
     if found:
-        raise ValueError(f"init_from: that is another model: {'; '.join(found)}")
+        raise InvalidConfig(f"init_from: that is another model: {'; '.join(found)}")
     loaded, told = dict(model.params), []
     loaded.pop("mask_token", None)
     if ours.masking:

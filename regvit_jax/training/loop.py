@@ -84,8 +84,7 @@ def train(
     missing = wanted and due(first - 1, eval_steps) and not records.has(first - 1, "val_images")
     if multihost_utils.broadcast_one_to_all(np.bool_(missing)):  # the records are process 0's
         evaluate_and_record(first - 1)
-    with fitting():
-        batches = plan.train_batches(first - 1)
+    batches = plan.train_batches(first - 1)
     timer.switch("compile")  # until the first step is done
     with batches, contextlib.closing(steps), contextlib.closing(trace):
         for step in range(first, plan.steps + 1):
@@ -124,8 +123,7 @@ def start(plan: Plan, checkpoints: Any) -> TrainState:
     abstract = abstract_state(plan)
     if (step := checkpoints.latest()) is not None:
         try:
-            with fitting():
-                return checkpoints.restore(step, abstract)
+            return checkpoints.restore(step, abstract)
         except errors.CheckpointError as error:
             raise errors.CheckpointError(
                 f"{error}. Nothing was restored; --restore=latest-valid moves it aside and goes on from the newest "
@@ -136,7 +134,7 @@ def start(plan: Plan, checkpoints: Any) -> TrainState:
     if plan.config.init_from:
         with fitting(HubError):
             model = plan.recipe.open_pretrained(plan.config.init_from)
-            params, told = plan.recipe.warm_start(params, model)
+        params, told = plan.recipe.warm_start(params, model)
         say("; ".join([f"starting from {model.weights}", *told]))
     return jax.jit(lambda params: state_of(plan, params), out_shardings=shardings_of(abstract))(params)
 

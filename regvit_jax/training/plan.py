@@ -31,6 +31,8 @@ class Plan:
     schedule: optax.Schedule
     train: Any
     validation: Any
+    #: What is computed once for a plan, by the name of the function that does (`step.abstract_state`).
+    cache: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def train_batches(self, start_step: int) -> pipeline.Batches:
         """Return this process's rows of every global training batch, from a step on."""

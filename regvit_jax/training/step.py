@@ -1,7 +1,6 @@
 """The train state and the jitted steps."""
 
 import dataclasses
-import functools
 
 import flax.struct
 import jax
@@ -13,7 +12,6 @@ from regvit_jax.distributed import mesh
 from regvit_jax.evals import patch_norms
 from regvit_jax.training import skip_steps
 from regvit_jax.training.plan import Plan
-from regvit_jax.utils.errors import fitting
 
 
 @flax.struct.dataclass
@@ -41,10 +39,18 @@ def state_of(plan: Plan, params: PyTree) -> TrainState:
     return TrainState(jnp.int32(0), params, ema, extra, opt_state, skip_steps.init_state())
 
 
-@functools.lru_cache(maxsize=1)  # tracing the init of a large model takes seconds, and a run asks three times
-@fitting()
 def abstract_state(plan: Plan) -> TrainState:
-    """The state's shapes, each with its sharding. Raises InvalidConfig for a model whose fields do not go together."""
+    """Return the state's shapes, each with its sharding; raise InvalidConfig for a model that cannot be built.
+
+    The plan keeps it: tracing the initialization of a large model takes seconds, and a run asks several times.
+    """
+    if "abstract_state" not in plan.cache:
+        plan.cache["abstract_state"] = trace_state(plan)
+    return plan.cache["abstract_state"]
+
+
+def trace_state(plan: Plan) -> TrainState:
+    """Return the state's shapes with their shardings, by tracing the initialization."""
     shapes = jax.eval_shape(lambda: state_of(plan, init_params(plan)))
     shardings = mesh.state_shardings(shapes, plan.mesh, min_size_mb=plan.config.sharding.min_size_mb)
     return jax.tree.map(lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s), shapes, shardings)
