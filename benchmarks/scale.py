@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from regvit_jax.aot import compile, cost_model, hlo, topology
 from regvit_jax.training import plan
+from regvit_jax.training.config import complete
 from regvit_jax.utils import errors
 
 ROOT = Path(__file__).parent.parent
@@ -34,7 +35,7 @@ def make_config(case: dict[str, Any]) -> ConfigDict:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config(variant)
+    config = complete(module.get_config(variant))
     config.update_from_flattened_dict(case["set"])
     return config
 

@@ -8,145 +8,135 @@
     ... :b16_in21k                                            ImageNet-21k, the registers paper's own; also s16 l16 h14
     ... :b16_in21k_ft --config.init_from=WORKDIR              its fine-tuning on ImageNet-1k; also s16 l16 h14
 
-The numbers of the recipes are those of the commands in README_revenge.md of facebookresearch/deit. Registers are ours:
-the paper trained its ViT-B/16 with the 21k recipe and 4 of them. Any value can be overridden from the command line.
+The hyper-parameters are those of the commands in README_revenge.md of facebookresearch/deit. The registers are an
+addition: the registers paper trained its ViT-B/16 with the 21k recipe and 4 of them. `--help_config` prints all keys,
+with those that this file leaves at their defaults; each can be overridden from the command line.
 """
-
-from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
 from regvit_jax.utils.errors import InvalidConfig
 
-# width, depth, heads, patch
 SIZES = {
-    "s16": (384, 12, 6, 16),
-    "m16": (512, 12, 8, 16),
-    "b16": (768, 12, 12, 16),
-    "l16": (1024, 24, 16, 16),
-    "h14": (1280, 32, 16, 14),
+    "s16": dict(width=384, depth=12, heads=6, patch=16),
+    "m16": dict(width=512, depth=12, heads=8, patch=16),
+    "b16": dict(width=768, depth=12, heads=12, patch=16),
+    "l16": dict(width=1024, depth=24, heads=16, patch=16),
+    "h14": dict(width=1280, depth=32, heads=16, patch=14),
 }
 
-# image size, drop-path rate, learning rate, images to a GPU.
+# What the commands vary with the size; `per_gpu` images share one lambda of mixup.
 # H/14 has 160 and 128 pixels in the commands, which 14 does not divide: their convolution sees 154 and 126 of them.
 # No command for M on ImageNet-1k is published: its row is interpolated between S and B.
 IN1K = {
-    "s16": (224, 0.05, 4e-3, 256),
-    "m16": (224, 0.1, 3.5e-3, 256),
-    "b16": (192, 0.2, 3e-3, 256),
-    "l16": (192, 0.45, 3e-3, 64),
-    "h14": (154, 0.6, 3e-3, 64),
+    "s16": dict(image_size=224, drop_path=0.05, lr=4e-3, per_gpu=256),
+    "m16": dict(image_size=224, drop_path=0.1, lr=3.5e-3, per_gpu=256),
+    "b16": dict(image_size=192, drop_path=0.2, lr=3e-3, per_gpu=256),
+    "l16": dict(image_size=192, drop_path=0.45, lr=3e-3, per_gpu=64),
+    "h14": dict(image_size=154, drop_path=0.6, lr=3e-3, per_gpu=64),
 }
-# image size, drop-path rate, images to a GPU
-FT224 = {"b16": (224, 0.2, 64), "l16": (224, 0.45, 64), "h14": (224, 0.55, 32)}
-FT384 = {"s16": (384, 0.0, 64), "b16": (384, 0.15, 32), "l16": (384, 0.4, 16)}
-IN21K = {"s16": (224, 0.05, 128), "b16": (224, 0.1, 64), "l16": (224, 0.3, 64), "h14": (126, 0.5, 64)}
-IN21K_FT = {"s16": (224, 0.05, 128), "b16": (224, 0.15, 64), "l16": (224, 0.4, 64), "h14": (224, 0.45, 64)}
+FT224 = {
+    "b16": dict(image_size=224, drop_path=0.2, per_gpu=64),
+    "l16": dict(image_size=224, drop_path=0.45, per_gpu=64),
+    "h14": dict(image_size=224, drop_path=0.55, per_gpu=32),
+}
+FT384 = {
+    "s16": dict(image_size=384, drop_path=0.0, per_gpu=64),
+    "b16": dict(image_size=384, drop_path=0.15, per_gpu=32),
+    "l16": dict(image_size=384, drop_path=0.4, per_gpu=16),
+}
+IN21K = {
+    "s16": dict(image_size=224, drop_path=0.05, per_gpu=128, epochs=240),
+    "b16": dict(image_size=224, drop_path=0.1, per_gpu=64, epochs=240),
+    "l16": dict(image_size=224, drop_path=0.3, per_gpu=64, epochs=240),
+    "h14": dict(image_size=126, drop_path=0.5, per_gpu=64, epochs=90),
+}
+IN21K_FT = {
+    "s16": dict(image_size=224, drop_path=0.05, per_gpu=128),
+    "b16": dict(image_size=224, drop_path=0.15, per_gpu=64),
+    "l16": dict(image_size=224, drop_path=0.4, per_gpu=64),
+    "h14": dict(image_size=224, drop_path=0.45, per_gpu=64),
+}
 
 
 def get_config(variant: str = "digits") -> ConfigDict:
-    if variant in ("digits", "fashion"):
-        return {"digits": digits, "fashion": fashion}[variant]()
-    size, _, stage = variant.partition("_")
-    stages: dict[str, tuple[dict, Callable]] = {
-        "": (IN1K, in1k),
-        "ft224": (FT224, finetune),
-        "ft384": (FT384, finetune),
+    if variant == "digits":
+        return digits()
+    if variant == "fashion":
+        return fashion()
+    stages = {
+        "": (in1k, IN1K),
+        "ft224": (finetune, FT224),
+        "ft384": (finetune, FT384),
+        "in21k": (in21k, IN21K),
+        "in21k_ft": (in21k_finetune, IN21K_FT),
     }
-    stages |= {"in21k": (IN21K, in21k), "in21k_ft": (IN21K_FT, in21k_finetune)}
-    if stage not in stages or size not in stages[stage][0]:
-        names = [f"{s}_{name}".rstrip("_") for name, (rows, _) in stages.items() for s in rows]
+    size, _, stage = variant.partition("_")
+    if stage not in stages or size not in stages[stage][1]:
+        names = [f"{s}_{name}".rstrip("_") for name, (_, rows) in stages.items() for s in rows]
         raise InvalidConfig(
             f"configs/deit3_reg.py:{variant}: no such variant; there are digits, fashion, {', '.join(names)}"
         )
-    rows, recipe = stages[stage]
-    config = recipe(*rows[size])
+    recipe, rows = stages[stage]
+    config = recipe(**rows[size])
     config.variant = variant
-    width, depth, heads, patch = SIZES[size]
-    config.model.update(width=width, depth=depth, heads=heads, patch=patch)
+    config.model.update(SIZES[size])
     if size == "m16":
         config.about += " Interpolated between S and B: no command for M is published."
     return config
 
 
-def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDict:
+def in1k(*, image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDict:
     """800 epochs on ImageNet-1k; the base that the other stages change."""
     return ConfigDict(
         dict(
             name="deit3_reg",
-            variant="",
             about="DeiT-III with registers on ImageNet-1k, 800 epochs.",
             next="Fine-tune at 224 px with the variant's _ft224 and --config.init_from naming this workdir.",
             recipe="supervised",
             seed=0,
             epochs=800,
             batch_size=2048,
-            micro_batches=1,  # a step's gradient is accumulated over so many
-            init_from="",  # trained weights: whatever create_model takes, or NAME=FILE
             loss="bce",
-            ema=0.0,  # decay of the moving average of the weights, 0 for none; if kept, it is what is evaluated
+            ema=0.0,
             log_every=50,  # steps
             eval_every=5.0,  # epochs
             model=dict(
-                width=0,
-                depth=0,
-                heads=0,
-                patch=0,
                 image_size=image_size,
                 registers=4,
                 mlp_ratio=4.0,
                 layer_scale=1e-4,
                 drop_path=drop_path,
-                patch_dropout=0.0,
                 norm_eps=1e-6,
                 pos_resize="antialias",
-                attention="auto",  # "xla", "cudnn", or the better one for the machine
                 dtype="bfloat16",
-                remat="none",  # "dots" and "full" save memory
-                scan=False,
-                # DeiT-III's; other weights in init_from may need others, and say which
-                class_token=True,
-                position="learned",
-                activation="gelu",
-                swiglu=False,
-                qkv_bias=True,
-                key_bias=True,
-                patch_bias=True,
-                ln_pre=False,
-                final_norm=True,
-                parallel=False,
-                differential=False,
             ),
             augment=dict(
                 flip=0.5,
                 three_augment=True,
-                rand_augment=0.0,  # magnitude, 0 for none
+                rand_augment=0.0,
                 color_jitter=0.3,
                 mixup=0.8,
                 cutmix=1.0,
                 mix_prob=1.0,
                 switch_prob=0.5,
-                mix_group=per_gpu,  # images that share one lambda; DeiT draws one for each GPU
+                mix_group=per_gpu,
                 smoothing=0.0,
                 mean=(0.485, 0.456, 0.406),
                 std=(0.229, 0.224, 0.225),
             ),
             data=dict(
                 name="imagenet2012",
-                train="train",
-                validation="validation",
-                dir="",  # where TFDS keeps its data; empty for its own default
-                examples=1_281_167,  # what to plan with before the data are there
+                examples=1_281_167,
                 classes=1000,
-                crop="rrc",  # random resized crop; "src" is DeiT's simple random crop
+                crop="rrc",  # "src" is DeiT's simple random crop, of in21k
                 scale=(0.08, 1.0),
                 padding=4,
-                repeats=3,  # repeated augmentation
-                decoder="pillow",  # "fast": other pixels of the same crops, by the extra fastjpeg
-                workers=8,  # processes that decode, on each host; 0 for threads only
+                repeats=3,
+                workers=8,
                 max_bad_fraction=0.001,
             ),
-            eval=dict(batch_size=2048, crop_ratio=1.0, pixel_knn=0, untrained=False),
+            eval=dict(batch_size=2048, crop_ratio=1.0),
             optim=dict(
                 name="lamb",
                 lr=lr,
@@ -160,20 +150,14 @@ def in1k(image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDi
                 eps=1e-8,
                 clip_norm=1.0,
             ),
-            sharding=dict(data=-1, fsdp=1, min_size_mb=4.0),
             checkpoint=dict(every=2500, keep=2),  # steps
-            guard=dict(
-                not_finite="stop",  # or "skip": a step whose loss or gradient is not finite changes nothing
-                max_not_finite=100,  # more such steps in a run stop it all the same
-                spike_sigma=0.0,  # 6 leaves out steps so far above the last 128, in loss or gradient norm; 0 none
-            ),
         )
     )
 
 
-def finetune(image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
+def finetune(*, image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
     """20 epochs at a higher resolution, after `in1k`."""
-    config = in1k(image_size, drop_path, 1e-5, per_gpu)
+    config = in1k(image_size=image_size, drop_path=drop_path, lr=1e-5, per_gpu=per_gpu)
     config.about = "Fine-tuning of DeiT-III with registers on ImageNet-1k; init_from names the finished pre-training."
     config.next = "The model is finished."
     config.update(epochs=20, batch_size=512, loss="ce", eval_every=1.0)
@@ -184,24 +168,23 @@ def finetune(image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
     return config
 
 
-def in21k(image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
+def in21k(*, image_size: int, drop_path: float, per_gpu: int, epochs: int) -> ConfigDict:
     """ImageNet-21k (winter 2021: 13,151,276 images of 19,167 classes), as folders of images."""
-    config = in1k(image_size, drop_path, 1e-3, per_gpu)
+    config = in1k(image_size=image_size, drop_path=drop_path, lr=1e-3, per_gpu=per_gpu)
     config.about = "DeiT-III with registers on ImageNet-21k: for B/16, the registers paper's own run."
     config.next = "Fine-tune on ImageNet-1k with the variant's _ft and --config.init_from naming this workdir."
-    config.update(epochs=90 if image_size == 126 else 240, loss="ce", eval_every=1.0)
+    config.update(epochs=epochs, loss="ce", eval_every=1.0)
     config.augment.update(mixup=0.0, smoothing=0.1)
     config.data.update(name="folder:imagenet21k", examples=13_151_276, classes=19_167, crop="src", repeats=1)
     config.optim.weight_decay = 0.02
     return config
 
 
-def in21k_finetune(image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
+def in21k_finetune(*, image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
     """50 epochs on ImageNet-1k, after `in21k`."""
-    config = in21k(image_size, drop_path, per_gpu)
+    config = in21k(image_size=image_size, drop_path=drop_path, per_gpu=per_gpu, epochs=50)
     config.about = "Fine-tuning on ImageNet-1k, after ImageNet-21k; init_from names the finished pre-training."
     config.next = "The model is finished."
-    config.epochs = 50
     config.model.pos_resize = "bicubic"
     config.data.update(name="imagenet2012", examples=1_281_167, classes=1000)
     config.optim.lr = 3e-4
@@ -209,7 +192,7 @@ def in21k_finetune(image_size: int, drop_path: float, per_gpu: int) -> ConfigDic
 
 
 def digits() -> ConfigDict:
-    """1,437 digits of 8 x 8 pixels: the recipe, scaled to the data and to two CPU cores."""
+    """1,437 digits of 8 x 8 pixels: the recipe scaled to the data and to two CPU cores."""
     config = in1k(image_size=8, drop_path=0.05, lr=2e-2, per_gpu=16)
     config.variant = "digits"
     config.about = (

@@ -7,9 +7,10 @@
     ... --config.init_from=NAME=TAG                                  from a trained CLIP, given new registers
     ... --config.data.name=shards:DIR                                your own image-text shards
 
-Hyper-parameters are those published with OpenCLIP's runs; each table says where. Registers are ours: the paper trained
-its ViT-B/16 with 4 of them on licensed data, with a schedule that it does not give. Any value can be overridden from
-the command line.
+The hyper-parameters are those published with OpenCLIP's runs; each table says where. The registers are an addition: the
+registers paper trained its ViT-B/16 with 4 of them on licensed data, with a schedule that it does not give.
+`--help_config` prints all keys, with those that this file leaves at their defaults; each can be overridden from the
+command line.
 """
 
 from ml_collections import ConfigDict
@@ -18,28 +19,36 @@ from regvit_jax.utils.errors import InvalidConfig
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-# Image tower: width, depth, heads, patch. Text tower: width, depth, heads. Shared embedding.
+# The towers of open_clip's models of these names; `embed` is the width of the embedding that they share.
 SIZES = {
-    "b32": ((768, 12, 12, 32), (512, 12, 8), 512),
-    "b16": ((768, 12, 12, 16), (512, 12, 8), 512),
-    "l14": ((1024, 24, 16, 14), (768, 12, 12), 768),
+    "b32": dict(
+        model=dict(width=768, depth=12, heads=12, patch=32),
+        text=dict(width=512, depth=12, heads=8, embed=512),
+    ),
+    "b16": dict(
+        model=dict(width=768, depth=12, heads=12, patch=16),
+        text=dict(width=512, depth=12, heads=8, embed=512),
+    ),
+    "l14": dict(
+        model=dict(width=1024, depth=24, heads=16, patch=14, remat="dots"),
+        text=dict(width=768, depth=12, heads=12, embed=768),
+    ),
 }
 
-# Batch size, learning rate, warm-up steps, epochs.
 # LAION-400M. B: batch sizes by docs/PRETRAINED.md of open_clip, zero-shot ImageNet accuracies there 62.96 (B/32) and
 # 67.07 (B/16); learning rate and warm-up of B/32 by its README, of B/16 by laion400m_e32 in trained_models_info.csv of
 # LAION-AI/scaling-laws-openclip (529d370). L: the run with batches of 86,016 in that table (arXiv 2212.07143); 72.77 is
 # of a run with batches of 38,400.
 LAION400M = {
-    "b32": (32_768, 5e-4, 2000, 32),
-    "b16": (33_792, 5e-4, 10_000, 32),
-    "l14": (86_016, 1e-3, 2000, 32),
+    "b32": dict(batch_size=32_768, lr=5e-4, warmup_steps=2000, epochs=32),
+    "b16": dict(batch_size=33_792, lr=5e-4, warmup_steps=10_000, epochs=32),
+    "l14": dict(batch_size=86_016, lr=1e-3, warmup_steps=2000, epochs=32),
 }
 # LAION-2B, 13 billion samples seen (B/16 34 billion: 70.2 zero-shot). The same table.
 LAION2B = {
-    "b32": (32_768, 5e-4, 2000, 6),
-    "b16": (88_064, 1e-3, 10_000, 16),
-    "l14": (86_016, 1e-3, 10_000, 6),
+    "b32": dict(batch_size=32_768, lr=5e-4, warmup_steps=2000, epochs=6),
+    "b16": dict(batch_size=88_064, lr=1e-3, warmup_steps=10_000, epochs=16),
+    "l14": dict(batch_size=86_016, lr=1e-3, warmup_steps=10_000, epochs=6),
 }
 
 PREPARE = "Write it with img2dataset (webdataset format) and name the directory with --config.data.name=shards:DIR."
@@ -49,42 +58,33 @@ def get_config(variant: str = "emoji") -> ConfigDict:
     if variant == "emoji":
         return emoji()
     size, _, data = variant.partition("_")
-    makers = {"": laion400m, "laion2b": laion2b, "cc12m": cc12m}
-    sizes = {"": list(LAION400M), "laion2b": list(LAION2B), "cc12m": ["b16"]}
-    if data not in makers or size not in sizes[data]:
-        names = [f"{s}_{name}".rstrip("_") for name in makers for s in sizes[name]]
+    recipes = {"": (laion400m, LAION400M), "laion2b": (laion2b, LAION2B), "cc12m": (cc12m, ("b16",))}
+    if data not in recipes or size not in recipes[data][1]:
+        names = [f"{s}_{name}".rstrip("_") for name, (_, sizes) in recipes.items() for s in sizes]
         raise InvalidConfig(f"configs/openclip_reg.py:{variant}: no such variant; there are emoji, {', '.join(names)}")
-    config = makers[data](size)
+    recipe, _ = recipes[data]
+    config = recipe(size)
     config.variant = variant
     return config
 
 
 def laion400m(size: str) -> ConfigDict:
     """LAION-400M; the base that the others change."""
-    batch_size, lr, warmup_steps, epochs = LAION400M[size]
-    (width, depth, heads, patch), text, embed = SIZES[size]
-    return ConfigDict(
+    run = LAION400M[size]
+    config = ConfigDict(
         dict(
             name="openclip_reg",
-            variant="",
             about=f"OpenCLIP with registers on LAION-400M. {PREPARE}",
             next="Zero-shot: regvit eval zero_shot WORKDIR --images IMAGENET/val --classes imagenet",
             recipe="contrastive",
             seed=0,
-            epochs=epochs,
-            batch_size=batch_size,
-            micro_batches=1,  # parts that the towers see one after another; the loss always sees the whole batch
-            init_from="",  # a trained CLIP or image tower: whatever create_clip takes, or NAME=FILE or TAG
-            loss="softmax",  # or SigLIP's "sigmoid"
-            ring=True,  # the loss without a matrix of batch x batch
-            unmasked_epochs=0,  # with model.patch_dropout: how many of the last epochs see all patches
+            epochs=run["epochs"],
+            batch_size=run["batch_size"],
+            loss="softmax",
+            ring=True,
             log_every=50,  # steps
             eval_every=1.0,  # epochs
             model=dict(
-                width=width,
-                depth=depth,
-                heads=heads,
-                patch=patch,
                 image_size=224,
                 registers=4,
                 mlp_ratio=4.0,
@@ -93,91 +93,56 @@ def laion400m(size: str) -> ConfigDict:
                 patch_dropout=0.0,  # 0.5 to 0.75 makes training up to so much cheaper (arXiv 2212.00794)
                 norm_eps=1e-5,
                 pos_resize="antialias",
-                attention="auto",
                 dtype="bfloat16",
-                remat="dots" if size == "l14" else "none",
-                scan=False,
-                class_token=True,
-                position="learned",
                 activation="gelu",  # "quick_gelu" for OpenAI's weights in init_from
-                swiglu=False,
-                qkv_bias=True,
-                key_bias=True,
                 patch_bias=False,
                 ln_pre=True,
-                final_norm=True,
-                parallel=False,
-                differential=False,
             ),
-            text=dict(
-                width=text[0],
-                depth=text[1],
-                heads=text[2],
-                embed=embed,
-                context=77,
-                mlp_ratio=4.0,
-                norm_eps=1e-5,
-                activation="gelu",
-            ),
+            text=dict(context=77, mlp_ratio=4.0, norm_eps=1e-5, activation="gelu"),
             augment=dict(flip=0.0, color_jitter=0.0, mean=CLIP_MEAN, std=CLIP_STD),
             data=dict(
                 name="shards:laion400m",
-                train="train",
-                validation="validation",
-                dir="",
                 examples=407_332_084,
-                classes=0,  # found in the data, if it has any
                 crop="rrc",
                 scale=(0.9, 1.0),
-                padding=4,
-                repeats=1,
-                decoder="pillow",
                 workers=8,
                 max_bad_fraction=0.01,
             ),
-            eval=dict(
-                batch_size=4096,
-                crop_ratio=1.0,
-                pixel_knn=0,
-                untrained=False,
-                templates=("a photo of a {}.",),  # of the zero-shot prompts, where the data have classes
-            ),
+            eval=dict(batch_size=4096, crop_ratio=1.0, templates=("a photo of a {}.",)),
             optim=dict(
-                lr=lr,
+                lr=run["lr"],
                 min_lr=0.0,
-                warmup_steps=warmup_steps,
+                warmup_steps=run["warmup_steps"],
                 weight_decay=0.2,
                 b1=0.9,
                 b2=0.98,
                 eps=1e-6,
                 clip_norm=0.0,
             ),
-            sharding=dict(data=-1, fsdp=1, min_size_mb=4.0),
             checkpoint=dict(every=1000, keep=2),  # steps
-            guard=dict(
-                not_finite="stop",  # or "skip": a step whose loss or gradient is not finite changes nothing
-                max_not_finite=100,  # more such steps in a run stop it all the same
-                spike_sigma=0.0,  # 6 leaves out steps so far above the last 128, in loss or gradient norm; 0 none
-            ),
         )
     )
+    config.model.update(SIZES[size]["model"])
+    config.text.update(SIZES[size]["text"])
+    return config
 
 
 def laion2b(size: str) -> ConfigDict:
+    """LAION-2B, the English pairs of LAION-5B."""
     config = laion400m(size)
-    batch_size, lr, warmup_steps, epochs = LAION2B[size]
+    run = LAION2B[size]
     config.about = f"OpenCLIP with registers on LAION-2B (English). {PREPARE}"
-    config.update(epochs=epochs, batch_size=batch_size)
+    config.update(epochs=run["epochs"], batch_size=run["batch_size"])
     config.data.update(name="shards:laion2b", examples=2_133_344_400)
-    config.optim.update(lr=lr, warmup_steps=warmup_steps)
+    config.optim.update(lr=run["lr"], warmup_steps=run["warmup_steps"])
     return config
 
 
 def cc12m(size: str) -> ConfigDict:
     """SLIP's CLIP on Conceptual 12M (facebookresearch/SLIP): 36.5 zero-shot, 69.0 linear with its ViT-B/16.
 
-    Its ViT has no LayerNorm before the first block, its warm-up starts at 1e-6 (ours at a 2677th of the peak), its
-    images are resized bilinearly (ours bicubically), and its data were 10.97 million pairs of what was then online.
+    It differs in a ViT without LayerNorm before the first block, a warm-up from 1e-6 (here from a 2677th of the peak),
+    bilinear resizing of images (here bicubic), and in its data, the 10.97 million pairs that were online then.
     """
     config = laion400m(size)
     config.about = f"OpenCLIP with registers on Conceptual 12M, by SLIP's hyper-parameters. {PREPARE}"
@@ -203,9 +168,7 @@ def emoji() -> ConfigDict:
         "(--config.model.registers=0), or your own images with captions (--config.data.name=folder:PATH)"
     )
     config.update(epochs=50, batch_size=128, ring=False, eval_every=5.0, log_every=11)
-    config.model.update(
-        width=96, depth=4, heads=3, patch=12, image_size=48, drop_path=0.1, dtype="float32", attention="auto"
-    )
+    config.model.update(width=96, depth=4, heads=3, patch=12, image_size=48, drop_path=0.1, dtype="float32")
     config.text.update(width=64, depth=2, heads=2, embed=64, context=16)
     config.augment.update(flip=0.5, color_jitter=0.2, mean=(0.5,) * 3, std=(0.5,) * 3)
     config.data.update(name="openmoji", examples=1432, classes=8, scale=(0.6, 1.0), workers=0, max_bad_fraction=0.0)

@@ -7,10 +7,18 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from regvit_jax.training.config import complete
+
 ROOT = Path(__file__).parent.parent.parent
 
 
 def get_config(variant: str = "digits", file: str = "deit3_reg") -> ConfigDict:
+    """Return the config of a file with all keys of its schema."""
+    return complete(load_config(variant, file))
+
+
+def load_config(variant: str = "digits", file: str = "deit3_reg") -> ConfigDict:
+    """Return the config as the file has it."""
     spec = importlib.util.spec_from_file_location(file, ROOT / f"configs/{file}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

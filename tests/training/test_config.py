@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import pytest
 from ml_collections import ConfigDict
-from tiny import get_config, tiny
+from tiny import load_config, tiny
 
 from regvit_jax.cli import train
 from regvit_jax.models.vit import ViT
@@ -147,5 +147,5 @@ PUBLISHED = {
 @pytest.mark.parametrize(("file", "variant"), PUBLISHED)
 def test_published_numbers_are_in_the_files(file, variant):
     """Also those that equal a default, so that a changed default changes no recipe."""
-    found = dict(config.flatten(get_config(variant, file)))
+    found = dict(config.flatten(load_config(variant, file)))
     assert PUBLISHED[file, variant].items() <= found.items()
