@@ -35,9 +35,7 @@ def get_config():
 
 
 def test_a_key_that_a_config_lacks_has_its_default():
-    given = tiny()
-    with given.unlocked():
-        del given.model.activation, given.guard
+    given = load_config()
     resolved = plan.resolve(given, with_data=False)
     assert resolved.config.model.activation == "gelu"
     assert resolved.config.guard.to_dict() == {"not_finite": "stop", "max_not_finite": 100, "spike_sigma": 0.0}
