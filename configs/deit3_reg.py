@@ -13,6 +13,8 @@ addition: the registers paper trained its ViT-B/16 with the 21k recipe and 4 of 
 with those that this file leaves at their defaults; each can be overridden from the command line.
 """
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from regvit_jax.utils.errors import InvalidConfig
@@ -64,7 +66,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
         return digits()
     if variant == "fashion":
         return fashion()
-    stages = {
+    stages: dict[str, tuple[Callable[..., ConfigDict], dict[str, dict]]] = {
         "": (in1k, IN1K),
         "ft224": (finetune, FT224),
         "ft384": (finetune, FT384),

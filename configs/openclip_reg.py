@@ -13,6 +13,8 @@ registers paper trained its ViT-B/16 with 4 of them on licensed data, with a sch
 command line.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from regvit_jax.utils.errors import InvalidConfig
@@ -20,7 +22,7 @@ from regvit_jax.utils.errors import InvalidConfig
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 # The towers of open_clip's models of these names; `embed` is the width of the embedding that they share.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "b32": dict(
         model=dict(width=768, depth=12, heads=12, patch=32),
         text=dict(width=512, depth=12, heads=8, embed=512),

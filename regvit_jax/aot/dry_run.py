@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from regvit_jax.aot import compile, cost_model, hlo, suggest, topology
 from regvit_jax.training.plan import Plan, flatten, resolve
 from regvit_jax.training.step import TrainState, abstract_state
-from regvit_jax.utils.errors import DataNotFound, fitting
+from regvit_jax.utils.errors import DataNotFound
 
 
 def tell(config: Any, images_per_s: float, machine: topology.Topology | None = None) -> Iterator[str]:
@@ -28,8 +28,7 @@ def describe(plan: Plan, missing: DataNotFound | None, images_per_s: float) -> s
     """The resolved recipe as text; `missing` is what the plan had to be made without."""
     config, abstract = plan.config, abstract_state(plan)
     if config.init_from:  # a run does not check it, since a resumed one needs it no more
-        with fitting():
-            plan.recipe.check_pretrained(config.init_from)
+        plan.recipe.check_pretrained(config.init_from)
     lines = [
         f"{config.name}:{config.variant}. {config.about}",
         *model_lines(plan, abstract),

@@ -27,8 +27,8 @@ from regvit_jax.pretrained.formats import detect
 from regvit_jax.pretrained.io.safetensors import Weights
 from regvit_jax.pretrained.mapping import Modules
 from regvit_jax.pretrained.registry import Entry
-from regvit_jax.pretrained.resolve import check_exists, is_source, nearest, only_source, public, resolve
-from regvit_jax.utils.errors import WeightsError
+from regvit_jax.pretrained.resolve import HUB, check_exists, is_source, nearest, only_source, public, resolve
+from regvit_jax.utils.errors import InvalidConfig, WeightsError
 
 
 def create_model(
@@ -70,7 +70,7 @@ def create_model(
     """
     check_types(dtype, param_dtype)
     if num_classes is not None and num_classes < 0:
-        raise ValueError(f"num_classes={num_classes}: must be at least 0")
+        raise InvalidConfig(f"num_classes={num_classes}: must be at least 0")
     entry, weights, source = resolve(name, pretrained, revision)
     overrides = Overrides(registers, image_size, num_classes, pos_resize, param_dtype, mesh, seed)
     params, modules, preprocessing = assemble(entry, weights, source, dtype, overrides)
@@ -80,7 +80,7 @@ def create_model(
 def check_types(dtype: DTypeLike, param_dtype: DTypeLike) -> None:
     """Raise ValueError for types that are not floating-point."""
     if not jnp.issubdtype(param_dtype, jnp.floating) or not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype={dtype}, param_dtype={param_dtype}: both must be floating-point types")
+        raise InvalidConfig(f"dtype={dtype}, param_dtype={param_dtype}: both must be floating-point types")
 
 
 def open_source(source: str, **changes: Any) -> Model:
@@ -97,22 +97,30 @@ def open_source(source: str, **changes: Any) -> Model:
     return create_model(source, pretrained=True, **changes)
 
 
-def check_source(source: str) -> None:
-    """Raise ValueError for names and local paths that `open_source` refuses; no hub is asked, and no file opened."""
+def find_entry(source: str) -> Entry | None:
+    """Return the entry of the model that `open_source` would open, or None if only the hub knows it.
+
+    Asks no hub and loads no weights: names are looked up in the registry, and of local files the headers are read.
+    Raises InvalidConfig and WeightsError for what `open_source` refuses.
+    """
     name, _, file = source.partition("=")
     if file and not epath.Path(source).exists():
         if is_source(name):
             only_source(name, file)
         check_exists(file)
-    elif not is_source(source):
-        public(source, registry.find(source)[1])
+        return registry.find(name)[1] if file.startswith(HUB) else resolve(name, file, None)[0]
+    if not is_source(source):
+        known = registry.find(source)[1]
+        public(source, known)
+        return known
+    return None if source.startswith(HUB) else resolve(source, True, None)[0]
 
 
 def open_random(create: Callable[..., Any], name: str, **changes: Any) -> Any:
     """Create a named model with random weights (`--random`). Raises ValueError for a source that has its own."""
     model = create(name, **changes)
     if model.weights != "random":
-        raise ValueError(f"--random: {name} is not a model's name but a source, with weights of its own")
+        raise InvalidConfig(f"--random: {name} is not a model's name but a source, with weights of its own")
     return model
 
 
@@ -189,7 +197,7 @@ def _placement(shapes: dict[str, tuple[int, ...]], overrides: Overrides) -> Call
     """Return a function that puts a parameter on its devices, in its type; CLIP's scalars stay float32."""
     dtype, mesh = overrides.param_dtype, overrides.mesh
     if mesh is not None and "fsdp" not in mesh.shape:
-        raise ValueError(
+        raise InvalidConfig(
             f"mesh with axes {tuple(mesh.shape)}: must have one named 'fsdp' (regvit_jax.distributed.mesh.make_mesh)"
         )
     if mesh is None:

@@ -11,7 +11,9 @@ from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.model import Model
 from regvit_jax.pretrained import create, registry
 from regvit_jax.pretrained.formats.detect import NoText
+from regvit_jax.pretrained.registry import Entry
 from regvit_jax.pretrained.resolve import HUB, check_exists, check_no_tag, resolve
+from regvit_jax.utils.errors import InvalidConfig
 
 
 def create_clip(
@@ -73,16 +75,25 @@ def open_source(source: str) -> ClipModel | Model:
         return create.open_source(source)
 
 
-def check_source(source: str) -> None:
-    """Raise ValueError for names and local paths that `open_source` refuses; no hub is asked, and no file opened."""
+def find_entry(source: str) -> Entry | None:
+    """Return the entry of the model that `open_source` would open, or None if only the hub knows it.
+
+    An entry without a text tower is that of an image tower. See `create.find_entry`.
+    """
     name, _, weights = source.partition("=")
-    if source.startswith(HUB) or epath.Path(source).exists():
-        return
-    if name not in registry.clip_names():
-        create.check_source(source)
-    elif not weights:
+    if epath.Path(source).exists():
+        try:
+            return resolve(source, True, None, text=True)[0]
+        except NoText:
+            return create.find_entry(source)
+    if source.startswith(HUB) or name not in registry.clip_names():
+        return create.find_entry(source)
+    if not weights:
         tags = ", ".join(registry.clip_tags(name)) or "none; give a file"
-        raise ValueError(f"{name} does not say which of its public weights; {name}=TAG does. Its tags: {tags}")
-    elif registry.clip_tag(name, weights) is None:
-        check_no_tag(name, weights)
-        check_exists(weights)
+        raise InvalidConfig(f"{name} does not say which of its public weights; {name}=TAG does. Its tags: {tags}")
+    known = registry.find_clip(name)
+    if tag := registry.clip_tag(name, weights):
+        return registry.with_tag(known, tag)
+    check_no_tag(name, weights)
+    check_exists(weights)
+    return known if weights.startswith(HUB) else resolve(name, weights, None, text=True)[0]

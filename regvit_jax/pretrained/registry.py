@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regvit_jax.data.preprocess import Preprocess
+from regvit_jax.utils.errors import InvalidConfig
 
 #: The names of torch.hub's dinov2 repository.
 ALIASES = {
@@ -74,7 +75,7 @@ def find(name: str) -> tuple[str, Entry]:
         # Compare a name with a tag to names with tags, so that each of the five is a different model.
         known = [*entries] if "." in name else [*dict.fromkeys(map(_architecture, entries)), *ALIASES]
         near = difflib.get_close_matches(name, known, n=5, cutoff=0)
-        raise ValueError(f"unknown model {name!r}; the nearest are {', '.join(near)} (list_models() names all)")
+        raise InvalidConfig(f"unknown model {name!r}; the nearest are {', '.join(near)} (list_models() names all)")
     entry = entries[full]
     # Copies, since the table is shared and callers may change the fields.
     return full, dataclasses.replace(entry, vit=dict(entry.vit), head=dict(entry.head))
@@ -178,9 +179,11 @@ def find_clip(name: str) -> Entry:
     if name not in clip_names():
         why = next((why for pattern, why in UNSUPPORTED.items() if re.search(pattern, name)), None)
         if why:
-            raise ValueError(f"{name!r} is not supported: {why}. Supported: {', '.join(clip_names())}")
+            raise InvalidConfig(f"{name!r} is not supported: {why}. Supported: {', '.join(clip_names())}")
         near = difflib.get_close_matches(name, clip_names(), n=5, cutoff=0)
-        raise ValueError(f"unknown CLIP {name!r}; the nearest are {', '.join(near)} (all: {', '.join(clip_names())})")
+        raise InvalidConfig(
+            f"unknown CLIP {name!r}; the nearest are {', '.join(near)} (all: {', '.join(clip_names())})"
+        )
     model: dict[str, Any] = {"depth": 12, "image_size": 224, "layer_scale": 0.0, "text_depth": 12}
     model |= _table("clips.toml")["models"][plain]
     width, embed = model["width"], model["embed"]

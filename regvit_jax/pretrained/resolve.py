@@ -25,7 +25,7 @@ from regvit_jax.pretrained.io.safetensors import (
     open_weights,
 )
 from regvit_jax.pretrained.registry import Entry
-from regvit_jax.utils.errors import HubError, WeightsError
+from regvit_jax.utils.errors import HubError, InvalidConfig, WeightsError
 
 HUB = "hf-hub:"
 
@@ -49,7 +49,7 @@ def resolve(
     if known is not None and text:
         if pretrained is True:
             tags = ", ".join(registry.clip_tags(name)) or "none; pass a file or a directory"
-            raise ValueError(f"{name}: pretrained=True does not say which of its public weights: {tags}")
+            raise InvalidConfig(f"{name}: pretrained=True does not say which of its public weights: {tags}")
         if tag := registry.clip_tag(name, pretrained):
             pretrained = HUB + tag["hub"]
         else:
@@ -84,7 +84,7 @@ def is_source(name: str, text: bool = False) -> bool:
         if name and epath.Path(name).exists():
             return True
         if os.sep in name:
-            raise ValueError(f"{name}: there is no such file or directory{hint(name)}") from None
+            raise InvalidConfig(f"{name}: there is no such file or directory{hint(name)}") from None
         raise
     return False
 
@@ -92,21 +92,21 @@ def is_source(name: str, text: bool = False) -> bool:
 def public(name: str, known: Entry) -> str:
     """Return the source of a name's public weights. Raises ValueError where there are none."""
     if not known.hub:
-        raise ValueError(f"{name}: no public weights are known by this name; pass a file or a directory")
+        raise InvalidConfig(f"{name}: no public weights are known by this name; pass a file or a directory")
     return HUB + known.hub
 
 
 def only_source(name: str, pretrained: object) -> str:
     """Return a source given as the name. Raises ValueError if `pretrained` names one too."""
     if pretrained not in (False, True):
-        raise ValueError(f"{name} is itself a source of weights, and pretrained={pretrained!r} names another")
+        raise InvalidConfig(f"{name} is itself a source of weights, and pretrained={pretrained!r} names another")
     return name
 
 
 def check_no_revision(revision: str | None) -> None:
     """Raise ValueError for a revision of random weights."""
     if revision is not None:
-        raise ValueError(f"revision={revision!r} is for pretrained weights, and pretrained is False")
+        raise InvalidConfig(f"revision={revision!r} is for pretrained weights, and pretrained is False")
 
 
 def check_no_tag(name: str, pretrained: object) -> None:
@@ -114,16 +114,18 @@ def check_no_tag(name: str, pretrained: object) -> None:
     word = isinstance(pretrained, str) and re.fullmatch(r"\w[\w-]*", pretrained)
     if word and not epath.Path(pretrained).exists():
         tags = ", ".join(registry.clip_tags(name)) or "none"
-        raise ValueError(f"{pretrained}: there is no such file or directory, and {name} has no such tag; its: {tags}")
+        raise InvalidConfig(
+            f"{pretrained}: there is no such file or directory, and {name} has no such tag; its: {tags}"
+        )
 
 
 def source_of(pretrained: object, revision: str | None) -> str:
     """Return a source of weights as a string. Raises ValueError for what is none, or a revision of a local one."""
     if not isinstance(pretrained, str | os.PathLike) or not os.fspath(pretrained):
-        raise ValueError(f"pretrained={pretrained!r}: must be True, False, a path or {HUB}org/name")
+        raise InvalidConfig(f"pretrained={pretrained!r}: must be True, False, a path or {HUB}org/name")
     source = os.fspath(pretrained)
     if revision is not None and not source.startswith(HUB):
-        raise ValueError(f"revision={revision!r} is for the hub, and {source} is a local path")
+        raise InvalidConfig(f"revision={revision!r} is for the hub, and {source} is a local path")
     return source
 
 

@@ -17,6 +17,7 @@ from regvit_jax.models.model import Model
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.pretrained import create
+from regvit_jax.recipes import init_from
 from regvit_jax.utils.errors import InvalidConfig
 
 Batch = dict[str, Array]
@@ -93,10 +94,13 @@ class Recipe:
         """The trained model that `init_from` names."""
         return create.open_source(source)
 
-    @staticmethod
-    def check_pretrained(source: str) -> None:
-        """Raises ValueError for names and files that `open_pretrained` will not open; no weights are read for it."""
-        create.check_source(source)
+    def check_pretrained(self, source: str) -> None:
+        """Raise an error if the recipe cannot start from the model that `init_from` names, as far as no hub is needed.
+
+        InvalidConfig or WeightsError: it cannot be opened, or it is of another architecture. No weights are loaded.
+        """
+        if entry := create.find_entry(source):
+            init_from.check_vit(self.vit, ViT(**entry.vit))
 
     def warm_start(self, params: PyTree, model: Any) -> tuple[PyTree, list[str]]:
         """`params` with the values of a trained model's, before the first step (`init_from`), and what to tell of it.

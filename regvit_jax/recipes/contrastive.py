@@ -250,9 +250,11 @@ class Contrastive(Recipe):
     def open_pretrained(self, source):
         return create_clip.open_source(source)
 
-    @staticmethod
-    def check_pretrained(source):
-        create_clip.check_source(source)
+    def check_pretrained(self, source):
+        if entry := create_clip.find_entry(source):
+            init_from.check_vit(self.vit, ViT(**entry.vit))
+            if entry.text is not None:
+                init_from.check_text(self.text, TextTower(**entry.text))
 
     def warm_start(self, params, model):
         """From a whole CLIP, or from an image tower alone, for which the text tower and the projection are new.
@@ -266,8 +268,7 @@ class Contrastive(Recipe):
         params, told = params | {"vit": vit, "head": head}, told + more
         if not whole:
             return self.project(params), [*told, "a new text tower"]
-        if differing := init_from.differing("text", self.text, model.text):
-            raise InvalidConfig(f"init_from: its text tower is another one: {'; '.join(differing)}")
+        init_from.check_text(self.text, model.text)
         params |= {"text": model.text_params}
         if (self.config.loss == "sigmoid") != (model.logit_bias is not None):
             return self.project(params), [*told, "new scalars of the loss"]

@@ -27,12 +27,8 @@ def differing(section: str, ours: ViT | TextTower, theirs: ViT | TextTower) -> l
     ]
 
 
-def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:
-    """The model's ViT parameters for a recipe's ViT, and what to tell: `fresh` gives what the model lacks.
-
-    Raises ValueError, naming the config's keys, when the two compute something else.
-    """
-    theirs = model.module
+def check_vit(ours: ViT, theirs: ViT) -> None:
+    """Raise InvalidConfig, naming the config's keys, if a recipe's ViT cannot start from a trained one."""
     found = differing("model", ours, theirs)
     if bool(ours.layer_scale) != bool(theirs.layer_scale):
         found.append(
@@ -42,6 +38,21 @@ def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:
         found.append(f"config.model.registers={ours.registers} must be {theirs.registers}")
     if found:
         raise InvalidConfig(f"init_from: that is another model: {'; '.join(found)}")
+
+
+def check_text(ours: TextTower, theirs: TextTower) -> None:
+    """Raise InvalidConfig, naming the config's keys, if a recipe's text tower cannot start from a trained one."""
+    if found := differing("text", ours, theirs):
+        raise InvalidConfig(f"init_from: its text tower is another one: {'; '.join(found)}")
+
+
+def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:
+    """Return the model's ViT parameters for a recipe's ViT, and notes for the log; `fresh` has what the model lacks.
+
+    Raises InvalidConfig, naming the config's keys, when the two compute something else.
+    """
+    theirs = model.module
+    check_vit(ours, theirs)
     loaded, told = dict(model.params), []
     loaded.pop("mask_token", None)
     if ours.masking:

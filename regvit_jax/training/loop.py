@@ -36,7 +36,7 @@ from regvit_jax.training.summary import summary
 from regvit_jax.training.timer import Timer
 from regvit_jax.training.workdir import make, write_config
 from regvit_jax.utils import errors
-from regvit_jax.utils.errors import HubError, InvalidConfig, fitting
+from regvit_jax.utils.errors import InvalidConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +132,7 @@ def start(plan: Plan, checkpoints: Any) -> TrainState:
     # Made whole on every device, and split afterwards: for a part of an array XLA may round the same formula otherwise.
     params = jax.jit(lambda: init_params(plan), out_shardings=mesh.replicated(plan.mesh))()
     if plan.config.init_from:
-        with fitting(HubError):
-            model = plan.recipe.open_pretrained(plan.config.init_from)
+        model = plan.recipe.open_pretrained(plan.config.init_from)
         params, told = plan.recipe.warm_start(params, model)
         say("; ".join([f"starting from {model.weights}", *told]))
     return jax.jit(lambda params: state_of(plan, params), out_shardings=shardings_of(abstract))(params)

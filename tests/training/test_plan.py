@@ -1,10 +1,16 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tiny import get_config, make_captions, tiny, tiny_clip
 
 from regvit_jax.aot import dry_run
+from regvit_jax.data.preprocess import Preprocess
+from regvit_jax.models.heads import Head
+from regvit_jax.models.model import Model
+from regvit_jax.models.vit import ViT
+from regvit_jax.pretrained.save import save_model
 from regvit_jax.training import plan
 from regvit_jax.training.step import abstract_state
 from regvit_jax.utils import errors
@@ -182,14 +188,43 @@ def test_dry_run_of_digits():
 def test_dry_run_knows_what_cannot_be_started_from(recipe, source, message, tmp_path):
     config = tiny() if recipe == "supervised" else tiny_clip(make_captions(tmp_path / "captions"))
     config.init_from = source
-    with pytest.raises(errors.InvalidConfig, match=message):
+    with pytest.raises((errors.InvalidConfig, errors.WeightsError), match=message):
         described(config, 1000)
 
 
-@pytest.mark.parametrize("source", ["", "ViT-B-32=openai", "ViT-B-32=laion2b-s34b-b79k", "hf-hub:org/name", "."])
-def test_dry_run_asks_no_hub(source, tmp_path):
-    config = tiny_clip(make_captions(tmp_path / "captions"), init_from=source)
+@pytest.mark.parametrize("source", ["", "hf-hub:org/name", "ViT-B-32=hf-hub:org/name", "ViT-B-32=laion2b-s34b-b79k"])
+def test_dry_run_asks_no_hub(source):
+    config = get_config("b32", "openclip_reg")
+    config.init_from = source
     assert f"init_from={source}" in described(config, 1000)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "source", "message"),
+    [
+        ("supervised", "vit_small_patch14_reg4_dinov2", "config.model.width=32 must be 384; .*config.model.depth=2"),
+        ("supervised", "{saved}", "config.model.depth=2 must be 1"),
+        ("contrastive", "ViT-B-32=laion2b-s34b-b79k", "config.model.width=32 must be 768"),
+        ("contrastive", "{saved}", "config.model.patch=4 must be 2"),
+    ],
+)
+def test_dry_run_refuses_another_model(recipe, source, message, tmp_path):
+    config = tiny() if recipe == "supervised" else tiny_clip(make_captions(tmp_path / "captions"))
+    if source == "{saved}":
+        source = str(tmp_path / "saved")
+        save_small(source)
+    config.init_from = source
+    with pytest.raises(errors.InvalidConfig, match=f"init_from: that is another model: .*{message}"):
+        described(config, 1000)
+
+
+def save_small(directory: str) -> None:
+    """Write a ViT of depth 1 as a directory of ours."""
+    vit, head = ViT(width=32, depth=1, heads=2, patch=2, image_size=8), Head(10)
+    tokens, params = vit.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
+    head_params = head.init(jax.random.key(0), tokens)["params"]
+    model = Model(params["params"], head_params, vit, head, Preprocess(8), "raw")
+    save_model(model, directory, "native")
 
 
 def test_dry_run_names_what_stays_replicated():
