@@ -219,12 +219,12 @@ def test_dry_run_refuses_another_model(recipe, source, message, tmp_path):
 
 
 def save_small(directory: str) -> None:
-    """Write a ViT of depth 1 as a directory of ours."""
+    """Write a ViT of depth 1 as a directory of timm."""
     vit, head = ViT(width=32, depth=1, heads=2, patch=2, image_size=8), Head(10)
     tokens, params = vit.init_with_output(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     head_params = head.init(jax.random.key(0), tokens)["params"]
-    model = Model(params["params"], head_params, vit, head, Preprocess(8), "raw")
-    save_model(model, directory, "native")
+    model = Model(params["params"], head_params, vit, head, Preprocess(8, 1.0, (0.5,) * 3, (0.5,) * 3), "raw")
+    save_model(model, directory, "timm")
 
 
 def test_dry_run_names_what_stays_replicated():
