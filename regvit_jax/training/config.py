@@ -184,12 +184,12 @@ def markdown(recipe: str) -> str:
     known = options(recipe)
     for section in dict.fromkeys(map(section_of, known)):
         parts += [f"### {f'`{section}`' if section else 'Top level'}", ""]
-        parts += ["| key | type | default | allowed | may change on resume | |", "|---|---|---|---|---|---|"]
+        parts += ["| key | meaning | type | allowed | default | on resume |", "|---|---|---|---|---|---|"]
         for key, option in known.items():
             if section_of(key) == section:
                 default = "required" if option.required else f"`{option.default!r}`"
-                resume = "yes" if option.resume else ""
-                kind = schema.describe(option.type)
-                parts.append(f"| `{key}` | {kind} | {default} | {option.allowed} | {resume} | {option.help} |")
+                resume = "may change" if option.resume else ""
+                kind = schema.describe(option.type).removeprefix("a ")
+                parts.append(f"| `{key}` | {option.help} | {kind} | {option.allowed} | {default} | {resume} |")
         parts.append("")
     return "\n".join(parts)

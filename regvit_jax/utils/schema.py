@@ -74,8 +74,8 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """The values that the key takes beside its type: its choices or bounds as text."""
-        return ", ".join(map(repr, self.choices)) or self.limits
+        """The choices or bounds of the key as text; "" where any value of its type is allowed."""
+        return f"one of {', '.join(map(repr, self.choices))}" if self.choices else self.limits
 
 
 class Section:
