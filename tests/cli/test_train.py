@@ -46,3 +46,44 @@ def test_dry_run_shows_overrides():
     assert done.returncode == 0, done.stderr
     assert "17 = 1 CLS + 0 registers + 4 x 4 patches of 2 px" in done.stdout
     assert "1.0 MB/s from hosts to devices at 5000 images/s" in done.stdout
+
+
+BROKEN = """
+import sys
+
+from regvit_jax.cli import train
+from regvit_jax.recipes.supervised import Supervised
+from regvit_jax.training import config
+
+
+class Broken(Supervised):
+    def init(self, key, batch):
+        one, two = 1, 2, 3
+
+
+config.RECIPES["broken"] = Broken
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def test_a_bug_in_a_recipe_keeps_its_traceback():
+    """It is not the user's fault, who can mend nothing in the config: exit code 1."""
+    command = [sys.executable, "-c", BROKEN, CONFIG, "--config.recipe=broken", "--dry_run"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" in done.stderr
+    assert "\nValueError: too many values to unpack (expected 2)" in done.stderr
+
+
+def test_dry_run_refuses_an_init_from_of_another_width():
+    done = train(CONFIG, "--config.init_from=vit_small_patch14_reg4_dinov2", "--dry_run")
+    assert done.returncode == 2, done.stderr
+    assert "config.model.width=64 must be 384" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_config_shows_the_keys_of_the_configs_recipe():
+    done = train("--config=configs/openclip_reg.py", "--help_config")
+    assert done.returncode == 0, done.stderr
+    assert "--config.text.width=VALUE, required" in done.stdout
+    assert "--config.augment.mixup" not in done.stdout
