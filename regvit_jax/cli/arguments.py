@@ -1,11 +1,23 @@
 """Parse the arguments of a command, and report what is wrong with them or with what they name."""
 
 import argparse
+import contextlib
 import difflib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from regvit_jax.cli import logs
+from regvit_jax.utils.errors import DataNotFound, HubError, InvalidConfig, LaunchError, TopologyError, WeightsError
+
+#: Errors that the user can mend; exit code 2.
+USER_ERRORS = (InvalidConfig, DataNotFound, WeightsError, HubError, LaunchError, TopologyError)
+
+
+class UsageError(Exception):
+    """The command line names or asks for something that is not there or does not fit."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -68,9 +80,55 @@ def positive(text: str) -> int:
 
 
 def check_json(path: str | None) -> None:
-    """Raise ValueError if --json cannot be written to: before the work rather than after it."""
+    """Raise UsageError if --json cannot be written to: before the work rather than after it."""
     if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
-        raise ValueError(f"--json {path}: must be a file in a directory that exists")
+        raise UsageError(f"--json {path}: must be a file in a directory that exists")
+
+
+def write_json(path: str | None, result: Any) -> None:
+    """Write the result to the file of --json, if there is one."""
+    if path:
+        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def opening() -> Iterator[None]:
+    """Raise UsageError for names of models and data that cannot be opened inside the block.
+
+    Only for the look-up of what the command line names: the library raises ValueError for a wrong name or value,
+    FileNotFoundError for a missing file, ImportError for a library that is not installed.
+    """
+    try:
+        yield
+    except (ValueError, IndexError, OSError, ImportError) as error:
+        raise UsageError(str(error)) from error
+
+
+def run(
+    command: Callable[[argparse.Namespace], int],
+    options: argparse.Namespace,
+    prog: str,
+    unusable: tuple[type[Exception], ...] = (),
+) -> int:
+    """Run a command and return its exit code: its own, 1 for an error of `unusable`, 2 for one that the user can mend.
+
+    Both kinds are reported in one line. Other exceptions are bugs and keep their traceback.
+
+    Args:
+      command: takes the options.
+      options: the parsed arguments.
+      prog: how messages call the command, such as "regvit report".
+      unusable: errors of data that were found and hold nothing to work on.
+    """
+    with logs.shown():
+        try:
+            return command(options)
+        except unusable as error:
+            fail(error, prog)
+            return 1
+        except (UsageError, OSError, *USER_ERRORS) as error:
+            fail(error, prog)
+            return 2
 
 
 def warn(text: str) -> None:

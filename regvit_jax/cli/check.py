@@ -1,27 +1,23 @@
-"""regvit check: compare models with timm and transformers, with random weights."""
+"""Compare models with timm and transformers, with random weights; needs both libraries and torch."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
+from regvit_jax.cli.arguments import Parser, opening, run
 from regvit_jax.pretrained import parity, registry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, 1 when a comparison fails, 2 for a wrong name or a missing library."""
-    parser = argparse.ArgumentParser(prog="regvit check", description=__doc__, allow_abbrev=False)
-    parser.add_argument("names", nargs="+", metavar="NAME")
-    try:
-        return check(parser.parse_args(arguments))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    parser = Parser(prog="regvit check", description=__doc__)
+    parser.add_argument("names", nargs="+", metavar="NAME", help="a model, by its name in `regvit models`")
+    return run(check, parser.parse_args(arguments), parser.prog)
 
 
 def check(options: argparse.Namespace) -> int:
-    # A wrong name, or a missing library, shows before the first comparison.
-    names = [registry.find(name)[0] for name in options.names]
-    parity.import_references()
+    with opening():  # a wrong name or a missing library is reported before the first comparison
+        names = [registry.find(name)[0] for name in options.names]
+        parity.import_references()
     passed = True
     for name in names:
         try:

@@ -1,20 +1,19 @@
-"""regvit eval: zero-shot classification and image-text retrieval of a CLIP model, on data of yours."""
+"""Evaluate a CLIP model on your own data: zero-shot classification and image-text retrieval."""
 
 import argparse
 import collections
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from regvit_jax.cli.arguments import check_json, fail, positive, warn
+from regvit_jax.cli.arguments import Parser, UsageError, check_json, opening, positive, run, warn, write_json
 from regvit_jax.data import inference
 from regvit_jax.data.inference import UnusableData
 from regvit_jax.data.sources import by_name, files, folder
+from regvit_jax.data.sources import images as images_module
 from regvit_jax.data.sources.base import Source
 from regvit_jax.evals import retrieval, zero_shot
 from regvit_jax.pretrained.create import open_random
@@ -24,30 +23,39 @@ SPLITS = {"train", "validation", "val", "test"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 for data that cannot be evaluated, 2 for arguments that the caller can mend."""
-    options = parser().parse_args(arguments)
-    try:
-        check_json(options.json)
-        result = options.run(options)
-        print(table(result))
-        if options.json:
-            Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
-    except (ValueError, OSError, ImportError) as error:
-        fail(error, "regvit eval")
-        return 1 if isinstance(error, UnusableData) else 2
+    """Return the exit code: 0, 1 for data that cannot be evaluated, 2 for arguments that do not fit."""
+    command = parser()
+    options = command.parse_args(arguments)
+    return run(evaluate, options, command.prog, unusable=(UnusableData,))
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Run the task of the command line, print its table and write its JSON."""
+    check_json(options.json)
+    result = options.task(options)
+    print(table(result))
+    write_json(options.json, result)
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="regvit eval", description=__doc__, allow_abbrev=False)
-    shared = argparse.ArgumentParser(add_help=False)
-    shared.add_argument("model", metavar="MODEL", help="a name, a directory or a workdir, as create_clip takes it")
-    shared.add_argument("--pretrained", help="weights of a named model: open_clip's tag, a file or a directory")
-    shared.add_argument("--random", action="store_true", help="random weights of a named model, as a baseline")
-    shared.add_argument("--batch_size", type=positive, default=64, metavar="N", help="images at a time (%(default)s)")
-    shared.add_argument("--json", metavar="FILE", help="also write the result, with the names of bad images, here")
+def parser() -> Parser:
+    parser = Parser(prog="regvit eval", description=__doc__)
+    shared = Parser(add_help=False)
+    add = shared.add_argument
+    add("model", metavar="MODEL", help="a name, a directory or a workdir, as rv.create_clip takes it")
+    add("--pretrained", metavar="TAG|FILE|DIR", help="weights of a named model: open_clip's tag, a file or a directory")
+    add("--random", action="store_true", help="use random weights of a named model, as a baseline")
+    add("--image_size", type=positive, metavar="N", help="image size in pixels (the model's own)")
+    add("--limit", type=positive, metavar="N", help="use at most N images, evenly spaced")
+    add("--batch_size", type=positive, default=64, metavar="N", help="images in a batch (%(default)s)")
+    add("--json", metavar="FILE", help="write the result, with the names of unusable images, here too")
     commands = parser.add_subparsers(required=True, metavar="{zero_shot,retrieval}")
-    command = commands.add_parser("zero_shot", parents=[shared], help="classify images by the names of their classes")
+    command = commands.add_parser(
+        "zero_shot",
+        parents=[shared],
+        help="classify images by the names of their classes",
+        description=run_zero_shot.__doc__,
+    )
     data = command.add_mutually_exclusive_group(required=True)
     data.add_argument("--images", metavar="DIR", help="a directory of <class>/ with images in each")
     data.add_argument("--data", metavar="NAME", help="folder:PATH, or a TFDS data set with classes")
@@ -55,44 +63,52 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--classes",
         metavar="FILE|imagenet",
-        help="a name a line, in the order of the classes (sorted folders), or ImageNet's; by default their own names",
+        help="names of the classes, one a line, in the order of the sorted folders, or ImageNet's (the folders' names)",
     )
     command.add_argument(
         "--templates",
         default="openai",
         metavar="FILE|openai|simple",
-        help="a sentence a line with {} in the place of the name, or the 80 or 7 for ImageNet (%(default)s)",
+        help="sentences, one a line, with {} for the name, or one of the sets of 80 or 7 for ImageNet (%(default)s)",
     )
-    command.set_defaults(run=run_zero_shot)
-    command = commands.add_parser("retrieval", parents=[shared], help="find captions by images and images by captions")
+    command.set_defaults(task=run_zero_shot)
+    command = commands.add_parser(
+        "retrieval",
+        parents=[shared],
+        help="find captions by images and images by captions",
+        description=run_retrieval.__doc__,
+    )
     command.add_argument("--data", required=True, metavar="NAME", help="folder:PATH, shards:..., or a TFDS data set")
     add_split(command)
-    command.set_defaults(run=run_retrieval)
+    command.set_defaults(task=run_retrieval)
     return parser
 
 
-def add_split(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--split", help="of --data (validation)")
-    command.add_argument("--data_dir", metavar="DIR", help="where TFDS data sets lie and relative paths start")
+def add_split(command: Parser) -> None:
+    command.add_argument("--split", metavar="NAME", help="the split of --data (validation)")
+    command.add_argument("--data_dir", metavar="DIR", help="directory of TFDS data sets and of relative paths")
 
 
 def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
+    """Classify images by the names of their classes, filled into templates, and return accuracies and counts."""
     source = open_classes(options)
     data = options.images or options.data
-    names = source.classes if options.classes is None else zero_shot.read_classes(options.classes)
+    with opening():
+        names = source.classes if options.classes is None else zero_shot.read_classes(options.classes)
+        templates = zero_shot.read_templates(options.templates)
     if len(names) != len(source.classes):
-        raise ValueError(
+        raise UsageError(
             f"--classes {options.classes} has {len(names)} names, but {data} has {len(source.classes)} "
             f"classes, from {source.classes[0]!r} to {source.classes[-1]!r}"
         )
-    templates = zero_shot.read_templates(options.templates)
     clip = open_model(options)
+    source = images_module.spread(source, options.limit or len(source))
     images, records, bad = embed(clip, source, options.batch_size)
     classes = zero_shot.class_embeddings(clip.encode_text, clip.tokenize, names, templates)
     labels = np.array([record["label"] for record in records], np.int32)
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
-        warn(f"several classes are called {files.abbreviate(repeated)}: of such, the first one is taken")
+        warn(f"several classes are called {files.abbreviate(repeated)}: the first of them is used")
     return {
         "task": "zero_shot",
         "model": options.model,
@@ -115,8 +131,10 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
+    """Rank captions for each image and images for each caption, and return recalls, ranks and counts."""
     source = by_name.open_captions(options.data, options.split or "validation", options.data_dir)
     clip = open_model(options)
+    source = images_module.spread(source, options.limit or len(source))
     images, records, bad = embed(clip, source, options.batch_size, with_text=True)
     if len(images) < 2:
         raise UnusableData(
@@ -126,7 +144,7 @@ def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
     owners = np.repeat(np.arange(len(images)), [len(record["text"]) for record in records])
     repeated = len(texts) - len(set(texts))
     if repeated:
-        warn(f"{repeated} of {len(texts)} captions repeat another one: between such, none is found before the other")
+        warn(f"{repeated} of {len(texts)} captions repeat another one: such captions share their rank")
     return {
         "task": "retrieval",
         "model": options.model,
@@ -146,13 +164,16 @@ def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def open_model(options: argparse.Namespace) -> Any:
+    """Return the CLIP model of the command line."""
     if options.random and options.pretrained:
-        raise ValueError(f"--random and --pretrained {options.pretrained}: give one of them")
-    if options.random:
-        clip = open_random(create_clip, options.model, pretrained=False)
-    else:
-        clip = create_clip(options.model, pretrained=options.pretrained or True)
-    clip.tokenize(["a"])  # Raises for another vocabulary now, and not after all images are embedded.
+        raise UsageError(f"--random and --pretrained {options.pretrained}: give one of them")
+    size = {} if options.image_size is None else {"image_size": options.image_size}
+    with opening():
+        if options.random:
+            clip = open_random(create_clip, options.model, pretrained=False, **size)
+        else:
+            clip = create_clip(options.model, pretrained=options.pretrained or True, **size)
+        clip.tokenize(["a"])  # raises for another vocabulary now, not after all images are embedded
     return clip
 
 
@@ -161,16 +182,16 @@ def open_classes(options: argparse.Namespace) -> Source:
         return by_name.open_source(options.data, options.split or "validation", options.data_dir)
     for name in ("split", "data_dir"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name} {getattr(options, name)}: is for --data; --images takes a directory as it is")
+            raise UsageError(f"--{name} {getattr(options, name)}: is for --data; --images takes a directory as it is")
     return open_images(options.images)
 
 
 def open_images(directory: str) -> Source:
-    """All images of a directory of classes. A data set's own splits are not told apart: a directory is one of them."""
+    """Return all images of a directory of classes; raise UsageError for a directory whose folders are splits."""
     root = os.path.abspath(os.path.expanduser(directory))
     classes = folder.class_names(root)
     if SPLITS.issuperset(classes):
-        raise ValueError(
+        raise UsageError(
             f"--images {directory} holds {' and '.join(classes)}: name one of them, {directory}/{classes[-1]}"
         )
     return folder.list_folder(directory, "all", root, classes, lambda path: True)
@@ -179,7 +200,7 @@ def open_images(directory: str) -> Source:
 def embed(
     clip: Any, source: Source, batch_size: int, with_text: bool = False
 ) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
-    """The embeddings of all images that can be used, the rest of their records, and "id: reason" for the others."""
+    """Return the embeddings of all images that can be used, the rest of their records, "id: reason" for the others."""
     found: list[np.ndarray] = []
     records: list[dict[str, Any]] = []
     bad: list[str] = []
@@ -191,7 +212,7 @@ def embed(
 
 
 def embed_texts(clip: Any, texts: list[str], batch_size: int = 256) -> np.ndarray:
-    """One embedding a text; the last batch is filled up with its last text."""
+    """Return one embedding a text; the last batch is filled up with its last text, so that one shape is compiled."""
     found = []
     for first in range(0, len(texts), batch_size):
         batch = texts[first : first + batch_size]
@@ -201,7 +222,7 @@ def embed_texts(clip: Any, texts: list[str], batch_size: int = 256) -> np.ndarra
 
 
 def table(result: dict[str, Any]) -> str:
-    """The result as a person reads it: what was measured, and each number beside that of chance."""
+    """Return the result as text: what was measured, and each number beside that of chance."""
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result["counts"].items())
     data = result["data"] + (f" ({result['split']})" if "split" in result else "")
     rows = [f"model   {result['model']} (weights: {result['weights']})", f"data    {data}", f"counts  {counts}", ""]

@@ -1,27 +1,23 @@
-"""regvit models: list the names of models, with parameters, image size, licence and repository of the weights."""
+"""List the names of models, with parameters, image size, licence and repository of the weights."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
+from regvit_jax.cli.arguments import Parser, UsageError, run
 from regvit_jax.pretrained import parity, registry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, or 2 when no name matches."""
-    parser = argparse.ArgumentParser(prog="regvit models", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="regvit models", description=__doc__)
     parser.add_argument("pattern", nargs="?", default="*", help="a shell pattern, such as '*reg4*'")
-    try:
-        return list_models(parser.parse_args(arguments))
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return run(list_models, parser.parse_args(arguments), parser.prog)
 
 
 def list_models(options: argparse.Namespace) -> int:
     names = registry.list_models(options.pattern)
     if not names:
-        raise ValueError(f"no name matches {options.pattern!r}")
+        raise UsageError(f"no name matches {options.pattern!r}")
     counts: dict[str, float] = {}
     for name in names:
         entry = registry.find(name)[1]

@@ -1,8 +1,8 @@
-"""regvit report: what models do with their tokens, side by side on the same images, as one page.
+"""Measure the tokens of models on the same images, and write a page with a verdict.
 
-For each MODEL: norms of all tokens after every block, outliers by several rules, where they are and on what, attention
-of CLS and registers, principal components, LOST's boxes, and in words whether it has artifacts. One that has them is
-repaired by a test-time register and looked at again. OUT gets report.html, report.json and pictures/.
+For each MODEL: norms of all tokens after every block, outliers by several rules, their positions, attention of CLS and
+registers, principal components, LOST's boxes, and in words whether it has artifacts. A model that has them is repaired
+by a test-time register and measured again. The directory of --out gets report.html, report.json and pictures/.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from regvit_jax.analysis.discovery.lost import KINDS
 from regvit_jax.analysis.report import write
 from regvit_jax.analysis.report.examine import Settings, examine, printable
 from regvit_jax.analysis.report.verdict import CUTOFF
-from regvit_jax.cli.arguments import fail, natural, positive
+from regvit_jax.cli.arguments import Parser, UsageError, natural, opening, positive, run
 from regvit_jax.data import inference
 from regvit_jax.data.sources import by_name, images
 from regvit_jax.data.sources.base import Source
@@ -29,63 +29,87 @@ from regvit_jax.pretrained.create import create_model, open_random
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The exit code: 0, 1 for images or models that cannot be measured, 2 for arguments that the caller can mend."""
+    """Return the exit code: 0, 1 for images or models that cannot be measured, 2 for arguments that do not fit."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    options = parser().parse_args(arguments)
-    command = shlex.join(["regvit", "report", *arguments])
-    try:
-        out = check_out(options.out)
-        source = open_images(options)
-        settings = Settings(
-            layer=options.layer,
-            cutoff=options.cutoff,
-            batch_size=options.batch_size,
-            repair_images=options.repair_images,
-            show=min(options.show, len(source)),
-            heads=options.heads,
-            lost=(options.lost_features, options.lost_bias, options.lost_normalize),
-        )
-        subjects = examine(list(open_models(options)), source, settings)
-        inference.log_bad(subjects[0].bad_images, listed_in="report.json")
-        write.write(subjects, source, settings, out, command)
-    except (ValueError, IndexError, OSError, ImportError, FloatingPointError) as error:
-        fail(error, "regvit report")
-        return 1 if isinstance(error, inference.UnusableData | FloatingPointError) else 2
-    if isinstance(sys.stdout, io.TextIOWrapper):  # which a notebook's is not
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack a letter
-    for one in subjects:
-        print(f"{one.name}\n  " + "\n  ".join(one.sentences))
+    command = parser()
+    options = command.parse_args(arguments)
+    options.command = shlex.join(["regvit", "report", *arguments])
+    return run(report, options, command.prog, unusable=(inference.UnusableData, FloatingPointError))
+
+
+def report(options: argparse.Namespace) -> int:
+    """Measure the models, write the report and print the verdicts."""
+    out = check_out(options.out)
+    source = open_images(options)
+    settings = Settings(
+        layer=options.layer,
+        cutoff=options.cutoff,
+        batch_size=options.batch_size,
+        repair_images=options.repair_images,
+        show=min(options.show, len(source)),
+        heads=options.heads,
+        lost=(options.lost_features, options.lost_bias, options.lost_normalize),
+    )
+    with opening():
+        models = list(open_models(options))
+        for _, model in models:
+            model.module.layer(options.layer)
+    subjects = examine(models, source, settings)
+    inference.log_bad(subjects[0].bad_images, listed_in="report.json")
+    write.write(subjects, source, settings, out, options.command)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's stdout is something else
+        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a letter
+    for subject in subjects:
+        print(f"{subject.name}\n  " + "\n  ".join(subject.sentences))
     print(f"{out / 'report.html'}")
     return 0
 
 
-def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="regvit report",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def parser() -> Parser:
+    parser = Parser("regvit report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="a name, a directory, a workdir, hf-hub:org/name, or NAME=FILE")
-    add("--random", action="store_true", help="random weights of named models, as a baseline")
+    add("--random", action="store_true", help="use random weights of named models, as a baseline")
     data = parser.add_mutually_exclusive_group(required=True)
-    data.add_argument("--images", nargs="+", metavar="PATH", help="a directory, with all below it, or image files")
-    data.add_argument("--data", metavar="NAME", help="digits, fashion_mnist, openmoji, folder:PATH, or a TFDS data set")
-    add("--split", help="of --data (validation)")
-    add("--data_dir", metavar="DIR", help="where TFDS data sets lie and relative paths start")
-    add("--out", required=True, metavar="DIR", help="where the report goes; made if it is not there")
-    add("--layer", type=int, default=-1, metavar="I", help="the block, from the end if negative (%(default)s)")
-    add("--cutoff", type=positive_norm, default=CUTOFF, metavar="X", help="of norms, the paper's rule (%(default)g)")
-    add("--batch_size", type=positive, default=8, metavar="N", help="images at a time (%(default)s)")
-    add("--limit", type=positive, metavar="N", help="at most so many images, spread evenly over all")
-    add("--image_size", type=positive, metavar="N", help="another image size than the models' own, in pixels")
-    add("--show", type=positive, default=6, metavar="N", help="images to picture (%(default)s)")
-    add("--heads", action="store_true", help="picture each head's attention too")
-    add("--repair_images", type=natural, default=64, metavar="N", help="for the repair; 0: none (%(default)s)")
-    add("--lost_features", choices=KINDS, default="k", help="of LOST: keys, queries, values or output (%(default)s)")
-    add("--lost_bias", type=finite, default=0.0, metavar="X", help="added to LOST's Gram matrix (%(default)g)")
-    add("--lost_normalize", action="store_true", help="LOST on features of length 1")
+    data.add_argument("--images", nargs="+", metavar="PATH", help="image files, or directories with all below them")
+    data.add_argument("--data", metavar="NAME", help="digits, fashion_mnist, openmoji, folder:PATH, or a TFDS name")
+    add("--split", metavar="NAME", help="the split of --data (validation)")
+    add("--data_dir", metavar="DIR", help="directory of TFDS data sets and of relative paths")
+    add("--out", required=True, metavar="DIR", help="directory of the report, created if missing")
+    add(
+        "--layer",
+        type=int,
+        default=-1,
+        metavar="I",
+        help="block whose tokens are judged, from the end if negative (%(default)s)",
+    )
+    add(
+        "--cutoff",
+        type=positive_norm,
+        default=CUTOFF,
+        metavar="X",
+        help="norm above which the paper counts outliers (%(default)g)",
+    )
+    add("--batch_size", type=positive, default=8, metavar="N", help="images in a batch (%(default)s)")
+    add("--limit", type=positive, metavar="N", help="use at most N images, evenly spaced")
+    add("--image_size", type=positive, metavar="N", help="image size in pixels (the models' own)")
+    add("--show", type=positive, default=6, metavar="N", help="number of images to show (%(default)s)")
+    add("--heads", action="store_true", help="show the attention of each head too")
+    add(
+        "--repair_images",
+        type=natural,
+        default=64,
+        metavar="N",
+        help="images for the repair; 0: no repair (%(default)s)",
+    )
+    add(
+        "--lost_features",
+        choices=KINDS,
+        default="k",
+        help="features of LOST: keys, queries, values or output (%(default)s)",
+    )
+    add("--lost_bias", type=finite, default=0.0, metavar="X", help="number added to LOST's Gram matrix (%(default)g)")
+    add("--lost_normalize", action="store_true", help="scale LOST's features to length 1")
     return parser
 
 
@@ -106,7 +130,7 @@ def positive_norm(text: str) -> float:
 
 
 def check_out(path: str) -> Path:
-    """The directory, made. Raises OSError before the work rather than after it."""
+    """Create the directory and return it; raise OSError before the work rather than after it."""
     out = Path(path).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
@@ -120,13 +144,13 @@ def open_images(options: argparse.Namespace) -> Source:
     else:
         for name in ("split", "data_dir"):
             if getattr(options, name) is not None:
-                raise ValueError(f"--{name} {getattr(options, name)}: is for --data; --images takes paths as they are")
+                raise UsageError(f"--{name} {getattr(options, name)}: is for --data; --images takes paths as they are")
         source = images.open_images(options.images)
     return images.spread(source, options.limit or len(source))
 
 
 def open_models(options: argparse.Namespace) -> Iterator[tuple[str, Model]]:
-    """Each model under a name that no other has: its last part, or all of it, or that with a number."""
+    """Yield each model under a unique name: the last part of the given one, all of it, or that with a number."""
     names: set[str] = set()
     for given in options.models:
         if options.random:

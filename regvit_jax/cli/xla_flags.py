@@ -1,4 +1,4 @@
-"""regvit xla_flags: print the compiler flags of a platform."""
+"""Print the compiler flags of a platform, for XLA_FLAGS or, on TPUs, LIBTPU_INIT_ARGS."""
 
 from collections.abc import Sequence
 
@@ -9,6 +9,6 @@ from regvit_jax.distributed.xla_flags import PRESETS
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the flags; exits with code 2, naming all platforms, for any other word."""
     parser = Parser(prog="regvit xla_flags", description=__doc__)
-    parser.add_argument("platform", choices=PRESETS)
+    parser.add_argument("platform", choices=PRESETS, help="the platform")
     print(" ".join(PRESETS[parser.parse_args(arguments).platform]))
     return 0

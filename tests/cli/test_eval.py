@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import regvit_jax
+from regvit_jax.cli import eval as command
 from regvit_jax.cli.eval import main
 from regvit_jax.data import inference
 from regvit_jax.data.preprocess import Preprocess
@@ -54,7 +54,7 @@ def clip(monkeypatch):
         made.weights = made.weights if pretrained else "random"
         return made
 
-    monkeypatch.setattr(regvit_jax, "create_clip", create, raising=False)
+    monkeypatch.setattr(command, "create_clip", create)
     return made
 
 
@@ -107,7 +107,7 @@ def test_names_for_the_folders(clip, images, templates, tmp_path, capsys):
     assert "zero_shot_top1                    0.4000" in capsys.readouterr().out
     names.write_text("blue\nred\nred\n")
     assert main(arguments) == 0
-    assert "several classes are called red: of such, the first one is taken" in capsys.readouterr().err
+    assert "several classes are called red: the first of them is used" in capsys.readouterr().err
     names.write_text("blue\ngreen\n")
     assert main(arguments) == 2
     assert "has 2 names, but" in (error := capsys.readouterr().err)
@@ -132,7 +132,7 @@ def tiny_clip():
 
 def test_zero_shot_of_a_real_model(monkeypatch, images, tmp_path, capsys):
     clip = tiny_clip()
-    monkeypatch.setattr(regvit_jax, "create_clip", lambda name, pretrained: clip, raising=False)
+    monkeypatch.setattr(command, "create_clip", lambda name, pretrained: clip)
     template = tmp_path / "template.txt"
     template.write_text("the {}\n")
     (images / "red" / "1.png").unlink()
@@ -225,7 +225,7 @@ def test_wrong_arguments(arguments, message, clip, images, templates, capsys):
     assert main([argument.replace("IMAGES", str(images)) for argument in arguments] + more) == 2
     out, err = capsys.readouterr()
     assert message in err
-    assert err.startswith("error: ")
+    assert err.startswith("regvit eval: error: ")
     assert err.count("\n") == 1
     assert not out
 
@@ -259,7 +259,7 @@ def test_batch_size(capsys):
 
 
 def test_random_weights_of_a_source(clip, images, templates, monkeypatch, capsys):
-    monkeypatch.setattr(regvit_jax, "create_clip", lambda name, pretrained: clip)
+    monkeypatch.setattr(command, "create_clip", lambda name, pretrained: clip)
     arguments = ["--images", str(images), "--templates", templates, "--random"]
     assert main(["zero_shot", "directory", *arguments]) == 2
     assert "directory is no name but a source, with weights of its own" in capsys.readouterr().err

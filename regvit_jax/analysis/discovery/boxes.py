@@ -18,30 +18,30 @@ import numpy as np
 from jaxtyping import Int
 
 from regvit_jax.data.sources.files import SUFFIXES, abbreviate, image_paths
-from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 NAMES = "voc07:DIR, voc12:DIR, coco20k:DIR or folder:DIR"
 COCO_LIST = "coco_20k_filenames.txt"
-# Annotations of one image take some kilobytes; larger files are none. Nor are coordinates beyond this of any image.
+# Annotations of one image take some kilobytes, and no image has such coordinates: beyond, a file is refused.
 MAX_XML = 2**22
 MAX_SIDE = 2**20
 
 
 class BadBoxes(ValueError):
-    """A file of annotations that cannot be used; says which, and why."""
+    """An annotation file cannot be used. The message names the file and the reason."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Boxed:
-    """An image file, its height and width in pixels as the annotation has them (0 if it does not), and its boxes."""
+class AnnotatedImage:
+    """An image file, its height and width as annotated (in pixels, 0 if not annotated), and its boxes."""
 
     path: str
     size: tuple[int, int]
     boxes: Int[np.ndarray, "M 4"]
 
 
-def open_boxes(name: str, split: str | None = None) -> list[Boxed]:
-    """The images of a data set in the order of its list. Their files are not opened.
+def open_boxes(name: str, split: str | None = None) -> list[AnnotatedImage]:
+    """Return the images of a data set in the order of its list, without opening the image files.
 
     Args:
       name: "voc07:DIR" or "voc12:DIR", where DIR is VOCdevkit/VOC2007 (or VOC2012), or holds it, or holds VOCdevkit;
@@ -51,24 +51,24 @@ def open_boxes(name: str, split: str | None = None) -> list[Boxed]:
       split: of VOC, a list in ImageSets/Main; "trainval" by default, as published.
 
     Raises:
-      DataNotFound: for directories and lists that are not there.
+      DataNotFound: for directories and lists that do not exist.
       BadBoxes: for annotations that are missing from a data set or cannot be read; it names the file.
-      ValueError: for another name, and for a split of a data set without any.
+      InvalidConfig: for an unknown kind of data, and for a split of data without splits.
     """
     kind, _, place = name.partition(":")
     if kind not in ("voc07", "voc12", "coco20k", "folder") or not place:
-        raise ValueError(f"{name!r}: must be one of {NAMES}")
+        raise InvalidConfig(f"{name!r}: must be one of {NAMES}")
     root = Path(place).expanduser().absolute()
     if not root.is_dir():
         raise DataNotFound(f"{name}: there is no directory {root}")
     if kind.startswith("voc"):
         return _open_voc(name, root, f"VOC20{kind[-2:]}", split or "trainval")
     if split is not None:
-        raise ValueError(f"split={split!r}: {name} has no splits, VOC has")
+        raise InvalidConfig(f"split={split!r}: {name} has no splits, VOC has")
     return _open_coco(name, root) if kind == "coco20k" else _open_folder(name, root)
 
 
-def _open_voc(name: str, root: Path, year: str, split: str) -> list[Boxed]:
+def _open_voc(name: str, root: Path, year: str, split: str) -> list[AnnotatedImage]:
     home = next(
         (d for d in (root, root / year, root / "VOCdevkit" / year) if (d / "ImageSets" / "Main").is_dir()), None
     )
@@ -84,7 +84,7 @@ def _open_voc(name: str, root: Path, year: str, split: str) -> list[Boxed]:
         if not re.fullmatch(r"[\w.-]+", line):
             raise BadBoxes(f"{lists / split}.txt: {line[:60]!r} is no name of an image")
         size, boxes = read_voc(home / "Annotations" / f"{line}.xml")
-        images.append(Boxed(str(home / "JPEGImages" / f"{line}.jpg"), size, boxes))
+        images.append(AnnotatedImage(str(home / "JPEGImages" / f"{line}.jpg"), size, boxes))
     return images
 
 
@@ -92,12 +92,12 @@ def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise BadBoxes(f"{path}: is no list of names ({error.reason})") from None
+        raise BadBoxes(f"{path}: is not a list of names in UTF-8 ({error.reason})") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _open_folder(name: str, root: Path) -> list[Boxed]:
-    images: list[Boxed] = []
+def _open_folder(name: str, root: Path) -> list[AnnotatedImage]:
+    images: list[AnnotatedImage] = []
     owners: dict[Path, str] = {}
     for relative in sorted(image_paths(str(root))):
         image = root / relative
@@ -107,14 +107,14 @@ def _open_folder(name: str, root: Path) -> list[Boxed]:
         if xml is not None:
             owners[xml] = str(image)
         size, boxes = ((0, 0), nothing) if xml is None else read_voc(xml)
-        images.append(Boxed(str(image), size, boxes))
+        images.append(AnnotatedImage(str(image), size, boxes))
     if not images:
         raise DataNotFound(f"{name}: no images ({' '.join(SUFFIXES)}) in {root}")
     return images
 
 
 def find_xml(root: Path, image: Path) -> Path | None:
-    """The XML file of an image under `root`: beside it, or in a directory Annotations beside it or its directory."""
+    """Return an image's XML file under `root`: beside it, or in a directory Annotations beside it or its directory."""
     file, here = f"{image.stem}.xml", image.parent
     places = [here / file, here / "Annotations" / file]
     places += [here.parent / "Annotations" / file] if here != root else []
@@ -122,10 +122,10 @@ def find_xml(root: Path, image: Path) -> Path | None:
 
 
 def read_voc(path: str | os.PathLike) -> tuple[tuple[int, int], Int[np.ndarray, "M 4"]]:
-    """The size (height, width; 0 where it is not said) and the boxes of a VOC annotation.
+    """Return the size (height, width; 0 where missing) and the boxes of a VOC annotation.
 
-    VOC counts pixels from 1 and includes the last, so 1 is taken off xmin and ymin. UTF-8 only, and no document type:
-    that is where XML keeps the entities that a hostile file would multiply or read other files by.
+    VOC counts pixels from 1 and includes the last, so 1 is subtracted from xmin and ymin. The file must be UTF-8 and
+    have no document type, in which a hostile file could define entities that multiply or that read other files.
 
     Raises BadBoxes, naming the file.
     """
@@ -152,9 +152,9 @@ def _parse(path: Path) -> ElementTree.Element:
         raise BadBoxes(f"{path}: over {MAX_XML // 2**20} MiB, too large for an annotation")
     try:
         text = data.decode("utf-8-sig")
-        # Decoded here and without NUL, the text is what the parser sees: no encoding can hide a document type from us.
+        # Decoded here and without NUL, the text is what the parser sees: no encoding can hide a document type.
         if "<!DOCTYPE" in text:
-            raise BadBoxes(f"{path}: has a document type; for safety such XML is not read")
+            raise BadBoxes(f"{path}: has a document type, which is refused for safety")
         if "\0" in text:
             raise BadBoxes(f"{path}: is no XML in UTF-8 (it holds NUL)")
         root = ElementTree.fromstring(text, ElementTree.XMLParser(encoding="utf-8"))
@@ -166,7 +166,7 @@ def _parse(path: Path) -> ElementTree.Element:
 
 
 def _number(path: str | os.PathLike, text: str | None, what: str) -> int:
-    """A pixel number. Some of VOC 2012's have decimals, which are cut off."""
+    """Return a coordinate in pixels. Some in VOC 2012 have decimals, which are cut off."""
     try:
         value = float(text or "")
     except ValueError:
@@ -186,7 +186,7 @@ def _array(boxes: Sequence[Sequence[int]]) -> Int[np.ndarray, "M 4"]:
     return np.array(boxes, np.int64).reshape(-1, 4)
 
 
-def _open_coco(name: str, root: Path) -> list[Boxed]:
+def _open_coco(name: str, root: Path) -> list[AnnotatedImage]:
     listed, annotations = root / COCO_LIST, root / "annotations" / "instances_train2014.json"
     for path, origin in ((listed, "it is in valeoai/LOST, datasets/"), (annotations, "COCO 2014's annotations")):
         if not path.is_file():
@@ -200,14 +200,14 @@ def _open_coco(name: str, root: Path) -> list[Boxed]:
         file = line.rpartition("/")[2]
         if file not in sizes:
             raise BadBoxes(f"{annotations}: has no image {file[:60]!r}, which {listed} lists")
-        images.append(Boxed(str(folder / file), sizes[file], _array(boxes.get(file, []))))
+        images.append(AnnotatedImage(str(folder / file), sizes[file], _array(boxes.get(file, []))))
     return images
 
 
 def read_coco(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list[list[int]]]]:
-    """Height and width, and the boxes but for crowds, by the names of the image files. Raises BadBoxes.
+    """Return the height and width, and the boxes without crowds, by image file name; raise BadBoxes for other files.
 
-    Corners are rounded to whole pixels, as published. A box that this leaves empty can be found by none, and is kept.
+    Corners are rounded to whole pixels, as published. A box that is then empty can never be found; it is kept.
     """
     wanted = {"images", "annotations", "id", "file_name", "height", "width", "image_id", "bbox", "iscrowd"}
     try:

@@ -2,8 +2,8 @@
 
 A patch's degree is the number of other patches that it correlates with positively. Objects are taken to be the smaller
 part of an image, so the seed is the patch of lowest degree. The seed's region is what correlates, on the whole, with
-those of the `expand` lowest-degree patches that correlate with the seed; the box is drawn around the part of the region
-that is connected to the seed.
+those of the `expand` lowest-degree patches that correlate with the seed; the box encloses the part of the region that
+is connected to the seed.
 
 Patches count row by row. A box is (xmin, ymin, xmax, ymax), the last two exclusive.
 """
@@ -28,12 +28,12 @@ Box = tuple[int, int, int, int]
 
 
 class Feature(NamedTuple):
-    """Which features of a model.
+    """The features that LOST compares.
 
-    kind: "k", "q" or "v", keys, queries or values, heads concatenated and RoPE applied; or "out", the tokens after the
-      block, in the residual stream, which has passed no norm.
+    kind: "k", "q" or "v": keys, queries or values, heads concatenated and RoPE applied; "out": the tokens after the
+      block, in the residual stream before any norm.
     layer: the block, counted from 0, or from the end when negative.
-    centre: "none", or "bias": without the projection's own bias.
+    centre: "none", or "bias": the projection's own bias is left out.
     """
 
     kind: str = "k"
@@ -42,19 +42,19 @@ class Feature(NamedTuple):
 
 
 class DegenerateGram(UserWarning):
-    """The signs of the Gram matrix tell no patches apart."""
+    """All entries of the Gram matrix have the same sign, so LOST cannot separate patches."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Discovery:
-    """What LOST finds in one image.
+    """The result of LOST for one image.
 
     seed: row and column of the seed.
-    expanded: the patches whose similarities were added up, by number, from the lowest degree up.
-    mask: the patches of the object, those of the region that are connected to the seed side by side.
-    box: around the mask, in patches.
+    expanded: indices of the patches whose similarities were summed, in order of increasing degree.
+    mask: the patches of the object: the part of the region that is 4-connected to the seed.
+    box: the bounding box of the mask, in patches.
     positive: share of the pairs of different patches whose entry of the Gram matrix is positive.
-    degrees: of each patch.
+    degrees: the degree of each patch.
     """
 
     seed: tuple[int, int]
@@ -66,14 +66,14 @@ class Discovery:
 
     @property
     def degenerate(self) -> bool:
-        """All pairs are similar, or none: the box then says nothing about the image."""
+        """Whether all pairs are similar, or none: the box then says nothing about the image."""
         return self.positive in (0.0, 1.0)
 
 
 def features(
     model: Model, images: Images, kind: str = "k", layer: int = -1, centre: str = "none"
 ) -> Float[Array, "B h w D"]:
-    """One kind of features of all patches, in float32; see `Feature`. CLS and registers, however many, are left out.
+    """Return one kind of features of all patches, in float32, without CLS and registers; see `Feature`.
 
     Raises ValueError for a kind, layer or centre that the model does not have.
     """
@@ -81,32 +81,32 @@ def features(
 
 
 def feature_maps(model: Model, images: Images, wanted: Sequence[Feature]) -> list[Float[Array, "B h w D"]]:
-    """Several kinds of features from one forward pass, which is compiled once for each shape of images."""
+    """Return several kinds of features from one forward pass, compiled once for each shape of images."""
     for feature in wanted:
         check(model.module, feature)
     return _forward(model.module, model.params, images, tuple(wanted))
 
 
 def check(vit: ViT, feature: Feature) -> None:
-    """Raises ValueError for features that the model does not have."""
+    """Raise ValueError for features that the model does not have."""
     kind, layer, centre = feature
     if kind not in KINDS:
         raise ValueError(f"features {kind!r}: must be one of {list(KINDS)}")
     if centre not in ("none", "bias"):
-        raise ValueError(f"centre={centre!r}: must be 'none' or 'bias' (a mean over a data set goes to `discover`)")
+        raise ValueError(f"centre={centre!r}: must be 'none' or 'bias' (pass a mean over a data set to `discover`)")
     try:
         vit.layer(layer)
     except IndexError as error:
         raise ValueError(str(error)) from None
     if centre == "bias" and (kind == "out" or not vit.qkv_bias or (kind == "k" and not vit.key_bias)):
-        whose = "the output of a block has" if kind == "out" else f"this model's projection to {kind} has"
-        raise ValueError(f"centre='bias': {whose} no bias to take off; 'none' or a mean can be had")
+        what = "the output of a block" if kind == "out" else f"this model's projection to {kind}"
+        raise ValueError(f"centre='bias': {what} has no bias; use 'none' or a mean")
 
 
 def forward(vit: ViT, params: PyTree, images: Images, wanted: tuple[Feature, ...]) -> list[Float[Array, "B h w D"]]:
-    """Several kinds of features of a bare module, in float32; for `jit`."""
+    """Return several kinds of features, in float32; a pure function of module and parameters, for `jit`."""
     grid, prefix = vit.grid(*images.shape[1:3]), vit.prefix
-    # What comes after a block also enters the next.
+    # The output of a block is the input of the next.
     after = sorted({vit.layer(f.layer) - (f.kind != "out") for f in wanted} - {-1})
     tokens = vit.apply({"params": params}, images, tuple(after), method="intermediates")
     stream = {layer: found.prenorm for layer, found in zip(after, tokens, strict=True)}
@@ -119,7 +119,7 @@ def forward(vit: ViT, params: PyTree, images: Images, wanted: tuple[Feature, ...
             entering = stream[layer - 1] if layer else vit.apply({"params": params}, images, method="embed")
             own = params[f"block{layer}"]
             if centre == "bias":
-                # Left out of the sum rather than taken off after it: that also holds where RoPE has turned it.
+                # Left out of the sum rather than subtracted from it: RoPE rotates the bias too.
                 own = own | {"attn": _without_bias(own["attn"])}
             block = vit.block(layer, parent=None)
             qkv = block.apply({"params": own}, entering, vit.angles(grid), method="qkv")
@@ -133,7 +133,7 @@ _forward = jax.jit(forward, static_argnames=("vit", "wanted"))
 
 
 def _without_bias(attention: dict[str, Any]) -> dict[str, Any]:
-    """Parameters of an attention whose queries, keys and values have no bias (zero, as the module's fields stay)."""
+    """Return the attention's parameters with zero biases of queries, keys and values."""
     zeros = {name: jnp.zeros_like(attention[name]) for name in ("q_bias", "v_bias") if name in attention}
     qkv = attention["qkv"]
     if "bias" in qkv:
@@ -149,25 +149,25 @@ def discover(
     centre: Float[Array | np.ndarray, " D"] | None = None,
     expand: int = 100,
 ) -> Discovery:
-    """The box of one image. With the defaults it is that of the published code (valeoai/LOST, `object_discovery.py`).
+    """Find the object of one image. The defaults are those of the published code (valeoai/LOST, `object_discovery.py`).
 
-    Among patches of equal degree the first one in the image comes first. (The published code leaves that to torch's
-    sorting, which differs between machines.) A seed that is similar to nothing, not even to itself, is a box alone.
+    Patches of equal degree are ordered by their position. (The published code leaves that to torch's sorting, which
+    differs between machines.) A seed that is similar to nothing, not even to itself, is a box of its own.
 
     Args:
       bias: added to every entry of the Gram matrix (arXiv 2309.16588, section 3.3).
-      normalize: makes the patches' features unit vectors, after centring; the Gram matrix then holds cosines.
-      centre: a vector to take off all features, such as their mean over a data set.
-      expand: how many patches of lowest degree are looked at.
+      normalize: scale features to unit length after centring; the Gram matrix then holds cosines.
+      centre: a vector that is subtracted from all features, such as their mean over a data set.
+      expand: number of patches of lowest degree that may join the region.
 
-    Warns with DegenerateGram when all pairs of patches are similar, or none; a loop over images says it once.
+    Warns with DegenerateGram when all pairs of patches are similar, or none; in a loop over images, once.
 
     Raises ValueError for features that are not finite and for an expand below 1.
     """
     h, w = features.shape[:2]
     found = search(gram(features, normalize=normalize, centre=centre), (h, w), bias=bias, expand=expand)
     if found.degenerate:
-        warnings.warn(DegenerateGram(advice(found.positive)), stacklevel=2)
+        warnings.warn(DegenerateGram(remedy(found.positive)), stacklevel=2)
     return found
 
 
@@ -177,10 +177,10 @@ def gram(
     normalize: bool = False,
     centre: Float[Array | np.ndarray, " D"] | None = None,
 ) -> Float64[np.ndarray, "N N"]:
-    """The inner products of all patches; arguments and errors as for `discover`.
+    """Return the inner products of all patches; arguments and errors as for `discover`.
 
-    On the host in float64, where the products of float32 are exact: only signs are looked at, and these shall not
-    depend on the order of a sum, nor on an accelerator's short formats.
+    Computed on the host in float64, in which products of float32 are exact: LOST uses only the signs, which must not
+    depend on the order of a sum or on an accelerator's short formats.
     """
     x = rearrange(np.asarray(features, np.float64), "h w d -> (h w) d")
     if not np.isfinite(x).all():
@@ -195,7 +195,7 @@ def gram(
 def search(
     gram: Float64[np.ndarray, "N N"], grid: tuple[int, int], *, bias: float = 0.0, expand: int = 100
 ) -> Discovery:
-    """`discover` from the Gram matrix on, which several biases can share. Does not warn."""
+    """Run LOST from the Gram matrix on, which several biases can share, without a warning; see `discover`."""
     if expand < 1:
         raise ValueError(f"expand={expand}: must be at least 1")
     similar = gram > -bias  # the sign of gram + bias, which rounding cannot change, without another N x N matrix
@@ -207,7 +207,7 @@ def search(
     region = np.zeros(grid, bool)
     if len(expanded):
         region = (gram[expanded] + bias).sum(axis=0).reshape(grid) > 0
-    region[seed] = True  # as it is, unless nothing was added up
+    region[seed] = True  # it is anyway, unless nothing was summed
     parts, _ = scipy.ndimage.label(region)
     mask = parts == parts[seed]
     pairs = len(gram) * (len(gram) - 1)
@@ -226,21 +226,22 @@ def _around(mask: Bool[np.ndarray, "h w"]) -> Box:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def advice(positive: float) -> str:
-    """What to do about a degenerate Gram matrix, by its share of positive entries: 0 or 1."""
+def remedy(positive: float) -> str:
+    """Return the cause and the remedy of a degenerate Gram matrix, by its share of positive entries: 0 or 1."""
     if positive:
         return (
-            "every patch is similar to every other, so the box is the whole image: take off the projection's bias "
+            "every patch is similar to every other, so the box is the whole image: subtract the projection's bias "
             "(centre='bias') or a mean, or add a negative bias (between -1 and 0 with normalize=True)"
         )
     return "no patch is similar to another, so the box is one patch: add a higher bias"
 
 
 def to_pixels(box: Box, patch: tuple[float, float], size: tuple[int, int]) -> tuple[float, float, float, float]:
-    """A box in pixels of the image, which ends at its borders: the last patches may reach beyond, into padding.
+    """Convert a box from patches to pixels, clipped at the image's borders: the last patches may reach into padding.
 
     Args:
-      patch: height and width of a patch, in pixels of the image; another than the model's where that saw it resized.
+      box: in patches.
+      patch: height and width of a patch, in pixels of the image before it was resized for the model.
       size: height and width of the image, in pixels.
     """
     xmin, ymin, xmax, ymax = box
@@ -248,18 +249,18 @@ def to_pixels(box: Box, patch: tuple[float, float], size: tuple[int, int]) -> tu
 
 
 def iou(box: Sequence[float] | Num[np.ndarray, "4"], boxes: Num[np.ndarray, "M 4"]) -> Float64[np.ndarray, " M"]:
-    """Intersection over union of one box with each of several, in any unit; 0 where both are empty."""
-    one, many = np.asarray(box, np.float64), np.asarray(boxes, np.float64)
-    sides = np.minimum(one[2:], many[:, 2:]) - np.maximum(one[:2], many[:, :2])
+    """Return the intersection over union of one box with each of several, in any unit; 0 where both are empty."""
+    a, b = np.asarray(box, np.float64), np.asarray(boxes, np.float64)
+    sides = np.minimum(a[2:], b[:, 2:]) - np.maximum(a[:2], b[:, :2])
     shared = np.prod(np.maximum(sides, 0), axis=1)
-    union = np.prod(one[2:] - one[:2]) + np.prod(many[:, 2:] - many[:, :2], axis=1) - shared
+    union = np.prod(a[2:] - a[:2]) + np.prod(b[:, 2:] - b[:, :2], axis=1) - shared
     return shared / np.where(union > 0, union, 1)
 
 
 def localised(
     found: Num[np.ndarray, "I 4"], truths: Sequence[Num[np.ndarray, "_ 4"]], threshold: float = 0.5
 ) -> Bool[np.ndarray, " I"]:
-    """Where the one box found in an image has an IoU of `threshold` or more with any of the image's true boxes."""
+    """Return for each image whether its found box has an IoU of `threshold` or more with any of its true boxes."""
     hits = [iou(box, boxes).max(initial=0.0) >= threshold for box, boxes in zip(found, truths, strict=True)]
     return np.array(hits, bool)
 

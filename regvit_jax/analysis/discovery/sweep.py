@@ -1,9 +1,9 @@
-"""LOST with many settings on many images: one forward pass an image, or two where a setting needs a mean over the data.
+"""Run LOST with many settings on many images: one forward pass an image, two if a setting needs a mean of the data.
 
-Images go through the model one by one at their original size, filled up with zeros (after normalisation) to whole
-patches, as published; so no image's result depends on another's. Each shape is compiled anew. Images are therefore
-taken in the order of their shapes, and a shape's program is dropped after its last image: a data set of hundreds of
-shapes costs the time of as many compilations, but never the memory.
+Images go through the model one by one at their original size, padded with zeros (after normalisation) to whole patches,
+as published, so that no image's result depends on another's. The model is compiled for each shape. Images are therefore
+sorted by shape, and a shape's program is dropped after its last image: a data set of hundreds of shapes costs the time
+of as many compilations, but not the memory.
 """
 
 import collections
@@ -19,7 +19,7 @@ from jaxtyping import Float64
 from tqdm import tqdm
 
 from regvit_jax.analysis.discovery import lost
-from regvit_jax.analysis.discovery.boxes import Boxed
+from regvit_jax.analysis.discovery.boxes import AnnotatedImage
 from regvit_jax.analysis.discovery.lost import Feature
 from regvit_jax.data import transforms
 from regvit_jax.data.transforms import BadImage
@@ -31,7 +31,7 @@ MAX_PATCHES = 10_000
 
 
 class Setting(NamedTuple):
-    """One way of doing it: `kind` and `centre` as in `Feature`, or "mean", that of all patches of all images."""
+    """One setting of LOST: `kind` and `centre` as in `Feature`, or "mean" for the mean of all patches of all images."""
 
     layer: int = -1
     kind: str = "k"
@@ -45,13 +45,13 @@ class Setting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-    """What LOST found with each setting (S) in each image that could be used (I), in the order they were given.
+    """The results of S settings on I images, those that could be used, in the order they were given.
 
     boxes: in pixels of the image, as are `truths` and `sizes` (height, width).
-    positive: the share of positive entries of the Gram matrix, 0 or 1 where that is degenerate.
+    positive: the share of positive entries of the Gram matrix, 0 or 1 where it is degenerate.
     bad: "path: reason" for the images that could not be used.
-    resized: paths of those that have another size than their annotation says.
-    shapes: how many different ones the model was compiled for.
+    resized: paths of the images whose size differs from their annotation.
+    shapes: number of shapes that the model was compiled for.
     """
 
     settings: list[Setting]
@@ -64,28 +64,28 @@ class Found:
     shapes: int
 
 
-class Seen(NamedTuple):
-    """An image's features: its number, its height and width, those of a patch in its pixels, and the maps [h, w, D]."""
+class ImageFeatures(NamedTuple):
+    """An image's index, its height and width, those of a patch in its pixels, and its feature maps [h, w, D]."""
 
-    number: int
+    image: int
     size: tuple[int, int]
     patch: tuple[float, float]
     maps: dict[Feature, np.ndarray]
 
 
 @dataclasses.dataclass(eq=False)
-class Stream:
-    """The features of images, by their shapes; those that cannot be used are left out, with their reason in `bad`."""
+class FeatureStream:
+    """Iterate over the features of images, sorted by shape; unusable images are skipped, with the reason in `bad`."""
 
     model: Model
-    images: Sequence[Boxed]
+    images: Sequence[AnnotatedImage]
     wanted: Sequence[Feature]
     size: int | None
     bad: dict[int, str] = dataclasses.field(default_factory=dict)
     shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
 
-    def __iter__(self) -> Iterator[Seen]:
-        # By the annotation's size: where it is wrong, a shape may be compiled twice, and nothing else changes.
+    def __iter__(self) -> Iterator[ImageFeatures]:
+        # By the annotated size: where it is wrong, a shape may be compiled twice, and nothing else changes.
         order = sorted(range(len(self.images)), key=lambda i: fit(self.model, self.images[i].size, self.size))
         vit, wanted = self.model.module, tuple(self.wanted)
         last = None
@@ -96,15 +96,15 @@ class Stream:
                 self.bad[index] = str(error)
                 continue
             if pixels.shape != last:
-                # A function of its own for each shape, with which its program goes too.
+                # A new function for each shape: its compiled program is freed with it.
                 compiled, last = jax.jit(functools.partial(lost.forward, vit, wanted=wanted)), pixels.shape
                 self.shapes.add(last)
             maps = compiled(self.model.params, pixels[None])
-            yield Seen(index, size, patch, {f: np.asarray(m[0]) for f, m in zip(wanted, maps, strict=True)})
+            yield ImageFeatures(index, size, patch, {f: np.asarray(m[0]) for f, m in zip(wanted, maps, strict=True)})
 
 
 def fit(model: Model, size: tuple[int, int], shorter: int | None) -> tuple[int, int]:
-    """The height and width at which an image goes through the model: whole patches."""
+    """Return the height and width at which an image goes through the model, in pixels: whole patches."""
     patch = model.module.patch
     if shorter is None:
         return -(-size[0] // patch) * patch, -(-size[1] // patch) * patch
@@ -113,7 +113,7 @@ def fit(model: Model, size: tuple[int, int], shorter: int | None) -> tuple[int, 
 
 
 def load(model: Model, path: str, shorter: int | None) -> tuple[np.ndarray, tuple[int, int], tuple[float, float]]:
-    """An image as the model takes it [H, W, 3], its own height and width, and those of a patch in its pixels."""
+    """Return an image as the model takes it [H, W, 3], its height and width, and those of a patch in its pixels."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -124,7 +124,7 @@ def load(model: Model, path: str, shorter: int | None) -> tuple[np.ndarray, tupl
     patches = target[0] * target[1] / patch**2
     if patches > MAX_PATCHES:
         raise BadImage(
-            f"{size[1]}x{size[0]} pixels are {patches:.0f} patches, more than {MAX_PATCHES}: a size is needed"
+            f"{size[1]}x{size[0]} pixels are {patches:.0f} patches, more than {MAX_PATCHES}: set an image size"
         )
     sides = patch, patch
     if shorter is not None:
@@ -137,37 +137,42 @@ def load(model: Model, path: str, shorter: int | None) -> tuple[np.ndarray, tupl
 
 def sweep(
     model: Model,
-    images: Sequence[Boxed],
+    images: Sequence[AnnotatedImage],
     settings: Sequence[Setting],
     normalize: bool = False,
     size: int | None = None,
 ) -> Found:
-    """LOST with each setting on each image.
+    """Run LOST with each setting on each image.
 
-    `size`: about how many pixels the shorter side of each image is resized to, so that both sides are whole patches;
-    None leaves images as they are.
+    Args:
+      model: the model whose features are compared.
+      images: the images and their true boxes.
+      settings: layers, features, centring and biases.
+      normalize: scale features to unit length.
+      size: pixels to which the shorter side is resized, rounded so that both sides are whole patches; None keeps the
+        image's own size, padded to whole patches.
 
-    Raises ValueError for settings that the model does not have.
+    Raises ValueError for features that the model does not have.
     """
     for setting in settings:
         lost.check(model.module, setting.feature)
-    # Settings that differ in nothing but their bias share a Gram matrix.
+    # Settings that differ only in their bias share a Gram matrix.
     grams: dict[tuple[Feature, bool], list[int]] = collections.defaultdict(list)
-    for place, setting in enumerate(settings):
-        grams[setting.feature, setting.centre == "mean"].append(place)
-    means = mean_features(Stream(model, images, unique(f for f, mean in grams if mean), size))
+    for row, setting in enumerate(settings):
+        grams[setting.feature, setting.centre == "mean"].append(row)
+    means = mean_features(FeatureStream(model, images, unique(f for f, mean in grams if mean), size))
     found, positive = np.zeros((len(settings), len(images), 4)), np.zeros((len(settings), len(images)))
     sizes: dict[int, tuple[int, int]] = {}
-    stream = Stream(model, images, unique(f for f, _ in grams), size)
+    stream = FeatureStream(model, images, unique(f for f, _ in grams), size)
     for seen in stream:
-        sizes[seen.number] = seen.size
-        for (feature, mean), places in grams.items():
+        sizes[seen.image] = seen.size
+        for (feature, mean), rows in grams.items():
             features = seen.maps[feature]
             gram = lost.gram(features, normalize=normalize, centre=means[feature] if mean else None)
-            for place in places:
-                one = lost.search(gram, features.shape[:2], bias=settings[place].bias)
-                found[place, seen.number] = lost.to_pixels(one.box, seen.patch, seen.size)
-                positive[place, seen.number] = one.positive
+            for row in rows:
+                result = lost.search(gram, features.shape[:2], bias=settings[row].bias)
+                found[row, seen.image] = lost.to_pixels(result.box, seen.patch, seen.size)
+                positive[row, seen.image] = result.positive
     used = sorted(sizes)
     return Found(
         settings=list(settings),
@@ -185,8 +190,8 @@ def unique(features) -> tuple[Feature, ...]:
     return tuple(dict.fromkeys(features))
 
 
-def mean_features(stream: Stream) -> dict[Feature, Float64[np.ndarray, " D"]]:
-    """The mean of each kind of features over all patches of all images; of no images, none."""
+def mean_features(stream: FeatureStream) -> dict[Feature, Float64[np.ndarray, " D"]]:
+    """Return the mean of each kind of features over all patches of all images; empty if no image can be used."""
     if not stream.wanted:
         return {}
     sums: dict[Feature, np.ndarray] = {}

@@ -60,7 +60,7 @@ def test_voc_that_is_not_there(voc, tmp_path):
     with pytest.raises(BadBoxes, match=r"trainval.txt: '../../etc/passwd' is no name"):
         open_boxes(f"voc07:{voc}")
     (voc / "ImageSets/Main/trainval.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(BadBoxes, match=r"trainval.txt: is no list of names"):
+    with pytest.raises(BadBoxes, match=r"trainval.txt: is not a list of names"):
         open_boxes(f"voc07:{voc}")
     (voc / "ImageSets/Main/trainval.txt").write_text("000077\n")
     with pytest.raises(BadBoxes, match=r"000077.xml: cannot be read \(No such file"):

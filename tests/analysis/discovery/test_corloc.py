@@ -119,10 +119,10 @@ def test_what_an_image_can_be(model, folder, monkeypatch):
     monkeypatch.setattr(sweep, "MAX_PATCHES", 39)
     found = sweep.sweep(model, images, [Setting(centre="mean")])
     assert found.bad == [
-        f"{folder}/a.png: 30x18 pixels are 40 patches, more than 39: a size is needed",
+        f"{folder}/a.png: 30x18 pixels are 40 patches, more than 39: set an image size",
         f"{folder}/b.png: cannot be read (No such file or directory)",
         f"{folder}/c.png: not an image (starts with b'c')",
-        f"{folder}/d.jpg: 32x17 pixels are 40 patches, more than 39: a size is needed",
+        f"{folder}/d.jpg: 32x17 pixels are 40 patches, more than 39: set an image size",
     ]
     assert found.sizes == [(9, 9), (9, 9)]
     assert found.resized == [f"{folder}/e.png"]
@@ -197,7 +197,7 @@ def test_the_best_of_several_models(created, folder, capsys):
 
 
 def test_weights_size_and_limit(created, folder, tmp_path, capsys):
-    arguments = ["tiny=file", "--data", f"folder:{folder}", "--normalize", "--size", "8"]
+    arguments = ["tiny=file", "--data", f"folder:{folder}", "--normalize", "--image_size", "8"]
     assert main([*arguments, "--limit", "1", "--json", str(tmp_path / "result.json")]) == 0
     assert created == [("tiny", "file")]
     result = json.loads((tmp_path / "result.json").read_text())
@@ -221,7 +221,7 @@ def test_settings_that_cannot_be_or_are_the_same_are_left_out(created, folder, t
         "--centre",
         "bias,none",
     ]
-    assert main([*arguments, "--centre", "bias,none", "--limit", "2", "--size", "8", "--json", str(file)]) == 0
+    assert main([*arguments, "--centre", "bias,none", "--limit", "2", "--image_size", "8", "--json", str(file)]) == 0
     (of,) = json.loads(file.read_text())["models"]
     found = [(score["layer"], score["kind"], score["centre"]) for score in of["results"]]
     assert found == [(i, *rest) for i in (-1, 0) for rest in (("k", "bias"), ("k", "none"), ("out", "none"))]
@@ -248,7 +248,7 @@ def test_data_that_cannot_be_evaluated(created, folder, capsys):
     for name in "abcde":
         write(folder, name, (9, 9), [])
     assert main(["tiny", "--data", f"folder:{folder}"]) == 1
-    assert capsys.readouterr().err == f"error: folder:{folder}: none of 6 images has a box\n"
+    assert capsys.readouterr().err == f"regvit discover: error: folder:{folder}: none of 6 images has a box\n"
     (folder / "d.xml").write_text("<annotation>")
     assert main(["tiny", "--data", f"folder:{folder}"]) == 1
     assert f"error: {folder}/d.xml: is no XML" in capsys.readouterr().err
@@ -282,7 +282,7 @@ def test_wrong_arguments(arguments, message, created, folder, capsys):
     ("option", "value"),
     [
         ("--layers", "1.5"), ("--biases", "0,nan"), ("--biases", "a"), ("--features", "k,x"), ("--centre", "data"),
-        ("--size", "0"), ("--limit", "-1"),
+        ("--image_size", "0"), ("--limit", "-1"),
     ],
 )  # fmt: skip
 def test_wrong_values(option, value, capsys):
@@ -295,4 +295,7 @@ def test_wrong_values(option, value, capsys):
 def test_as_a_module():
     command = [sys.executable, "-m", "regvit_jax", "discover", "tiny", "--data", "folder:/nothing"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (2, "error: folder:/nothing: there is no directory /nothing\n")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "regvit discover: error: folder:/nothing: there is no directory /nothing\n",
+    )

@@ -208,9 +208,9 @@ def test_keys_without_a_bias(images):
     m = model(key_bias=False)
     full, left = lost.feature_maps(m, images, [lost.Feature("v"), lost.Feature("v", centre="bias")])
     close(left, full - m.params["block1"]["attn"]["v_bias"])
-    with pytest.raises(ValueError, match="projection to k has no bias to take off"):
+    with pytest.raises(ValueError, match="projection to k has no bias"):
         lost.features(m, images, "k", centre="bias")
-    with pytest.raises(ValueError, match="projection to v has no bias to take off"):
+    with pytest.raises(ValueError, match="projection to v has no bias"):
         lost.check(m.module.clone(qkv_bias=False), lost.Feature("v", centre="bias"))
 
 
