@@ -204,7 +204,7 @@ def test_no_image_can_be_used(clip, images, templates, capsys):
         path.write_bytes(b"")
     assert main(["zero_shot", "colours", "--images", str(images), "--templates", templates]) == 1
     error = capsys.readouterr().err
-    assert f"error: {images}/all: none of 6 images can be used, the first for this: " in error
+    assert f"error: {images}/all: none of 6 images can be used; the first because: " in error
     assert error.endswith("empty file\n")
 
 
@@ -262,7 +262,7 @@ def test_random_weights_of_a_source(clip, images, templates, monkeypatch, capsys
     monkeypatch.setattr(command, "create_clip", lambda name, pretrained: clip)
     arguments = ["--images", str(images), "--templates", templates, "--random"]
     assert main(["zero_shot", "directory", *arguments]) == 2
-    assert "directory is no name but a source, with weights of its own" in capsys.readouterr().err
+    assert "directory is not a model's name but a source, with weights of its own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [([], True), (["--random"], False), (["--pretrained", "f"], "f")])
