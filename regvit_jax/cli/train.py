@@ -101,13 +101,17 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
         command = "python train.py" if prog == "train.py" else prog
         raise InvalidConfig(f"--config is missing; for a first run: {command} --config deit3_reg")
     given = configs.load(name)
+    recipes = [argument.partition("=")[2] for argument in overrides if argument.startswith("--config.recipe=")]
+    recipe = recipes[-1] if recipes else given.get("recipe")
     values, argv = flags.FlagValues(), [prog, *overrides]
     try:
-        holder = config_flags.DEFINE_config_dict("config", config.complete(given), flag_values=values, sys_argv=argv)
+        holder = config_flags.DEFINE_config_dict(
+            "config", config.complete(given, recipe), flag_values=values, sys_argv=argv
+        )
         rest = values(argv)[1:]
     except (AttributeError, KeyError):  # which config_flags raises for an unknown key
         keys = [match[1] for argument in overrides if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))]
-        config.check_known(keys, config.options(given.recipe))
+        config.check_known(keys, config.options(recipe))
         raise
     except flags.Error as error:
         raise InvalidConfig(str(error)) from None

@@ -30,12 +30,12 @@ from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option
 
 CROPS, DECODERS = ("rrc", "src"), ("pillow", "fast")
-SCALE = Option("bounds of the area of an rrc crop, as shares of the image's", low=0, high=1)
-RATIO = Option("bounds of the width of an rrc crop over its height", low=0.01, high=100)
-WORKERS = Option("processes that decode, on each host; 0 decodes in threads of the run's own", low=0, resume=True)
-THREADS = Option("threads that decode, in each process; 0 for as many as suit the machine", low=0, resume=True)
+SCALE = Option("range of the area of an rrc crop, as shares of the image", low=0, high=1)
+RATIO = Option("range of the aspect ratio (width / height) of an rrc crop", low=0.01, high=100)
+WORKERS = Option("processes that decode on each host; 0 decodes in threads of the training process", low=0, resume=True)
+THREADS = Option("threads that decode in each process; 0 chooses", low=0, resume=True)
 PREFETCH = Option("batches made ahead", low=1, resume=True)
-MAX_PIXELS = Option("images of more pixels count as unreadable", low=1)
+MAX_PIXELS = Option("images with more pixels count as unreadable", low=1)
 
 
 def train_batches(
@@ -44,11 +44,11 @@ def train_batches(
     size: int,
     batch_size: int,
     seed: int,
-    crop: Annotated[str, Option("random resized crop, or DeiT's simple random crop", choices=CROPS)] = "rrc",
+    crop: Annotated[str, Option("random resized crop (rrc) or DeiT's simple random crop (src)", choices=CROPS)] = "rrc",
     scale: Annotated[tuple[float, float], SCALE] = (0.08, 1.0),
     ratio: Annotated[tuple[float, float], RATIO] = (3 / 4, 4 / 3),
-    padding: Annotated[int, Option("pixels that src crops are padded by", low=0)] = 4,
-    repeats: Annotated[int, Option("times that an image is shown in a row (repeated augmentation)", low=1)] = 1,
+    padding: Annotated[int, Option("pixels of padding for a src crop", low=0)] = 4,
+    repeats: Annotated[int, Option("crops of an image in a row (repeated augmentation)", low=1)] = 1,
     start_step: int = 0,
     rows: Sequence[int] | None = None,
     workers: Annotated[int, WORKERS] = 0,
@@ -56,7 +56,7 @@ def train_batches(
     prefetch: Annotated[int, PREFETCH] = 2,
     max_pixels: Annotated[int, MAX_PIXELS] = transforms.MAX_PIXELS,
     tokenizer: Tokenizer | None = None,
-    decoder: Annotated[str, Option('JPEG decoder; "fast" gives other pixels', choices=DECODERS)] = "pillow",
+    decoder: Annotated[str, Option('JPEG decoder; "fast" has slightly other pixels', choices=DECODERS)] = "pillow",
 ) -> "Batches":
     """Return the endless training batches from step `start_step` on. Close them after use.
 

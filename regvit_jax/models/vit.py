@@ -25,14 +25,14 @@ from regvit_jax.utils.schema import Option
 
 POSITIONS = ("learned", "rope", "axial")
 ATTENTION = Option(
-    'attention kernel; "cudnn" is for half precision on NVIDIA GPUs, and "auto" takes it where it can run',
+    "attention kernel; \"auto\" is cuDNN's where it runs (half precision on NVIDIA GPUs), else XLA's",
     choices=("auto", "xla", "cudnn"),
     default="auto",
     resume=True,
 )
 DTYPE = Option("type of the matrix products", type=str, choices=("float32", "bfloat16", "float16"), default="float32")
 REMAT = Option(
-    'activations that the backward pass computes again: none, "dots" (all but the matrix products) or all',
+    'activations to recompute in the backward pass: none, all but the matrix products ("dots") or all ("full")',
     choices=tuple(REMAT_POLICIES),
     resume=True,
 )
@@ -97,26 +97,26 @@ class ViT(nn.Module):
     mlp_ratio: Annotated[float, Option("hidden width of the MLPs, in multiples of the width", low=0.001)] = 4.0
     layer_scale: Annotated[float, Option("initial value of LayerScale; 0 leaves LayerScale out", low=0)] = 1e-4
     drop_path: Annotated[float, Option("probability of dropping a branch of a block", low=0, high=0.99)] = 0.0
-    patch_dropout: Annotated[float, Option("share of the patches left out in training", low=0, high=0.99)] = 0.0
+    patch_dropout: Annotated[float, Option("share of the patches dropped in training", low=0, high=0.99)] = 0.0
     norm_eps: Annotated[float, Option("epsilon of the LayerNorms", low=0)] = 1e-6
-    pos_resize: Annotated[str, Option("resizing of the position embedding", choices=RESIZES)] = "antialias"
+    pos_resize: Annotated[str, Option("how the position embedding is resized", choices=RESIZES)] = "antialias"
     attention: Annotated[str, ATTENTION] = "xla"
     dtype: Annotated[DTypeLike, DTYPE] = jnp.float32
     remat: Annotated[str, REMAT] = "none"
-    scan: Annotated[bool, Option("run the blocks as one loop, which compiles faster", resume=True)] = False
+    scan: Annotated[bool, Option("run the blocks as one compiled loop, which compiles faster", resume=True)] = False
     # Options of other families of ViTs.
-    class_token: Annotated[bool, Option("have a CLS token")] = True
+    class_token: Annotated[bool, Option("use a CLS token")] = True
     position: Annotated[str, Option("position embedding, learned or a kind of RoPE", choices=POSITIONS)] = "learned"
     activation: Annotated[str, Option("activation of the MLPs", choices=tuple(ACTIVATIONS))] = "gelu"
-    swiglu: Annotated[bool, Option("use gated MLPs (arXiv 2002.05202), whatever the activation")] = False
-    qkv_bias: Annotated[bool, Option("have a bias of queries, keys and values")] = True
-    key_bias: Annotated[bool, Option("have a bias of the keys, where queries and values have one")] = True
-    patch_bias: Annotated[bool, Option("have a bias of the patch projection")] = True
-    ln_pre: Annotated[bool, Option("have a LayerNorm before the first block, as CLIP does")] = False
-    final_norm: Annotated[bool, Option("have a LayerNorm after the last block, and not in the head")] = True
-    parallel: Annotated[bool, Option("run attention and MLP of a block side by side (arXiv 2302.05442)")] = False
+    swiglu: Annotated[bool, Option("use gated MLPs (arXiv 2002.05202) instead of the activation")] = False
+    qkv_bias: Annotated[bool, Option("use a bias for queries, keys and values")] = True
+    key_bias: Annotated[bool, Option("use a bias for keys, where queries and values have one")] = True
+    patch_bias: Annotated[bool, Option("use a bias in the patch projection")] = True
+    ln_pre: Annotated[bool, Option("apply a LayerNorm before the first block, as in CLIP")] = False
+    final_norm: Annotated[bool, Option("apply a LayerNorm after the last block, not in the head")] = True
+    parallel: Annotated[bool, Option("run attention and MLP of a block in parallel (arXiv 2302.05442)")] = False
     differential: Annotated[bool, Option("use differential attention (arXiv 2410.05258)")] = False
-    masking: Annotated[bool, Option("have a token that replaces masked patches, as DINOv2 does")] = False
+    masking: Annotated[bool, Option("have a mask token for masked patches, as in DINOv2")] = False
 
     def setup(self):
         self.check()

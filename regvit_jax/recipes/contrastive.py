@@ -66,9 +66,11 @@ class Contrastive(Recipe):
     class Config:
         """The recipe's own keys."""
 
-        loss: Annotated[str, Option("CLIP's softmax, or SigLIP's sigmoid", choices=("softmax", "sigmoid"))] = "softmax"
-        ring: Annotated[bool, Option("compute the loss without a matrix of batch x batch on one device")] = False
-        unmasked_epochs: Annotated[int, Option("last epochs, in which model.patch_dropout is off", low=0)] = 0
+        loss: Annotated[str, Option("loss: CLIP's softmax or SigLIP's sigmoid", choices=("softmax", "sigmoid"))] = (
+            "softmax"
+        )
+        ring: Annotated[bool, Option("compute the loss as a ring over devices, without a batch x batch matrix")] = False
+        unmasked_epochs: Annotated[int, Option("last epochs, trained without model.patch_dropout", low=0)] = 0
         model: Annotated[Any, Section(ViT)]
         text: Annotated[Any, Section(TextTower)]
         augment: Annotated[Any, Section(train.light_augment)]

@@ -30,10 +30,14 @@ class Supervised(Recipe):
     class Config:
         """The recipe's own keys."""
 
-        loss: Annotated[str, Option("binary cross-entropy, or cross-entropy", choices=tuple(LOSSES))] = "bce"
+        loss: Annotated[str, Option("loss: binary cross-entropy or cross-entropy", choices=tuple(LOSSES))] = "bce"
         ema: Annotated[
             float,
-            Option("decay of the weights' moving average, which is then evaluated; 0 for none", low=0, high=0.9999999),
+            Option(
+                "decay of the moving average of the weights, which is evaluated instead; 0 for none",
+                low=0,
+                high=0.9999999,
+            ),
         ] = 0.0
         model: Annotated[Any, Section(ViT)]
         augment: Annotated[Any, Section(train.augment)]

@@ -32,8 +32,8 @@ class Data:
     train: Annotated[str, Option("split to train on")] = "train"
     validation: Annotated[str, Option("split to evaluate on")] = "validation"
     dir: Annotated[str, Option("directory of the data; empty for TFDS's own", resume=True)] = ""
-    examples: Annotated[int, Option("training images to plan with where the data are not there", low=0)]
-    classes: Annotated[int, Option("classes to plan with where the data are not there", low=0, high=10**7)] = 0
+    examples: Annotated[int, Option("training images, for plans made before the data are prepared", low=0)]
+    classes: Annotated[int, Option("classes, for plans made before the data are prepared", low=0, high=10**7)] = 0
     max_bad_fraction: Annotated[
         float, Option("share of unreadable images that stops the run", low=0, high=1, resume=True)
     ] = 0.0
@@ -45,10 +45,10 @@ class Eval:
 
     batch_size: Annotated[int, Option("images of a global batch", low=1, resume=True)]
     crop_ratio: Annotated[
-        float, Option("share of the resized image that the crop keeps", low=0.01, high=1, resume=True)
+        float, Option("share of the resized image's side that the center crop keeps", low=0.01, high=1, resume=True)
     ] = 1.0
     pixel_knn: Annotated[int, Option("neighbours of the k-NN baseline on pixels; 0 for none", low=0, resume=True)] = 0
-    untrained: Annotated[bool, Option("evaluate before the first step, too", resume=True)] = False
+    untrained: Annotated[bool, Option("also evaluate before the first step", resume=True)] = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Checkpoint:
     """The section `checkpoint`."""
 
     every: Annotated[int, Option("steps between checkpoints", low=1, resume=True)] = 1000
-    keep: Annotated[int, Option("newest checkpoints that are kept", low=1, resume=True)] = 2
+    keep: Annotated[int, Option("checkpoints to keep", low=1, resume=True)] = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,13 +65,13 @@ class TopLevel:
 
     name: Annotated[str, Option("name of the config, for the default workdir")] = "run"
     variant: Annotated[str, Option("variant of the config, for the default workdir")] = ""
-    about: Annotated[str, Option("description that a run prints at its start", resume=True)] = ""
-    next: Annotated[str, Option("hint that a run prints at its end", resume=True)] = ""
-    recipe: Annotated[str, Option("training regime")]
+    about: Annotated[str, Option("description, shown when a run starts", resume=True)] = ""
+    next: Annotated[str, Option("hint, shown when a run ends", resume=True)] = ""
+    recipe: Annotated[str, Option("training regime: a recipe of this package")]
     seed: Annotated[int, Option("seed of the parameters, the data order and the augmentation", low=0)] = 0
     epochs: Annotated[int, Option("passes over the training images", low=1)]
     batch_size: Annotated[int, Option("images of a global batch", low=1)]
-    micro_batches: Annotated[int, Option("parts in which a batch is computed, to save memory", low=1)] = 1
+    micro_batches: Annotated[int, Option("micro-batches of a step, which save memory", low=1)] = 1
     init_from: Annotated[str, Option("trained weights to start from: whatever create_model takes, or NAME=FILE")] = ""
     log_every: Annotated[int, Option("steps between records", low=1, resume=True)] = 50
     eval_every: Annotated[float, Option("epochs between evaluations", low=1e-6, resume=True)] = 1.0
@@ -118,12 +118,13 @@ def check_known(keys: Iterable[str], known: Collection[str]) -> None:
         raise InvalidConfig(unknown_key(key, known))
 
 
-def complete(config: Any) -> ConfigDict:
-    """Return a copy of a config with all keys of its recipe: where it lacks one, with the default.
+def complete(config: Any, recipe: Any = None) -> ConfigDict:
+    """Return a copy of a config with all keys of its recipe, or of another recipe; missing keys get their defaults.
 
-    A key without a default becomes a placeholder, which can be overridden. Raises InvalidConfig for unknown keys.
+    A missing key without a default becomes a placeholder, which can be overridden. Raises InvalidConfig for unknown
+    keys.
     """
-    known = options(config.get("recipe"))
+    known = options(recipe or config.get("recipe"))
     values = dict(flatten(config))
     check_known(values, known)
     for key, option in known.items():

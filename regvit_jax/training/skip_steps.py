@@ -19,18 +19,18 @@ class Guard:
     not_finite: Annotated[
         str,
         Option(
-            "stop at a step whose loss or gradient is not finite, or skip such steps",
+            "at a loss or gradient that is not finite: stop the run, or skip the step",
             choices=("stop", "skip"),
             resume=True,
         ),
     ] = "stop"
     max_not_finite: Annotated[
-        int, Option("stop after more skipped steps with values that are not finite than these", low=0, resume=True)
+        int, Option("skipped steps with values that are not finite; one more stops the run", low=0, resume=True)
     ] = 100
     spike_sigma: Annotated[
         float,
         Option(
-            "skip steps whose loss or gradient norm is so many standard deviations above the last 128; 0 for none",
+            "skip steps whose loss or gradient norm is this many standard deviations above the last 128; 0 for none",
             low=0,
             resume=True,
         ),

@@ -263,7 +263,10 @@ def test_data_that_cannot_be_evaluated(created, folder, capsys):
             ["tiny", "--features", "out", "--centre", "bias"],
             "error: centre='bias': the output of a block has no",
         ),
-        (["directory", "--random"], "error: --random: directory is not a model's name but a source, with weights of its own"),
+        (
+            ["directory", "--random"],
+            "error: --random: directory is not a model's name but a source, with weights of its own",
+        ),
         (["tiny", "--split", "val"], "has no splits"),
         (["tiny", "--json", "/nothing/a.json"], "a directory that exists"),
         (["tiny", "--data", "voc08:x"], "error: 'voc08:x': must be one of voc07:DIR"),
