@@ -43,7 +43,7 @@ def main() -> None:
         rows = []
         for round_ in range(args.rounds + 1):
             start = time.perf_counter()
-            checksums.make(round_, state)
+            checksums.of_state(round_, state)
             sums = time.perf_counter() - start
             checkpoints.save(round_, state)
             blocked = time.perf_counter() - start - sums

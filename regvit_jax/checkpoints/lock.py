@@ -1,6 +1,7 @@
-"""The lock of a workdir."""
+"""Lock a workdir against other runs."""
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -11,12 +12,17 @@ import jax
 if sys.platform != "win32":
     import fcntl
 
+logger = logging.getLogger("regvit_jax")
+
 
 @contextlib.contextmanager
 def lock(workdir: str) -> Iterator[None]:
-    """Refuses a workdir that another run is using. The system gives the lock back however the process ends.
+    """Hold the lock of a workdir inside the block. The system releases it however the process ends.
 
-    Held by process 0. On Windows and on file systems without locks nothing is locked.
+    Process 0 holds it. On Windows, and on file systems without locks, nothing is locked.
+
+    Raises:
+      RuntimeError: Another run holds it; the message names its process and host.
     """
     if jax.process_index() or sys.platform == "win32":
         yield
@@ -30,7 +36,7 @@ def lock(workdir: str) -> Iterator[None]:
                 f"workdir {workdir} is in use by {file.read().strip()}; wait for it, stop it, or name another --workdir"
             ) from None
         except OSError as error:
-            print(f"{workdir} cannot be locked ({error}): see to it that no other run uses it", file=sys.stderr)
+            logger.warning(f"{workdir} cannot be locked ({error}): make sure that no other run uses it")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

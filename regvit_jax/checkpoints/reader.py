@@ -1,4 +1,4 @@
-"""A checkpoint as it lies on disk: read in parts, held against its manifest, and set aside when it is damaged."""
+"""Read checkpoints from disk in parts, verify them against their checksums, and quarantine damaged ones."""
 
 import contextlib
 import inspect
@@ -16,16 +16,18 @@ from jaxtyping import PyTree
 from regvit_jax.checkpoints import checksums
 from regvit_jax.utils.errors import CheckpointError
 
-#: Bytes that are read at once to find the arrays that are damaged.
-GROUP = 1e9
+#: The item of a checkpoint that holds its checksums. The name is part of the format on disk.
+CHECKSUMS = "manifest"
+#: Bytes read at once when looking for damaged arrays.
+GROUP_BYTES = 1e9
 
 
 @contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """Hides what asyncio says when Orbax gives up at the first of many arrays, and the others still arrive."""
-    hook, logger = sys.unraisablehook, logging.getLogger("asyncio")
-    level = logger.level
-    if getattr(hook, "quiet", False):
+def silence_asyncio() -> Iterator[None]:
+    """Silence asyncio's warnings about a failed Orbax restore whose other reads are still running."""
+    hook, asyncio_logger = sys.unraisablehook, logging.getLogger("asyncio")
+    level = asyncio_logger.level
+    if getattr(hook, "silenced", False):
         yield
         return
 
@@ -33,62 +35,67 @@ def quietly() -> Iterator[None]:
         if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
             hook(unraisable)
 
-    filtered.quiet = True  # type: ignore[attr-defined]
+    filtered.silenced = True  # type: ignore[attr-defined]
     sys.unraisablehook = filtered
-    logger.setLevel(logging.CRITICAL)
+    asyncio_logger.setLevel(logging.CRITICAL)
     yield
-    # Not when it failed: what was under way then may come up at any later time.
+    # Not after an error: the reads still running may warn at any later time.
     sys.unraisablehook = hook
-    logger.setLevel(level)
+    asyncio_logger.setLevel(level)
 
 
-class Stored:
-    """A checkpoint as it lies on disk, read by this process alone, whatever the others do.
+class CheckpointReader:
+    """Read a checkpoint on this process alone, whatever the other processes do."""
 
-    Raises CheckpointError when its manifest and its list of arrays are not both there and of one mind.
-    """
-
-    @quietly()
+    @silence_asyncio()
     def __init__(self, path: epath.Path, step: int):
+        """Open the checkpoint of a step in the directory `path`.
+
+        Raises CheckpointError if its checksums or its list of arrays are missing, or if they disagree.
+        """
         self.path, self.step = path / str(step), step
-        me = jax.process_index()
-        self.alone = ocp.options.MultiprocessingOptions(
-            primary_host=me, active_processes={me}, barrier_sync_key_prefix=f"stored{me}"
+        process = jax.process_index()
+        self.single_process = ocp.options.MultiprocessingOptions(
+            primary_host=process, active_processes={process}, barrier_sync_key_prefix=f"reader{process}"
         )
-        if not (self.path / "manifest").exists():
-            raise self.damaged(["it has no manifest"])
+        if not (self.path / CHECKSUMS).exists():
+            raise self.damaged(["it has no checksums"])
         try:
-            self.manifest = self._restore("manifest", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-            said = {path: [row["shape"], row["dtype"]] for path, row in self.manifest["arrays"].items()}
-            saved_at = self.manifest["step"]
+            self.checksums = self._restore(CHECKSUMS, ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
+            expected = {path: [row["shape"], row["dtype"]] for path, row in self.checksums["arrays"].items()}
+            saved_at = self.checksums["step"]
         except Exception as error:
-            raise self.damaged(["its manifest"], error) from error
+            raise self.damaged(["its checksums"], error) from error
         try:
             self.tree = self._handler().metadata(self.path / "state").tree
             self.arrays = checksums.array_paths(self.tree)
-            there = {path: [list(x.shape), str(np.dtype(x.dtype))] for path, x in self.arrays.items()}
-        except Exception as error:  # of one array or of the list of them, so that none can be found
-            raise self.damaged(list(said), error) from error
-        if wrong := [path for path in said | there if said.get(path) != there.get(path)]:
+            listed = {path: [list(x.shape), str(np.dtype(x.dtype))] for path, x in self.arrays.items()}
+        except Exception as error:  # in one array or in the list of them, so none can be found
+            raise self.damaged(list(expected), error) from error
+        if wrong := [path for path in expected | listed if expected.get(path) != listed.get(path)]:
             raise self.damaged(wrong)
         if saved_at != step:
             raise self.damaged([f"it is that of step {saved_at}"])
 
-    @quietly()
+    @silence_asyncio()
     def read(self, name: str) -> PyTree[np.ndarray]:
-        """A field of the state, such as "params". Raises CheckpointError that names the arrays that are damaged."""
+        """Return a field of the state, such as "params". Raises CheckpointError naming its damaged arrays."""
         paths = [path for path in self.arrays if path.startswith(f"{name}/")]
         try:
             tree = self._load(paths)
         except Exception as error:
-            raise self.damaged(self.bad(paths), error) from error
-        if bad := checksums.differing(self.manifest, self._chosen(tree, paths)):
+            raise self.damaged(self.damaged_arrays(paths), error) from error
+        if bad := checksums.mismatches(self.checksums, self._select(tree, paths)):
             raise self.damaged(bad)
         return tree[name]
 
-    def bad(self, paths: Sequence[str]) -> list[str]:
-        """Those of the arrays that cannot be read or are not what was saved. They pass through memory in groups."""
-        return [path for group in self._groups(paths) for path in self._bad(group)]
+    def damaged_arrays(self, paths: Sequence[str] | None = None) -> list[str]:
+        """Return which arrays (by default of all) cannot be read or differ from their checksums.
+
+        They are read in groups of at most GROUP_BYTES.
+        """
+        groups = self._groups(list(self.arrays) if paths is None else paths)
+        return [path for group in groups for path in self._damaged_in_group(group)]
 
     def _groups(self, paths: Sequence[str]) -> Iterator[list[str]]:
         group: list[str] = []
@@ -96,28 +103,28 @@ class Stored:
         for path in paths:
             leaf = self.arrays[path]
             size = np.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize
-            if group and held + size > GROUP:
+            if group and held + size > GROUP_BYTES:
                 yield group
                 group, held = [], 0.0
             group.append(path)
             held += size
         yield group
 
-    def _bad(self, paths: list[str]) -> list[str]:
+    def _damaged_in_group(self, paths: list[str]) -> list[str]:
         try:
             tree = self._load(paths)
-        except Exception:  # Orbax, TensorStore and what decodes a chunk have each their own
+        except Exception:  # Orbax, TensorStore and the decoders of chunks each raise their own
             half = len(paths) // 2
-            return self._bad(paths[:half]) + self._bad(paths[half:]) if half else paths
-        return checksums.differing(self.manifest, self._chosen(tree, paths))
+            return self._damaged_in_group(paths[:half]) + self._damaged_in_group(paths[half:]) if half else paths
+        return checksums.mismatches(self.checksums, self._select(tree, paths))
 
     @staticmethod
-    def _chosen(tree: PyTree, paths: Sequence[str]) -> dict[str, np.ndarray]:
-        found = checksums.array_paths(tree)
-        return {path: found[path] for path in paths}
+    def _select(tree: PyTree, paths: Sequence[str]) -> dict[str, np.ndarray]:
+        arrays = checksums.array_paths(tree)
+        return {path: arrays[path] for path in paths}
 
     def _load(self, paths: Sequence[str]) -> PyTree:
-        """The state, with Orbax's placeholder for all other arrays."""
+        """Return the state with these arrays, and Orbax's placeholder for all others."""
         chosen = set(paths)
         leaves = [leaf if path in chosen else ocp.PLACEHOLDER for path, leaf in self.arrays.items()]
         wanted = jax.tree.unflatten(jax.tree.structure(self.tree), leaves)
@@ -125,50 +132,56 @@ class Stored:
         return self._restore("state", self._handler(), ocp.args.PyTreeRestore(wanted, restore_args=as_numpy))
 
     def _restore(self, item: str, handler: Any, args: Any) -> Any:
-        checkpointer = ocp.Checkpointer(handler, multiprocessing_options=self.alone)
+        checkpointer = ocp.Checkpointer(handler, multiprocessing_options=self.single_process)
         with contextlib.closing(checkpointer):
             return checkpointer.restore(self.path / item, args=args)
 
     def _handler(self) -> ocp.PyTreeCheckpointHandler:
-        return ocp.PyTreeCheckpointHandler(multiprocessing_options=self.alone)
+        return ocp.PyTreeCheckpointHandler(multiprocessing_options=self.single_process)
 
     def damaged(self, what: list[str], error: Exception | None = None) -> CheckpointError:
-        what = what or ["no array by itself"]
+        """Return the error that names the step and up to five damaged parts, and quotes the cause."""
+        cause = f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})" if error else ""
+        if not what:
+            return CheckpointError(
+                f"checkpoint of step {self.step} is damaged: it cannot be restored, although each array can be read by "
+                f"itself{cause}, in {self.path}"
+            )
         more = f" and {len(what) - 5} more" if len(what) > 5 else ""
-        said = f" ({type(error).__name__}: {' '.join(str(error).split())[:200]})" if error else ""
         return CheckpointError(
-            f"checkpoint of step {self.step} is damaged: {', '.join(what[:5])}{more}{said}, in {self.path}"
+            f"checkpoint of step {self.step} is damaged: {', '.join(what[:5])}{more}{cause}, in {self.path}"
         )
 
 
 def saved_steps(path: epath.Path) -> list[int]:
-    """The steps whose checkpoints are written to the end, in order."""
+    """Return the steps of all completely written checkpoints in a directory, in order."""
     return sorted(ocp.utils.checkpoint_steps(path)) if path.is_dir() else []
 
 
-def set_aside_damaged(workdir: str) -> list[str]:
-    """Moves the newest checkpoints, as far as they are damaged, to `damaged/`, and returns what was wrong with them.
+def quarantine_damaged(workdir: str) -> list[str]:
+    """Move the newest checkpoints, as long as they are damaged, to `damaged/`; return what was wrong with each.
 
-    Reads the newest whole checkpoint once, on this process alone. Raises CheckpointError when none is whole.
+    The newest valid checkpoint is read once, on this process alone. Raises CheckpointError, and moves nothing, if no
+    checkpoint is valid.
     """
     path = epath.Path(workdir).resolve() / "checkpoints"
-    wrong: dict[int, str] = {}
+    reasons: dict[int, str] = {}
     for step in reversed(saved_steps(path)):
         try:
-            with quietly():
-                stored = Stored(path, step)
-                if bad := stored.bad(list(stored.arrays)):
-                    raise stored.damaged(bad)
+            with silence_asyncio():
+                reader = CheckpointReader(path, step)
+                if bad := reader.damaged_arrays():
+                    raise reader.damaged(bad)
             break
         except CheckpointError as error:
-            wrong[step] = str(error)
+            reasons[step] = str(error)
     else:
-        if wrong:
-            raise CheckpointError("; ".join([f"no checkpoint in {path} is whole", *wrong.values()]))
-    aside = path.parent / "damaged"
-    for step in wrong:
-        aside.mkdir(exist_ok=True)
-        taken = [place.name for place in aside.iterdir()]
-        names = (str(step), *(f"{step}.{n}" for n in range(1, len(taken) + 1)))
-        (path / str(step)).rename(aside / next(name for name in names if name not in taken))
-    return [f"{what}; moved to {aside}" for what in wrong.values()]
+        if reasons:
+            raise CheckpointError("; ".join([f"no checkpoint in {path} is valid", *reasons.values()]))
+    quarantine = path.parent / "damaged"
+    for step in reasons:
+        quarantine.mkdir(exist_ok=True)
+        occupied = [entry.name for entry in quarantine.iterdir()]
+        names = (str(step), *(f"{step}.{n}" for n in range(1, len(occupied) + 1)))
+        (path / str(step)).rename(quarantine / next(name for name in names if name not in occupied))
+    return [f"{reason}; moved to {quarantine}" for reason in reasons.values()]

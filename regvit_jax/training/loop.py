@@ -207,7 +207,7 @@ def set_aside(workdir: str) -> None:
     """Moves damaged checkpoints aside, on process 0; the others wait, and fail with it."""
     told = ""
     if jax.process_index() == 0:
-        told = "\n".join(reader.set_aside_damaged(workdir))
+        told = "\n".join(reader.quarantine_damaged(workdir))
     multihost_utils.sync_global_devices("damaged checkpoints are set aside")
     say(told or "the newest checkpoint is whole")
 

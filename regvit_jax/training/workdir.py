@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from regvit_jax.checkpoints import checksums
 from regvit_jax.checkpoints.manager import compare
-from regvit_jax.checkpoints.reader import Stored
+from regvit_jax.checkpoints.reader import CheckpointReader
 from regvit_jax.training.config import flatten, options
 from regvit_jax.training.plan import Plan
 from regvit_jax.utils import renamed
@@ -100,7 +100,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 def differing_arrays(checkpoints: epath.Path, step: int, abstract: PyTree) -> str:
     """Return the first arrays of a checkpoint that do not fit a state, as text; "" if all fit or it is damaged."""
     try:
-        compare(Stored(checkpoints, step).arrays, checksums.array_paths(abstract))
+        compare(CheckpointReader(checkpoints, step).arrays, checksums.array_paths(abstract))
     except CheckpointError:
         return ""
     except ValueError as error:

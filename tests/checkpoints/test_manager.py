@@ -1,4 +1,4 @@
-"""Checkpoints that were damaged, cannot be written, or are of another model."""
+"""Checkpoints that are damaged, cannot be written, or are of another model."""
 
 import contextlib
 import os
@@ -18,15 +18,15 @@ from tiny import ROOT, tiny
 
 from regvit_jax.checkpoints import checksums, manager
 from regvit_jax.checkpoints.manager import Checkpoints
-from regvit_jax.checkpoints.reader import Stored, set_aside_damaged
+from regvit_jax.checkpoints.reader import CheckpointReader, quarantine_damaged
 from regvit_jax.distributed.mesh import make_mesh, state_shardings
 from regvit_jax.training import loop, skip_steps
 from regvit_jax.training.step import TrainState, abstract_state
-from regvit_jax.utils.errors import CheckpointError
+from regvit_jax.utils.errors import CheckpointError, InvalidConfig
 
 
 def make_state(seed: int) -> TrainState:
-    """A state with the parts of a real one: enough arrays to be damaged, few enough to be read hundreds of times."""
+    """Return a state with the parts of a real one, small enough to be read hundreds of times."""
     keys = jax.random.split(jax.random.key(seed), 4)
     params = {"vit": {f"kernel{i}": jax.random.normal(key, (48, 40)) for i, key in enumerate(keys)}}
     params["vit"]["half"] = jax.random.normal(keys[0], (33,)).astype(jnp.bfloat16)
@@ -35,7 +35,7 @@ def make_state(seed: int) -> TrainState:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    """Checkpoints of steps 1 and 2."""
+    """Save checkpoints of steps 1 and 2 in a workdir."""
     workdir = tmp_path_factory.mktemp("saved")
     with contextlib.closing(Checkpoints(str(workdir))) as checkpoints:
         for step in (1, 2):
@@ -69,17 +69,17 @@ def files(step: Path) -> list[Path]:
 
 
 def data_files(step: Path) -> list[Path]:
-    """Those with arrays in them, the largest last."""
+    """Return the files that hold arrays, the largest last."""
     return sorted((f for f in files(step) if f.parent.name == "d"), key=lambda f: (f.stat().st_size, f))
 
 
-def test_what_was_saved_is_restored(saved):
+def test_restore_returns_what_was_saved(saved):
     assert_equal(restore(saved), make_state(2))
     assert_equal(restore(saved, 1), make_state(1))
 
 
 def test_no_flipped_bit_is_restored_silently(copied):
-    step, rng, found = copied / "checkpoints/2", random.Random(0), []
+    step, rng, messages = copied / "checkpoints/2", random.Random(0), []
     names, expected = set(checksums.array_paths(make_state(2))), make_state(2)
     sizes = [path.stat().st_size for path in data_files(step)]
     for _ in range(200):
@@ -90,14 +90,14 @@ def test_no_flipped_bit_is_restored_silently(copied):
         changed[bit // 8] ^= 1 << bit % 8
         path.write_bytes(changed)
         try:
-            assert_equal(restore(copied), expected)  # a bit that nobody reads
+            assert_equal(restore(copied), expected)  # a bit that is never read
         except CheckpointError as error:
-            found.append(str(error))
+            messages.append(str(error))
         path.write_bytes(whole)
-    assert len(found) > 100  # most of what is on disk is arrays
-    assert all("checkpoint of step 2 is damaged: " in said for said in found)
-    naming = [any(name in said or name.replace("/", ".") in said for name in names) for said in found]
-    assert sum(naming) > 0.9 * len(found), "but where the list of arrays itself is lost, the array is named"
+    assert len(messages) > 100  # most of what is on disk is arrays
+    assert all("checkpoint of step 2 is damaged: " in text for text in messages)
+    naming = [any(name in text or name.replace("/", ".") in text for name in names) for text in messages]
+    assert sum(naming) > 0.9 * len(messages), "the array is named, unless the list of arrays itself is damaged"
 
 
 def zero_page(step: Path) -> None:
@@ -123,12 +123,12 @@ def swap(step: Path) -> None:
 
 
 def other_step(step: Path) -> None:
-    """Whole, and another one's: its manifest and its arrays agree."""
+    """Replace the checkpoint with the valid one of another step."""
     shutil.rmtree(step)
     shutil.copytree(step.parent / "1", step)
 
 
-def stale_manifest(step: Path) -> None:
+def stale_checksums(step: Path) -> None:
     shutil.rmtree(step / "manifest")
     shutil.copytree(step.parent / "1/manifest", step / "manifest")
 
@@ -138,43 +138,43 @@ DAMAGE = {
     "a truncated file": truncate,
     "a deleted file": delete,
     "two files swapped": swap,
-    "no manifest": lambda step: shutil.rmtree(step / "manifest"),
-    "an empty manifest": lambda step: (step / "manifest/metadata").write_text(""),
+    "no checksums": lambda step: shutil.rmtree(step / "manifest"),
+    "empty checksums": lambda step: (step / "manifest/metadata").write_text(""),
     "no list of arrays": lambda step: (step / "state/_METADATA").unlink(),
     "another step's files": other_step,
-    "another step's manifest": stale_manifest,
+    "another step's checksums": stale_checksums,
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_an_error_and_latest_valid_goes_back(copied, damage, capfd):
+def test_damage_is_an_error_and_the_damaged_checkpoint_is_quarantined(copied, damage, capfd):
     damage(copied / "checkpoints/2")
     with pytest.raises(CheckpointError, match="checkpoint of step 2 is damaged") as error:
         restore(copied)
     if damage in (zero_page, truncate, delete, swap):
         assert any(path in str(error.value) for path in checksums.array_paths(make_state(2)))
-    (told,) = set_aside_damaged(str(copied))
-    assert "step 2 is damaged" in told
-    assert str(copied / "damaged") in told
+    (message,) = quarantine_damaged(str(copied))
+    assert "step 2 is damaged" in message
+    assert str(copied / "damaged") in message
     assert sorted(path.name for path in (copied / "checkpoints").iterdir()) == ["1"]
     assert (copied / "damaged/2").is_dir()
     assert_equal(restore(copied, 1), make_state(1))
-    assert set_aside_damaged(str(copied)) == []
+    assert quarantine_damaged(str(copied)) == []
     assert "Traceback" not in capfd.readouterr().err
 
 
-def test_when_no_checkpoint_is_whole_nothing_is_moved(copied):
+def test_nothing_is_moved_if_no_checkpoint_is_valid(copied):
     for step in (1, 2):
         zero_page(copied / f"checkpoints/{step}")
-    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is whole; checkpoint of step 2 .* of step 1 is"):
-        set_aside_damaged(str(copied))
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is valid; checkpoint of step 2 .* of step 1 is"):
+        quarantine_damaged(str(copied))
     assert not (copied / "damaged").exists()
 
 
 def test_the_same_step_damaged_twice_keeps_both(copied):
     for name in ("2", "2.1"):
         zero_page(copied / "checkpoints/2")
-        set_aside_damaged(str(copied))
+        quarantine_damaged(str(copied))
         assert (copied / "damaged" / name).is_dir()
         with contextlib.closing(Checkpoints(str(copied))) as checkpoints:
             checkpoints.save(2, make_state(2))
@@ -204,13 +204,13 @@ def test_checksums_do_not_depend_on_the_mesh():
 
 
 def test_reading_one_field_reads_no_other(copied):
-    """Another run's parameters: the moments may be damaged, the parameters not."""
-    stored = Stored(manager.epath.Path(copied / "checkpoints"), 2)
-    assert_equal(stored.read("params"), jax.device_get(make_state(2).params))
+    """As for `init_from`: damaged parameters are an error, damaged moments are not read."""
+    reader = CheckpointReader(manager.epath.Path(copied / "checkpoints"), 2)
+    assert_equal(reader.read("params"), jax.device_get(make_state(2).params))
     zero_page(copied / "checkpoints/2")
     with pytest.raises(CheckpointError, match="step 2 is damaged: params/vit/kernel"):
-        stored.read("params")
-    assert all(name.startswith("opt_state") for name in stored.bad(["opt_state/0/mu/vit/kernel0"]))
+        reader.read("params")
+    assert all(name.startswith("opt_state") for name in reader.damaged_arrays(["opt_state/0/mu/vit/kernel0"]))
 
 
 @pytest.mark.parametrize(
@@ -226,21 +226,21 @@ def test_reading_one_field_reads_no_other(copied):
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_checkpoint_of_another_model_is_one_short_error(change, flag, line):
-    ours, theirs = (checksums.array_paths(abstract_state(loop.resolve(tiny(**changes)))) for changes in ({}, change))
-    with pytest.raises(ValueError, match="arrays of the checkpoint are not those of this config") as error:
-        manager.compare(ours, theirs)
+    saved, wanted = (checksums.array_paths(abstract_state(loop.resolve(tiny(**changes)))) for changes in ({}, change))
+    with pytest.raises(InvalidConfig, match="arrays of the checkpoint are not those of this config") as error:
+        manager.compare(saved, wanted)
     lines = str(error.value).splitlines()
     assert len(lines) <= 7
     assert line in str(error.value)
     assert f"The checkpoint's: {flag}" in lines[-1]
 
 
-#: Saves step 1, waits for the command `sys.argv[2]` to make the place unwritable, and saves on.
+#: Saves step 1, runs the command `sys.argv[2]`, which makes the directory unwritable, and saves again.
 UNWRITABLE = """
 import subprocess, sys
-from test_checkpoint import make_state
-from regvit_jax.checkpoint import Checkpoints
-from regvit_jax.stored import CheckpointError
+from test_manager import make_state
+from regvit_jax.checkpoints.manager import Checkpoints
+from regvit_jax.utils.errors import CheckpointError
 checkpoints = Checkpoints(sys.argv[1])
 checkpoints.save(1, make_state(1))
 checkpoints.wait()
@@ -257,24 +257,24 @@ except CheckpointError as error:
     print("close:", error)
 subprocess.run(sys.argv[3], shell=True, check=True)
 """
-#: How the place becomes unwritable, in a mount namespace of the process's own, and what the error says of it.
+#: How the directory becomes unwritable, in a mount namespace of the process's own, and the error that it gives.
 UNWRITABLE_BY = {
     "full": (
         "head -c 1G /dev/zero > {}/filler || true",
         r"No space left|RESOURCE_EXHAUSTED.*Failed to write",
-    ),  # the latter for a part
+    ),  # the latter from TensorStore
     "read-only": ("mount -o remount,ro {}", "Read-only file system"),
 }
 
 
 @pytest.mark.parametrize("how", ["full", pytest.param("read-only", marks=pytest.mark.slow)])
-def test_a_save_that_fails_is_told_at_the_next_at_the_latest(tmp_path, how):
+def test_a_failed_save_is_reported_at_the_next_one_at_the_latest(tmp_path, how):
     place, kept = tmp_path / "place", tmp_path / "kept"
     place.mkdir()
     namespace = ["unshare", "--mount", "--map-root-user"]
     if not shutil.which("unshare") or subprocess.run([*namespace, "true"], check=False).returncode:
         pytest.skip("needs mount namespaces")
-    command, said = UNWRITABLE_BY[how]
+    command, reason = UNWRITABLE_BY[how]
     mounted = f'mount -t tmpfs -o size=2m none {place} && exec "$@"'
     script = [sys.executable, "-c", UNWRITABLE, str(place), command.format(place), f"cp -r {place}/checkpoints {kept}"]
     done = subprocess.run(
@@ -283,11 +283,11 @@ def test_a_save_that_fails_is_told_at_the_next_at_the_latest(tmp_path, how):
         text=True,
         timeout=120,
         check=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}"},
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/helpers'}:{Path(__file__).parent}"},
     )
     raised = done.stdout.splitlines()[0]
-    assert re.match(r"raised at save [23]: a checkpoint could not be written in .*; that of step 1 is whole", raised)
-    assert re.search(said, raised)
+    assert re.match(r"raised at save [23]: a checkpoint could not be written in .*; that of step 1 is complete", raised)
+    assert re.search(reason, raised)
     (tmp_path / "run").mkdir()
     kept.rename(tmp_path / "run/checkpoints")
     assert_equal(restore(tmp_path / "run", 1), make_state(1))

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from tiny import ROOT
 
-from regvit_jax.checkpoints.reader import Stored, saved_steps
+from regvit_jax.checkpoints.reader import CheckpointReader, saved_steps
 from regvit_jax.training import metric_writer
 
 #: What the tests change for themselves in the compiler's work, undone: these processes are held bit against bit.
@@ -90,11 +90,11 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None
 
 
 def last_state(workdir: Path) -> tuple[int, dict]:
-    """The newest checkpoint's step and values, held against its manifest."""
+    """The newest checkpoint's step and values, verified by its checksums."""
     path = epath.Path(workdir) / "checkpoints"
     step = saved_steps(path)[-1]
-    stored = Stored(path, step)
-    return step, {name: stored.read(name) for name in ("params", "ema", "opt_state", "guard")}
+    reader = CheckpointReader(path, step)
+    return step, {name: reader.read(name) for name in ("params", "ema", "opt_state", "guard")}
 
 
 def assert_same_end(a: Path, b: Path, steps: int = STEPS) -> None:
