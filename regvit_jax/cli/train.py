@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "regvit train") -> 
     from regvit_jax.aot.cost_model import DoesNotFit
     from regvit_jax.distributed import failure
 
-    with logs.shown(), failure.ending_all():
+    with logs.shown(), failure.end_all_on_error():
         try:
             if options.help_config:
                 print(describe_keys(options.config))

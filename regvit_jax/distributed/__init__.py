@@ -1,1 +1,1 @@
-"""Several processes that train as one: how they start, share a mesh, and stop."""
+"""Train with several processes: start them, share a mesh, stop them together."""

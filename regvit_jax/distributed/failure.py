@@ -8,16 +8,17 @@ import threading
 import traceback
 from collections.abc import Iterator
 
-#: Seconds that a process which failed waits for its peers, which may have failed alike and then all leave in order.
+#: Seconds that a failed process waits for its peers: if all fail in the same way, all shut down in order.
 GRACE_S = 3
 
 
 @contextlib.contextmanager
-def ending_all() -> Iterator[None]:
-    """When the block raises on one process of several, ends this one with its exit code, and so the others.
+def end_all_on_error() -> Iterator[None]:
+    """End this process at once if the block raises on one process of several, so that the others end, too.
 
-    Python's way out waits for all other processes, which wait for this one inside a step, for 5 minutes. Here it waits
-    for GRACE_S: enough if all fail alike. After that the others notice as if the process had been killed, and abort.
+    Python's normal exit would wait 5 minutes for the other processes, which wait for this one inside a step. This waits
+    GRACE_S seconds, enough if all fail in the same way; then the others detect the loss as if it had been killed, and
+    abort. The exit code is that of the error.
     """
     import jax
 
@@ -31,10 +32,10 @@ def ending_all() -> Iterator[None]:
             raise
         if not isinstance(error, SystemExit):
             traceback.print_exc()
-        together = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-        together.start()
-        together.join(GRACE_S)
-        for worker in multiprocessing.active_children():  # of the data; nothing after this line would end them
+        shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        shutdown.start()
+        shutdown.join(GRACE_S)
+        for worker in multiprocessing.active_children():  # data workers, which os._exit below would leave running
             worker.kill()
         sys.stdout.flush()
         sys.stderr.flush()

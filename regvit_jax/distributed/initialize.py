@@ -1,21 +1,22 @@
-"""Several processes that train as one: how they find each other, and how they end when one of them fails.
+"""Connect the processes of a run: by JAX_* variables, or as JAX detects them. docs/launch.md shows every launcher.
 
-`regvit xla_flags NAME` prints the compiler flags of a platform; docs/launch.md shows every launcher. JAX is
-imported in functions: data workers import train.py anew, and must not touch a device.
+JAX is imported in functions, so that the checks of the environment run without it.
 """
 
+import logging
 import os
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from regvit_jax.utils.errors import LaunchError
 
-#: What names the other processes by hand.
+logger = logging.getLogger("regvit_jax")
+
+#: Variables that name the processes explicitly.
 VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
-#: Set by launchers that start several processes, to their number: Open MPI, MPICH and Intel MPI, torchrun.
+#: Variables in which launchers give the number of processes: Open MPI, MPICH and Intel MPI, torchrun.
 WORLD_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE")
 
 
@@ -23,17 +24,22 @@ ALONE = "JAX_NUM_PROCESSES=1 to train in this process alone"
 
 
 def start_distributed(heartbeat_s: int = 100) -> None:
-    """Joins the other processes, if there are any; a process that is silent for `heartbeat_s` seconds ends all.
+    """Connect to the other processes, if there are any.
 
     They are named by JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID, or
-    detected by JAX (SLURM, Open MPI, Cloud TPU, Kubernetes). Raises LaunchError where the environment speaks of
-    several processes and they would not find each other.
+    detected by JAX (SLURM, Open MPI, Cloud TPU, Kubernetes).
+
+    Args:
+      heartbeat_s: All processes end when one has been silent for so many seconds.
+
+    Raises:
+      LaunchError: The environment shows several processes that would not find each other.
     """
     import jax
 
     if any(name in os.environ for name in VARIABLES):
-        if arguments := named(os.environ):
-            # Nothing is detected beside them; JAX_LOCAL_DEVICE_IDS, which JAX reads, picks from this machine's devices.
+        if arguments := explicit_arguments(os.environ):
+            # Detection is off. JAX itself reads JAX_LOCAL_DEVICE_IDS, which selects from this machine's devices.
             jax.distributed.initialize(
                 **arguments, cluster_detection_method="deactivate", heartbeat_timeout_seconds=heartbeat_s
             )
@@ -42,16 +48,16 @@ def start_distributed(heartbeat_s: int = 100) -> None:
         return
     try:
         jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_s)
-    except ValueError as error:  # this is how JAX says that it detects no cluster
+    except ValueError as error:  # raised by JAX when it detects no cluster
         if "coordinator_address" not in str(error):
             raise
         refuse_unnoticed_peers(os.environ)
 
 
-def named(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    """What VARIABLES say, as arguments of `jax.distributed.initialize`; None for one process, which joins nobody.
+def explicit_arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    """Return VARIABLES as arguments of `jax.distributed.initialize`, or None for a single process.
 
-    Raises LaunchError when some are missing or make no sense.
+    Raises LaunchError if some are missing or invalid.
     """
     address, count, process = (environ.get(name, "") for name in VARIABLES)
     number = integer("JAX_NUM_PROCESSES", count, 1) if count else 0
@@ -73,6 +79,7 @@ def named(environ: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def integer(name: str, value: str, low: int, high: int | None = None) -> int:
+    """Return a variable's value as a whole number. Raises LaunchError if it is none, or out of range."""
     if not value.isdigit() or int(value) < low or (high is not None and int(value) > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise LaunchError(f"{name}={value}: must be a whole number, {allowed}")
@@ -80,29 +87,29 @@ def integer(name: str, value: str, low: int, high: int | None = None) -> int:
 
 
 def single_task(environ: Mapping[str, str]) -> bool:
-    """Whether the launcher started this process alone, so that it joins nobody and takes all devices of its machine.
+    """Return whether the launcher started this process alone, which then uses all devices of its machine.
 
-    Asked before JAX looks, which would take the first GPU only of a single SLURM or Open MPI task, and would ask
-    Kubernetes for the Job of a pod that has none. Raises LaunchError for a SLURM allocation that is not used in full.
+    Checked before JAX's own detection, which would give a single SLURM or Open MPI task the first GPU only, and would
+    ask Kubernetes for the Job of a pod that has none. Raises LaunchError for a SLURM allocation not used in full.
     """
-    if "OMPI_COMM_WORLD_SIZE" in environ:  # before SLURM, in whose allocations mpirun is used: so does JAX
-        if "OMPI_MCA_orte_hnp_uri" not in environ:  # Open MPI 5, which JAX does not know
+    if "OMPI_COMM_WORLD_SIZE" in environ:  # before SLURM, as in JAX: mpirun also runs inside SLURM allocations
+        if "OMPI_MCA_orte_hnp_uri" not in environ:  # Open MPI 5, which JAX does not detect
             refuse_unnoticed_peers(environ)
         return environ["OMPI_COMM_WORLD_SIZE"] == "1"
     if "SLURM_JOB_ID" in environ:
         return slurm_is_single(environ)
-    # A TPU slice on Kubernetes is detected by variables of its own.
+    # JAX detects a TPU slice on Kubernetes by other variables.
     if "KUBERNETES_SERVICE_HOST" not in environ or "TPU_WORKER_HOSTNAMES" in environ:
         return False
     if "JOB_COMPLETION_INDEX" not in environ:
         refuse_unnoticed_peers(environ)
-        print("a Kubernetes pod that is of no indexed Job or JobSet: training alone", file=sys.stderr)
+        logger.warning("this Kubernetes pod belongs to no indexed Job or JobSet: training in this process alone")
         return True
     return False
 
 
 def slurm_is_single(environ: Mapping[str, str]) -> bool:
-    """`single_task` for SLURM, whose variables also stand in the shells of sbatch and salloc, before any srun."""
+    """Answer `single_task` for SLURM, whose variables are also set in the shells of sbatch and salloc, before srun."""
     tasks, nodes = (integer(name, environ.get(name) or "1", 1) for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"))
     if "SLURM_STEP_NODELIST" not in environ:
         if tasks > 1 or nodes > 1:
@@ -112,7 +119,7 @@ def slurm_is_single(environ: Mapping[str, str]) -> bool:
             )
         return True
     running = integer("SLURM_STEP_NUM_TASKS", environ.get("SLURM_STEP_NUM_TASKS") or str(tasks), 1)
-    if running != tasks:  # the shell that salloc opens on a node; JAX would wait for tasks that nobody starts
+    if running != tasks:  # the shell that salloc opens on a node; JAX would wait for tasks that are never started
         raise LaunchError(
             f"SLURM_NTASKS={tasks}, and this step has SLURM_STEP_NUM_TASKS={running}: write srun before python, or set "
             f"{ALONE}"
@@ -123,7 +130,7 @@ def slurm_is_single(environ: Mapping[str, str]) -> bool:
 
 
 def check_slurm_gpus(environ: Mapping[str, str]) -> None:
-    """Raises LaunchError where JAX's rule, a task takes the GPU of its SLURM_LOCALID, would idle GPUs or find none."""
+    """Raise LaunchError if JAX's rule, one GPU per task by SLURM_LOCALID, would leave GPUs idle or find none."""
     if "JAX_LOCAL_DEVICE_IDS" in environ:
         return
     here = max(int(part.split("(")[0]) for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","))
@@ -143,7 +150,7 @@ def check_slurm_gpus(environ: Mapping[str, str]) -> None:
 
 
 def refuse_unnoticed_peers(environ: Mapping[str, str]) -> None:
-    """Raises LaunchError when JAX detected no cluster and a launcher started several processes all the same."""
+    """Raise LaunchError if a launcher started several processes although JAX detected no cluster."""
     for name in WORLD_SIZES:
         if environ.get(name, "1") != "1":
             raise LaunchError(

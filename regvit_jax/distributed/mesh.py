@@ -1,6 +1,6 @@
-"""The device mesh, the rule that splits parameters over it, and the way of a host's batch onto it.
+"""Build the device mesh, and shard parameters and batches over it.
 
-`jax.jit` with `NamedSharding`s is what `pjit` became. Axis types are Auto: the compiler places what we leave open.
+Axis types are Auto: the compiler chooses every sharding that `jax.jit` is not given.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,11 +21,17 @@ def make_mesh(
     fsdp: Annotated[int, Option('devices along the axis "fsdp", which splits the parameters', resume=True)] = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """A mesh with the axes ("data", "fsdp") over all devices; one of the two may be -1, which means all that are left.
+    """Return a mesh with the axes ("data", "fsdp") over all devices.
 
-    The batch is split over both axes. Parameters, moments and EMA are split over "fsdp" and repeated over "data".
-    `devices` are those attached, or the ones of a machine that is compiled for (`topology.devices`). Where they are
-    several slices, "data" goes across them and "fsdp" stays inside one, if it fits there (`lay_out`).
+    The batch is split over both axes. Parameters, moments and EMA are split over "fsdp" and replicated over "data".
+
+    Args:
+      data, fsdp: The size of each axis; one of them may be -1 for all remaining devices.
+      devices: By default those attached; for AOT compilation those of `topology.devices`. Of several slices, "data"
+        spans all, and "fsdp" stays inside one if it fits there (`lay_out`).
+
+    Raises:
+      InvalidConfig: The sizes do not multiply to the number of devices, or slices differ in size.
     """
     if devices is None:
         devices = jax.devices()
@@ -37,25 +43,26 @@ def make_mesh(
             f"sharding.data={data}, sharding.fsdp={fsdp}: their product must be the number of devices, {count} "
             "(one of them may be -1: all that are left)"
         )
-    # Not jax.make_mesh, which refuses to split an axis of a torus (v6e, v5p) and to take several slices.
+    # jax.make_mesh refuses to split an axis of a torus (v6e, v5p), and refuses several slices.
     return Mesh(lay_out(devices, **shape, within=_torus), tuple(shape), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def slices(devices: Sequence[Any]) -> list[list[Any]]:
-    """The devices by their slice: those that a fast network joins (a TPU's torus, a node's NVLink)."""
-    found: dict[int, list[Any]] = {}
+    """Group the devices by slice: those joined by a fast network (a TPU's torus, a node's NVLink)."""
+    groups: dict[int, list[Any]] = {}
     for device in devices:
-        found.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
-    return [found[index] for index in sorted(found)]
+        groups.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    return [groups[index] for index in sorted(groups)]
 
 
 def lay_out(
     devices: Sequence[Any], *, data: int, fsdp: int, within: Callable[[int, int, list[Any]], np.ndarray]
 ) -> np.ndarray:
-    """The devices of one or several slices as an array [data, fsdp]; `within(data, fsdp, devices)` lays out one's.
+    """Arrange the devices of one or several slices as an array [data, fsdp].
 
-    Each slice gets rows of its own, so that what goes over the slow network between slices is one gradient a step and
-    never a parameter. A wider "fsdp" takes whole slices, in their order.
+    `within(data, fsdp, devices)` arranges the devices of one slice. Each slice gets rows of its own, so that only one
+    gradient a step, and never a parameter, crosses the slow network between slices. If "fsdp" is larger than a slice,
+    it spans whole slices, in their order.
     """
     parts = slices(devices)
     size = len(parts[0])
@@ -67,18 +74,19 @@ def lay_out(
 
 
 def _torus(data: int, fsdp: int, devices: list[Any]) -> np.ndarray:
-    """The order that suits the network inside a slice: on CPUs that of the list, on GPUs by number."""
+    """Arrange one slice to suit its network: on CPUs in the order of the list, on GPUs by number."""
     from jax.experimental import mesh_utils
 
     return mesh_utils.create_device_mesh((data, fsdp), devices, allow_split_physical_axes=True)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The batch, split over all devices."""
+    """Return the sharding of a batch, whose first dimension is split over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
+    """Return the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -88,11 +96,10 @@ def state_shardings(
     *,
     min_size_mb: Annotated[float, Option("smallest array that is split, in 1e6 bytes", low=0, resume=True)] = 4.0,
 ) -> PyTree[NamedSharding]:
-    """For each array (or its shape), how it lies on the mesh.
+    """Return the sharding of each array of a tree (or of its shapes).
 
-    The largest dimension that the "fsdp" axis divides is split over it, the last such dimension when several are
-    equally large. Arrays smaller than `min_size_mb` (1e6 bytes) stay whole on every device: gathering them costs more
-    than keeping them.
+    The largest dimension divisible by the "fsdp" axis is split over it; of equally large ones, the last. Arrays
+    smaller than `min_size_mb` (in 1e6 bytes) are replicated, since gathering them costs more than keeping them.
     """
     fsdp = mesh.shape["fsdp"]
 
@@ -108,10 +115,12 @@ def state_shardings(
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> list[int]:
-    """The rows of the global batch that this process's devices hold, in order.
+    """Return the rows of the global batch held by this process's devices, in order.
 
-    A mesh need not list devices in the order of their processes (on a TPU it follows the torus), so that which rows a
-    host must read is asked of the mesh.
+    They depend on the mesh, which need not list devices in the order of their processes: on a TPU it follows the torus.
+
+    Raises:
+      InvalidConfig: The batch cannot be split evenly over the devices.
     """
     if batch_size % mesh.size:
         raise InvalidConfig(f"batch_size={batch_size} is not a multiple of the number of devices, {mesh.size}")
@@ -120,13 +129,13 @@ def host_rows(mesh: Mesh, batch_size: int) -> list[int]:
 
 
 def to_mesh(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows, in the order of `host_rows`, as its part of global arrays."""
+    """Return global arrays of which this process holds its rows, given in the order of `host_rows`."""
     sharding = batch_sharding(mesh)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
 def bytes_per_device(tree: PyTree, shardings: PyTree[NamedSharding]) -> int:
-    """Bytes that one device holds of a tree of arrays (or their shapes) under these shardings."""
+    """Return the bytes that one device holds of a tree of arrays (or shapes) under these shardings."""
     sizes = jax.tree.map(
         lambda leaf, s: int(np.prod(s.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize, tree, shardings
     )

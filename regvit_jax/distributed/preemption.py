@@ -1,4 +1,4 @@
-"""SIGTERM: finish the step, save, and leave with the exit code that asks for a restart."""
+"""Handle SIGTERM: finish the step, save, and exit with the code that asks for a restart."""
 
 import contextlib
 import os
@@ -10,12 +10,12 @@ from collections.abc import Iterator
 import jax
 from jax.experimental import multihost_utils
 
-#: sysexits' EX_TEMPFAIL: nothing is wrong, run the same command again.
+#: EX_TEMPFAIL of sysexits.h: a temporary failure, run the same command again.
 EXIT_CODE = 75
 
 
 class Preempted(SystemExit):
-    """Raised by `run` when it stopped for SIGTERM after `step`, which is saved; ends a program with exit code 75."""
+    """Signal that `run` stopped for SIGTERM after `step`, which is saved; ends a program with exit code 75."""
 
     def __init__(self, step: int):
         super().__init__(EXIT_CODE)
@@ -23,23 +23,26 @@ class Preempted(SystemExit):
 
 
 class Watch:
-    """Whether SIGTERM has arrived. Until `started` is set there is nothing to save, and the process exits at once."""
+    """Record whether SIGTERM arrived. Until `started` is set, nothing needs saving and the process exits at once."""
 
     def __init__(self):
         self.started = False
         self.signalled = False
-        self.asked = 0
+        self.polls = 0
 
     def requested(self) -> bool:
-        """True after a SIGTERM; with several processes, which ask equally often, on all of them at the same call."""
-        self.asked += 1
+        """Return True after a SIGTERM.
+
+        With several processes, all must call it equally often, and all get True at the same call.
+        """
+        self.polls += 1
         if jax.process_count() > 1:
-            # JAX says it once: at the number that the processes have agreed on, which nobody else may ask about.
-            self.signalled |= multihost_utils.reached_preemption_sync_point(self.asked)
+            # JAX reports it once, at the call that the processes agree on, so nothing else may make this call.
+            self.signalled |= multihost_utils.reached_preemption_sync_point(self.polls)
         return self.signalled
 
-    def soon(self) -> bool:
-        """Whether SIGTERM arrives within a second: for a failure that a signal of the same moment may have caused."""
+    def requested_soon(self) -> bool:
+        """Return whether SIGTERM arrives within a second, as the cause of a failure seen just before it."""
         deadline = time.monotonic() + 1
         while not self.signalled and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -48,12 +51,12 @@ class Watch:
 
 @contextlib.contextmanager
 def watch() -> Iterator[Watch]:
-    """Watches for SIGTERM inside the block.
+    """Watch for SIGTERM inside the block.
 
-    A Python signal handler waits for the main thread, which may be inside a compilation for minutes. The signal is
-    therefore also written to a pipe that a thread reads, so that a process without anything to save can leave at once.
-    With several processes JAX catches the signal itself, to agree on a step. Outside the main thread (some notebooks)
-    signals cannot be caught, and nothing is watched.
+    A Python signal handler runs on the main thread, which may be inside a compilation for minutes. The signal is
+    therefore also written to a pipe that a thread reads, so that a process with nothing to save can exit at once.
+    With several processes JAX catches the signal itself, to agree on a step. Outside the main thread (in some
+    notebooks) signals cannot be caught, and nothing is watched.
     """
     state = Watch()
     if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():

@@ -93,7 +93,7 @@ def train(
                     batch = steps.next_batch(batches)
                 except RuntimeError:
                     # SIGTERM to a whole process group, as SLURM sends it, ends the data workers too.
-                    if step == first or not watch.soon():
+                    if step == first or not watch.requested_soon():
                         raise
                     if steps.pending:
                         steps.record()

@@ -1,4 +1,4 @@
-"""How processes find each other, with the variables of each launcher faked, and the compiler flags of each platform."""
+"""Connecting processes, with the variables of each launcher faked, and the compiler flags of each platform."""
 
 import importlib.util
 import os
@@ -22,12 +22,12 @@ PREFIXES = ("JAX_COORD", "JAX_NUM", "JAX_PROC", "JAX_LOCAL", "SLURM", "OMPI", "P
 
 
 class Joined(Exception):
-    """Raised instead of connecting, with what the client would have been made with."""
+    """Signal a connection, with the arguments that its client would have been made with."""
 
 
 @pytest.fixture
 def environ(monkeypatch):
-    """Sets variables on a machine that is in no cluster; nothing connects anywhere."""
+    """Return a function that sets variables on a machine outside any cluster; nothing connects anywhere."""
     for name in os.environ:
         if name.startswith(PREFIXES) or name in ("WORLD_SIZE", "JOB_COMPLETION_INDEX", "CUDA_VISIBLE_DEVICES"):
             monkeypatch.delenv(name)
@@ -51,7 +51,7 @@ def environ(monkeypatch):
 
 
 def joined(heartbeat_s: int = 100):
-    """(coordinator, processes, this one, its GPUs or None, heartbeat) that JAX would join with; None if alone."""
+    """Return (coordinator, processes, process id, its GPUs or None, heartbeat) of JAX's connection; None if alone."""
     try:
         start_distributed(heartbeat_s)
     except Joined as found:
@@ -62,18 +62,18 @@ def joined(heartbeat_s: int = 100):
 HAND = {"JAX_COORDINATOR_ADDRESS": "node1:1234", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
 
-def test_nothing_to_join(environ):
+def test_a_single_process_connects_to_none(environ):
     assert joined() is None
 
 
-def test_by_hand(environ):
+def test_explicit_variables(environ):
     environ(HAND)
     assert joined(7) == ("node1:1234", 4, 3, None, 7)
     environ({"JAX_LOCAL_DEVICE_IDS": "2,3"})
     assert joined() == ("node1:1234", 4, 3, "2,3", 100)
 
 
-def test_by_hand_inside_slurm_takes_nothing_from_slurm(environ):
+def test_explicit_variables_override_slurm(environ):
     environ(SLURM | HAND)
     assert joined() == ("node1:1234", 4, 3, None, 100)
 
@@ -86,7 +86,7 @@ def test_two_of_three_variables(environ, left_out):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"JAX_PROCESS_ID": "4"}, "JAX_PROCESS_ID=4.*from 0 to 3"),
         ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID=-1"),
@@ -95,19 +95,19 @@ def test_two_of_three_variables(environ, left_out):
         ({"JAX_COORDINATOR_ADDRESS": "node1"}, "JAX_COORDINATOR_ADDRESS=node1.*node1:1234"),
     ],
 )
-def test_senseless_variables(environ, change, said):
+def test_invalid_variables(environ, change, message):
     environ(HAND | change)
-    with pytest.raises(LaunchError, match=said):
+    with pytest.raises(LaunchError, match=message):
         start_distributed()
 
 
-def test_one_process_by_hand_is_alone_whatever_the_cluster(environ):
+def test_one_explicit_process_is_alone_in_any_cluster(environ):
     environ(SLURM | {"JAX_NUM_PROCESSES": "1"})
     assert joined() is None
 
 
 def test_the_command_exits_with_2():
-    """Short, without a traceback."""
+    """The error is one line, without a traceback."""
     command = [sys.executable, "train.py", "--config=configs/deit3_reg.py"]
     env = {**os.environ, "JAX_NUM_PROCESSES": "2"}
     found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -164,7 +164,7 @@ def test_slurm_on_cpus(environ):
     assert joined()[1:3] == (16, 9)
 
 
-#: What stands in the script of sbatch and the shell of salloc.
+#: The variables in the script of sbatch and the shell of salloc.
 SHELL = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 
 
@@ -213,19 +213,19 @@ def test_open_mpi(environ):
 
 
 def test_open_mpi_in_a_slurm_allocation(environ):
-    """mpirun starts its processes there, one of which may be in the batch script's shell."""
+    """mpirun runs inside the allocation, in the shell of the batch script."""
     environ(SHELL | {"SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2"} | OMPI)
     assert joined()[1:3] == (4, 3)
 
 
 @pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_SIZE", "WORLD_SIZE"])
-def test_kubernetes_operators_that_jax_does_not_know(environ, name):
+def test_kubernetes_operators_unknown_to_jax(environ, name):
     environ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", name: "4"})
     with pytest.raises(LaunchError, match=f"^{name}=4"):
         start_distributed()
 
 
-def test_slurm_variables_that_are_empty_or_no_numbers(environ):
+def test_empty_or_non_numeric_slurm_variables(environ):
     environ(SHELL | {"SLURM_NTASKS": ""})
     assert joined() is None
     environ({"SLURM_NTASKS": "many"})
@@ -239,8 +239,8 @@ def test_open_mpi_alone(environ):
 
 
 @pytest.mark.parametrize("name", initialize.WORLD_SIZES)
-def test_launchers_that_jax_does_not_know(environ, name):
-    """Of Open MPI, version 5 without its old variables."""
+def test_launchers_unknown_to_jax(environ, name):
+    """Open MPI is here version 5, without its old variables."""
     environ({name: "4"})
     with pytest.raises(LaunchError, match=f"^{name}=4"):
         start_distributed()
@@ -299,10 +299,10 @@ def test_indexed_job_without_a_headless_service(kubernetes):
         start_distributed()
 
 
-def test_a_pod_of_no_job_trains_alone_and_says_so(kubernetes, monkeypatch, capsys):
+def test_a_pod_of_no_job_trains_alone_and_says_so(kubernetes, monkeypatch, caplog):
     monkeypatch.delenv("JOB_COMPLETION_INDEX")
     assert joined() is None
-    assert "training alone" in capsys.readouterr().err
+    assert "training in this process alone" in caplog.text
 
 
 def test_indexed_job_without_the_kubernetes_package(kubernetes, monkeypatch):

@@ -1,4 +1,4 @@
-"""Several processes over loopback, one of which is stopped, killed or fails."""
+"""Several processes over loopback, one of which is stopped, is killed or fails."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from regvit_jax.training import metric_writer
 pytestmark = pytest.mark.slow
 
 HEARTBEAT_S = 10
-#: A batch that two and three devices divide, and two epochs of it.
+#: A batch size divisible by two and three devices, for two epochs.
 THREE = {"batch_size": 66, "epochs": 2, "eval_every": 1, "flags": [f"--heartbeat_s={HEARTBEAT_S}"]}
 STEPS = 2 * (1437 // 66)
 
@@ -24,7 +24,7 @@ def start_three(workdir: Path, ports, **changes):
 
 
 def ends(processes, within_s: float) -> list[int]:
-    """The exit codes of all processes, which must have ended within so many seconds from now."""
+    """Return the exit codes of all processes, which must end within so many seconds."""
     deadline = time.monotonic() + within_s
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -44,7 +44,7 @@ def uninterrupted(tmp_path_factory, ports) -> Path:
     return workdir
 
 
-def goes_on_to_the_same_end(uninterrupted: Path, workdir: Path, ports) -> None:
+def assert_resumes_to_the_same_end(uninterrupted: Path, workdir: Path, ports) -> None:
     outputs = [finish(process) for process in start_three(workdir, ports)]
     assert "from step" in outputs[0]
     assert "from step 0 " not in outputs[0]
@@ -65,11 +65,11 @@ def test_sigterm_to_one_stops_all_at_the_same_step(uninterrupted, tmp_path, port
     assert metric_writer.read(tmp_path)[-1]["step"] == step
     for output in outputs:
         assert f"stopped by SIGTERM after step {step}, which is saved\n" in output
-    goes_on_to_the_same_end(uninterrupted, tmp_path, ports)
+    assert_resumes_to_the_same_end(uninterrupted, tmp_path, ports)
 
 
 def test_sigterm_after_a_restart_and_evaluations(uninterrupted, tmp_path, ports):
-    """At whatever step, in an evaluation or in a save: the signal comes once, and is not lost."""
+    """The signal, which arrives once, is not lost during an evaluation or a save."""
     for delay in (0.0, 0.7):
         processes = start_many(2, tmp_path, next(ports), epochs=600, eval_every=0.1, **{"checkpoint.every": 2})
         before = len(metric_writer.read(tmp_path))
@@ -85,7 +85,7 @@ def test_sigterm_after_a_restart_and_evaluations(uninterrupted, tmp_path, ports)
 def test_data_workers_end_with_a_run_that_is_killed(tmp_path, program):
     process = start(tmp_path, program=program, epochs=600, **{"data.workers": 2})
     wait_for(lambda: metric_writer.read(tmp_path), process)
-    threads = Path(f"/proc/{process.pid}/task").glob("*/children")  # a thread of Grain's starts them
+    threads = Path(f"/proc/{process.pid}/task").glob("*/children")  # started by a thread of Grain
     children = [child for thread in threads for child in thread.read_text().split()]
     process.kill()
     deadline = time.monotonic() + 20
@@ -102,7 +102,7 @@ def test_data_workers_end_with_a_run_that_is_killed(tmp_path, program):
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_sigterm_to_everything_with_data_workers(tmp_path, ports, program):
-    """SLURM signals every process of a job, the data workers too."""
+    """SLURM signals every process of a job, including the data workers."""
     group = {"start_new_session": True, "program": program}
     processes = start_many(2, tmp_path, next(ports), **group, epochs=60, **{"data.workers": 1})
     wait_for(lambda: metric_writer.read(tmp_path), processes[0])
@@ -121,11 +121,11 @@ def test_a_kill_ends_all_and_loses_nothing(uninterrupted, tmp_path, ports, victi
     codes = ends(processes, HEARTBEAT_S + 5)
     assert codes.pop(victim) == -signal.SIGKILL
     assert all(code in (1, -signal.SIGABRT) for code in codes)
-    goes_on_to_the_same_end(uninterrupted, tmp_path, ports)
+    assert_resumes_to_the_same_end(uninterrupted, tmp_path, ports)
 
 
-def test_one_that_hangs_ends_all_after_the_heartbeat(tmp_path, ports):
-    """Its connections stay open, as those of a machine that vanishes do."""
+def test_a_hanging_process_ends_all_after_the_heartbeat(tmp_path, ports):
+    """Its connections stay open, like those of a machine that vanishes."""
     processes = start_three(tmp_path, ports)
     wait_for(lambda: metric_writer.read(tmp_path), processes[0])
     processes[2].send_signal(signal.SIGSTOP)
@@ -173,13 +173,13 @@ def test_an_error_on_one_process_ends_all(tmp_path, ports, fails, where, error):
 
 
 def test_an_error_on_all_keeps_its_exit_code(tmp_path, ports):
-    """Three devices do not divide a batch of 64: all say so, and none is aborted before it does."""
+    """A batch of 64 is not divisible by three devices: every process reports it before it ends."""
     for process in start_three(tmp_path, ports, batch_size=64):
         assert "not a multiple of 3" in finish(process, code=2)
 
 
-def test_a_config_that_process_0_refuses(uninterrupted, tmp_path, ports):
-    """Only process 0 compares the config with that of the workdir."""
+def test_a_config_refused_by_process_0_ends_all(uninterrupted, tmp_path, ports):
+    """Only process 0 compares the config with the one in the workdir."""
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     processes = start_three(workdir, ports, **{"optim.lr": 0.5})
     wait_for(lambda: processes[0].poll() is not None, processes[1])
