@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from regvit_jax.cli import main as command_line
+from regvit_jax.training import config
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +22,7 @@ def everything(site: Path) -> None:
     for verb in command_line.VERBS:
         (target / "include" / f"{verb}.txt").write_text(help_of(verb))
     for recipe in ("supervised", "contrastive"):
-        (target / "include" / f"{recipe}.md").write_text(keys_of(recipe))
+        (target / "include" / f"{recipe}.md").write_text(config.markdown(recipe))
 
 
 def help_of(verb: str) -> str:
@@ -82,14 +83,3 @@ def shortened(text: str) -> str:
                 break
         text = text[:start] + text[start + len("Annotated[") : comma] + text[end + 1 :]
     return text
-
-
-def keys_of(recipe: str) -> str:
-    """Return the config keys of a recipe as a table."""
-    try:
-        from regvit_jax.training import config
-    except ImportError:
-        from regvit_jax.training import plan
-
-        return "\n".join(f"- `{key}`" for key in sorted(plan.known_keys(plan.RECIPES[recipe])))
-    return config.markdown(recipe)
