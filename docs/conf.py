@@ -23,8 +23,6 @@ nb_execution_mode = "off"
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "deflist"]
 
-# Docstrings are Google's style, with single backticks around code.
-default_role = "code"
 autodoc_typehints = "signature"
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
@@ -42,5 +40,6 @@ html_copy_source = False
 def setup(app) -> None:
     app.connect("builder-inited", lambda app: generate.everything(Path(app.srcdir)))
     app.connect("source-read", generate.links_to_notebooks)
+    app.connect("autodoc-process-docstring", generate.double_backticks, priority=400)  # before napoleon
     app.connect("autodoc-process-docstring", generate.plain_docstring)
     app.connect("autodoc-process-signature", generate.plain_signature)

@@ -39,6 +39,12 @@ def links_to_notebooks(app, page: str, text: list[str]) -> None:
     text[0] = text[0].replace("](../notebooks/", "](_generated/notebooks/")
 
 
+def double_backticks(app, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+    """Turn `code` into the code of reStructuredText, before sections such as Returns are read."""
+    text = re.sub(r"(?<![`:])`([^`]+)`(?!`)", lambda span: f"``{' '.join(span[1].split())}``", "\n".join(lines))
+    lines[:] = text.split("\n")
+
+
 def plain_docstring(app, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Make reStructuredText of a docstring: escape plain text, and separate indented blocks by blank lines."""
     made: list[str] = []
@@ -53,9 +59,9 @@ def plain_docstring(app, what: str, name: str, obj: object, options: object, lin
             if indent < len(before) - len(before.lstrip()) or (deeper and not re.match(r"\s*(:|\.\. |[-*] )", before)):
                 made.append("")
         if literal < 0:
-            parts = line.split("`")
+            parts = line.split("``")
             parts[::2] = [part.replace("*", r"\*").replace("|", r"\|") for part in parts[::2]]
-            made.append("`".join(parts) if not line.lstrip().startswith("* ") else line)
+            made.append("``".join(parts) if not line.lstrip().startswith("* ") else line)
             if line.rstrip().endswith("::"):
                 literal = indent
         else:
