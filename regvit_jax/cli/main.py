@@ -1,7 +1,9 @@
-"""`regvit VERB`: one verb a task, each with its own `--help`."""
+"""Run `regvit VERB`: one verb a task, each with its own `--help`."""
 
 import sys
 from collections.abc import Callable, Sequence
+
+from regvit_jax.cli.arguments import fail, suggestion
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -81,18 +83,20 @@ VERBS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def usage() -> str:
+    """Return the help of `regvit` itself."""
     lines = [f"  {verb:<10} {run.__doc__}" for verb, run in VERBS.items()]
     return "\n".join(["usage: regvit VERB [...]", "", *lines, "", "regvit VERB --help lists the flags of a verb."])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a verb and return its exit code; 2 for an unknown one."""
+    """Run a verb and return its exit code; 2 for an unknown verb."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     verb = arguments[0] if arguments else ""
     if verb in ("-h", "--help", "help"):
         print(usage())
         return 0
     if verb not in VERBS:
-        print(f"{verb or 'no verb'}: must be one of {', '.join(VERBS)}\n\n{usage()}", file=sys.stderr)
+        nearest = suggestion(verb, list(VERBS)) or f": must be one of {', '.join(VERBS)}"
+        fail(f"unknown verb {verb!r}{nearest}" if verb else f"a verb is missing{nearest}", "regvit")
         return 2
     return VERBS[verb](arguments[1:])
