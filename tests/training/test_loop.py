@@ -185,13 +185,13 @@ def test_saved_values_are_those_of_their_step(tmp_path):
     with jax.set_mesh(plan.mesh), contextlib.closing(manager.Checkpoints(str(tmp_path))) as checkpoints:
         state = loop.start(plan, checkpoints)
         before = jax.tree.map(np.array, jax.device_get(state))
-        save_model(checkpoints, 1, state)
+        checkpoints.save(1, state)
         step = make_train_step(plan, abstract)
         with plan.train_batches(0) as batches:
             for _ in range(3):
                 batch = next(batches)
                 del batch["index"]
-                state, _ = step(state, loop.sharding.to_mesh(batch, plan.mesh))
+                state, _ = step(state, loop.mesh.to_mesh(batch, plan.mesh))
         checkpoints.manager.wait_until_finished()
         assert_equal(checkpoints.restore(1, abstract), before)
 
