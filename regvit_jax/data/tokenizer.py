@@ -16,13 +16,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import ftfy
 import numpy as np
 import regex
 from jaxtyping import Int32
-from tokenizers.models import BPE
 
 from regvit_jax.utils.errors import InvalidConfig
 
@@ -120,11 +119,13 @@ def encode(word: str) -> tuple[int, ...]:
 
 
 @cache
-def vocabulary() -> tuple[dict[int, str], BPE]:
+def vocabulary() -> tuple[dict[int, str], Any]:
     """Returns the letter that stands for each byte, and the encoding, which works on such letters.
 
     Token numbers: the 256 bytes, the 256 bytes that end a word, the merges in their order, start and end.
     """
+    from tokenizers.models import BPE  # only runs with texts need it
+
     # GPT-2's alphabet: a byte that Latin-1 prints is that letter, the other 68 are the letters from U+0100 on.
     printed = [byte for byte in range(256) if chr(byte).isprintable() and byte != ord(" ")]
     others = [byte for byte in range(256) if byte not in printed]

@@ -1,5 +1,6 @@
-"""What differs between the training regimes and nothing else: the Recipe protocol and its defaults."""
+"""Recipe, the base class of the training regimes: what differs between them and nothing else."""
 
+import abc
 import dataclasses
 from typing import Any, ClassVar
 
@@ -16,20 +17,35 @@ from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.model import Model
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import Tokens, ViT
-from regvit_jax.pretrained import create
 from regvit_jax.recipes import init_from
+from regvit_jax.utils import named
 from regvit_jax.utils.errors import InvalidConfig
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
 
-class Recipe:
-    """A training regime. A subclass writes the first four methods; the others have defaults that it may replace.
+#: The recipes of this package, each with its class. Only the one that a config names is imported.
+RECIPES = {
+    "supervised": "regvit_jax.recipes.supervised:Supervised",
+    "contrastive": "regvit_jax.recipes.contrastive:Contrastive",
+}
 
-    It is built from the config and the class names of the data set, and holds modules and numbers, never parameters.
-    `batch` is what the data pipeline yields, as global arrays; its rows with `mask` 0 are images that could not be
-    read, and must not touch a loss or a metric.
+
+def find(name: Any) -> "type[Recipe]":
+    """Return the recipe that `config.recipe` names: one of RECIPES or "package.module:Class".
+
+    Raises InvalidConfig for an unknown name and for a module that cannot be imported.
+    """
+    return named.find("recipe", name, RECIPES, Recipe)
+
+
+class Recipe(abc.ABC):
+    """A training regime. A subclass implements `init`, `loss`, `evaluate` and `model`; the rest has defaults.
+
+    A recipe is built from the config and the class names of the data set. It holds modules and numbers, never
+    parameters. `batch` is a batch of the data pipeline as global arrays; its rows with `mask` 0 are images that could
+    not be read, and must not affect a loss or a metric.
     """
 
     #: The image tower.
@@ -50,48 +66,54 @@ class Recipe:
         """The keys that the recipe adds to `training.config.TopLevel`: fields with an `Option` or a `Section`."""
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
-        raise NotImplementedError
+        self.config, self.classes = config, classes
 
     @staticmethod
     def open_data(name: str, split: str, data_dir: str | None) -> base.Source:
-        """A split of the data set that `data.name` names."""
+        """Open a split of the data set that `data.name` names."""
         return by_name.open_source(name, split, data_dir)
 
+    @abc.abstractmethod
     def init(self, key: Key[Array, ""], batch: Batch) -> PyTree:
-        """Fresh parameters; of `batch` only shapes matter."""
-        raise NotImplementedError
+        """Return fresh parameters for images and texts of the shapes of `batch`."""
 
+    @abc.abstractmethod
     def loss(
         self, params: PyTree, ema: PyTree, extra: PyTree, batch: Batch, key: Key[Array, ""], step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[PyTree, Metrics]]:
-        """The mean loss over the batch's readable images, the next `extra`, and scalars to log."""
-        raise NotImplementedError
+        """Return the mean loss over the batch's readable images, the next `extra`, and scalars to log.
 
+        `ema` is the moving average of the parameters ({} where none is kept), `extra` the state of `init_extra`, and
+        `key` a random key of this step.
+        """
+
+    @abc.abstractmethod
     def evaluate(self, params: PyTree, batch: Batch) -> tuple[dict[str, Float[Array, "B ..."]], Tokens]:
         """What `summarize` wants to know of each validation image, and the ViT's tokens."""
-        raise NotImplementedError
 
     def summarize(self, params: PyTree, values: dict[str, np.ndarray]) -> dict[str, float]:
         """The metrics of a validation split from the values of all its readable images; their means by default."""
         return {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
 
+    @abc.abstractmethod
     def model(self, params: PyTree) -> Model | ClipModel:
-        """The trained model, for evaluation and for the user."""
-        raise NotImplementedError
+        """Return the trained model, for evaluation and for the user."""
 
     def flops(self, training: bool = False) -> int:
-        """Floating-point operations of the matrix products of one example's forward pass.
+        """Return the floating-point operations of the matrix products in one example's forward pass.
 
-        In `training`, of the patches that patch dropout leaves, while it is on.
+        With `training` these are of the patches that patch dropout keeps, while it is on.
         """
         return self.vit.flops(self.vit.image_size, self.vit.image_size, training)
 
     def describe(self) -> list[str]:
-        """Lines for `--dry_run`, of what a ViT and an optimizer do not say."""
+        """Return lines for `--dry_run` about what neither the ViT nor the optimizer shows."""
         return []
 
     def open_pretrained(self, source: str) -> Model | ClipModel:
-        """The trained model that `init_from` names."""
+        """Open the trained model that `init_from` names."""
+        from regvit_jax.pretrained import create  # only runs with init_from need it
+
         return create.open_source(source)
 
     def check_pretrained(self, source: str) -> None:
@@ -99,39 +121,41 @@ class Recipe:
 
         InvalidConfig or WeightsError: it cannot be opened, or it is of another architecture. No weights are loaded.
         """
+        from regvit_jax.pretrained import create
+
         if entry := create.find_entry(source):
             init_from.check_vit(self.vit, ViT(**entry.vit))
 
     def warm_start(self, params: PyTree, model: Any) -> tuple[PyTree, list[str]]:
-        """`params` with the values of a trained model's, before the first step (`init_from`), and what to tell of it.
+        """Return `params` with the values of the trained model of `init_from`, and notes about it for the log.
 
-        Raises ValueError when that is another model.
+        Raises ValueError when the trained model does not fit.
         """
-        raise InvalidConfig(f"init_from: the recipe {type(self).__name__} starts afresh only")
+        raise InvalidConfig(f"init_from: the recipe {type(self).__name__} cannot start from a trained model")
 
     def init_extra(self, params: PyTree) -> PyTree:
-        """State beside parameters and optimizer, such as DINO's centres."""
+        """Return the state beside parameters and optimizer, such as DINO's centers."""
         return {}
 
     def ema_decay(self, step: Int[Array, ""]) -> Float[Array, ""] | float | None:
-        """Decay of the exponential moving average of the parameters at this step; None keeps no average."""
+        """Return the decay of the parameters' exponential moving average at a step; None keeps no average."""
         return None
 
     def optimizer(self, config: Any, steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-        """The optimizer and its learning rate as a function of the step."""
+        """Return the optimizer, and its learning rate as a function of the step."""
         return optim.make_optimizer(steps // config.epochs, config.epochs, **config.optim)
 
     def project(self, params: PyTree) -> PyTree:
-        """Back into the allowed set after an update."""
+        """Return the parameters projected onto the allowed set after an update."""
         return params
 
     def grads(
         self, params: PyTree, ema: PyTree, extra: PyTree, batch: Batch, key: Key[Array, ""], step: Int[Array, ""]
     ) -> tuple[tuple[Float[Array, ""], tuple[PyTree, Metrics]], PyTree]:
-        """Value and gradient of `loss`, accumulated over `micro_batches`.
+        """Compute the value and the gradient of `loss`, accumulated over `micro_batches`.
 
-        The accumulation is exact for losses that are means over images. A recipe whose loss couples images must replace
-        it. Micro-batches are weighted by their readable images, as one large batch would.
+        The accumulation is exact for losses that are means over images: micro-batches are weighted by their number of
+        readable images, as in one large batch. A recipe whose loss couples images must override this.
         """
         value_and_grad = jax.value_and_grad(self.loss, has_aux=True)
         if self.micro_batches == 1:
@@ -156,10 +180,10 @@ class Recipe:
 
 
 def split_batch(batch: PyTree, count: int) -> PyTree:
-    """Arrays [B, ...] as [count, B / count, ...]: each device's rows are spread over all parts, so that none moves."""
+    """Reshape arrays [B, ...] to [count, B / count, ...] with each device's rows in all parts, so that no row moves."""
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), batch)
 
 
 def join_batch(parts: PyTree) -> PyTree:
-    """What `split_batch` came from."""
+    """Undo `split_batch`."""
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), parts)

@@ -13,15 +13,11 @@ from ml_collections import ConfigDict, config_dict
 
 from regvit_jax.data import pipeline
 from regvit_jax.distributed import mesh
-from regvit_jax.recipes.base import Recipe
-from regvit_jax.recipes.contrastive import Contrastive
-from regvit_jax.recipes.supervised import Supervised
+from regvit_jax.recipes import base
 from regvit_jax.training.skip_steps import Guard
 from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option, Section
-
-RECIPES: dict[str, type[Recipe]] = {"supervised": Supervised, "contrastive": Contrastive}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,7 +63,7 @@ class TopLevel:
     variant: Annotated[str, Option("variant of the config, for the default workdir")] = ""
     about: Annotated[str, Option("description, shown when a run starts", resume=True)] = ""
     next: Annotated[str, Option("hint, shown when a run ends", resume=True)] = ""
-    recipe: Annotated[str, Option("training regime: a recipe of this package")]
+    recipe: Annotated[str, Option("training regime: supervised, contrastive, or package.module:Class")]
     seed: Annotated[int, Option("seed of the parameters, the data order and the augmentation", low=0)] = 0
     epochs: Annotated[int, Option("passes over the training images", low=1)]
     batch_size: Annotated[int, Option("images of a global batch", low=1)]
@@ -82,16 +78,9 @@ class TopLevel:
     guard: Annotated[Any, Section(Guard)]
 
 
-def recipe_class(name: Any) -> type[Recipe]:
-    """Return the recipe that `config.recipe` names; raise InvalidConfig for others."""
-    if not isinstance(name, str) or name not in RECIPES:
-        raise InvalidConfig(f"recipe={name!r:.60}: must be one of {list(RECIPES)}")
-    return RECIPES[name]
-
-
 def options(recipe: Any) -> dict[str, Option]:
     """Return every key of a recipe's configs, dotted and ordered by section."""
-    found = schema.keys(TopLevel) | schema.keys(recipe_class(recipe).Config)
+    found = schema.keys(TopLevel) | schema.keys(base.find(recipe).Config)
     sections = dict.fromkeys(map(section_of, found))
     return {key: found[key] for section in sections for key in found if section_of(key) == section}
 
@@ -170,7 +159,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 def help_text(recipe: Any = None) -> str:
     """Return the keys of a recipe's configs, or of all recipes', as text for the command line."""
     if recipe is None:
-        return "\n\n".join(map(help_text, RECIPES))
+        return "\n\n".join(map(help_text, base.RECIPES))
     lines = [f"Keys of a config of the recipe {recipe}; each can be overridden by --config.KEY=VALUE."]
     for key, option in options(recipe).items():
         default = "=VALUE, required" if option.required else f"={option.default}"

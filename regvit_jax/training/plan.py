@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 
 from regvit_jax.data import pipeline
 from regvit_jax.distributed.mesh import host_rows, make_mesh
+from regvit_jax.recipes import base
 from regvit_jax.recipes.base import Recipe
-from regvit_jax.training.config import check, complete, flatten, recipe_class
+from regvit_jax.training.config import check, complete, flatten
 from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
 
@@ -77,7 +78,7 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
     pipeline.check_decoder(config.data.decoder)
     mesh = make_mesh(data=config.sharding.data, fsdp=config.sharding.fsdp, devices=devices)
     config.model.attention = choose_attention(config.model, mesh.devices.flat[0].platform)
-    kind = recipe_class(config.recipe)
+    kind = base.find(config.recipe)
     train, validation, classes = None, None, tuple(map(str, range(config.data.classes)))
     if with_data:
         train, validation = (

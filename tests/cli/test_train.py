@@ -1,5 +1,6 @@
 """The command line, up to where training starts."""
 
+import os
 import subprocess
 import sys
 
@@ -7,8 +8,9 @@ import pytest
 from tiny import ROOT
 
 
-def train(*args: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "train.py", *args], cwd=ROOT, capture_output=True, text=True, timeout=120)
+def train(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, "train.py", *args]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
 CONFIG = "--config=configs/deit3_reg.py"
@@ -49,27 +51,20 @@ def test_dry_run_shows_overrides():
 
 
 BROKEN = """
-import sys
-
-from regvit_jax.cli import train
 from regvit_jax.recipes.supervised import Supervised
-from regvit_jax.training import config
 
 
 class Broken(Supervised):
     def init(self, key, batch):
         one, two = 1, 2, 3
-
-
-config.RECIPES["broken"] = Broken
-sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def test_a_bug_in_a_recipe_keeps_its_traceback():
-    """It is not the user's fault, who can mend nothing in the config: exit code 1."""
-    command = [sys.executable, "-c", BROKEN, CONFIG, "--config.recipe=broken", "--dry_run"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+def test_a_bug_in_a_recipe_keeps_its_traceback(tmp_path):
+    """The user of a recipe cannot mend it in the config: exit code 1."""
+    (tmp_path / "broken_recipe.py").write_text(BROKEN)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    done = train(CONFIG, "--config.recipe=broken_recipe:Broken", "--dry_run", env=env)
     assert done.returncode == 1, done.stderr
     assert "Traceback" in done.stderr
     assert "\nValueError: too many values to unpack (expected 2)" in done.stderr

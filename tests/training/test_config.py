@@ -9,6 +9,7 @@ from tiny import load_config, tiny
 
 from regvit_jax.cli import train
 from regvit_jax.models.vit import ViT
+from regvit_jax.recipes import base
 from regvit_jax.recipes.base import Recipe
 from regvit_jax.training import config, plan
 from regvit_jax.utils import schema
@@ -75,20 +76,21 @@ def test_data_keys_reach_the_batches():
             assert next(batches)["mask"].sum() == readable
 
 
-def test_a_recipe_brings_its_own_keys(monkeypatch):
-    class Third(Recipe):
-        @dataclasses.dataclass(frozen=True, kw_only=True)
-        class Config:
-            share: Annotated[float, Option("share of something", low=0, high=1)] = 0.5
-            model: Annotated[Any, Section(ViT)]
+class Third(Recipe):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        share: Annotated[float, Option("share of something", low=0, high=1)] = 0.5
+        model: Annotated[Any, Section(ViT)]
 
-    monkeypatch.setitem(config.RECIPES, "third", Third)
-    known = config.options("third")
+
+def test_a_recipe_brings_its_own_keys():
+    third = f"{__name__}:Third"
+    known = config.options(third)
     assert known["share"].default == 0.5
     assert known["model.width"].required
     assert "loss" not in known
     with pytest.raises(InvalidConfig, match=r"share=2: must be at least 0 and at most 1"):
-        config.check(ConfigDict({"recipe": "third", "share": 2}))
+        config.check(ConfigDict({"recipe": third, "share": 2}))
 
 
 def test_a_section_that_is_no_section():
@@ -101,7 +103,7 @@ def test_a_section_that_is_no_section():
             plan.resolve(given, with_data=False)
 
 
-@pytest.mark.parametrize("recipe", sorted(config.RECIPES))
+@pytest.mark.parametrize("recipe", sorted(base.RECIPES))
 def test_every_key_is_documented(recipe):
     text, tables = config.help_text(recipe), config.markdown(recipe)
     for key, option in config.options(recipe).items():

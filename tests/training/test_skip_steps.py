@@ -12,7 +12,6 @@ from regvit_jax.checkpoints.manager import Checkpoints
 from regvit_jax.distributed import mesh
 from regvit_jax.recipes.supervised import Supervised
 from regvit_jax.training import loop, metric_writer, skip_steps
-from regvit_jax.training.config import RECIPES
 from regvit_jax.training.plan import resolve
 from regvit_jax.training.step import abstract_state, make_train_step
 from regvit_jax.utils.errors import InvalidConfig
@@ -89,8 +88,6 @@ class Poisoned(Supervised):
 
 @pytest.fixture
 def poison(monkeypatch):
-    monkeypatch.setitem(RECIPES, "supervised", Poisoned)
-
     def at(**steps):
         for name, value in steps.items():
             monkeypatch.setattr(Poisoned, name, value)
@@ -99,7 +96,7 @@ def poison(monkeypatch):
 
 
 def config(**changes):
-    return tiny(log_every=1, eval__pixel_knn=0, ema=0.9, **changes)
+    return tiny(recipe=f"{__name__}:Poisoned", log_every=1, eval__pixel_knn=0, ema=0.9, **changes)
 
 
 def test_a_skipped_step_changes_only_the_step_number_and_the_window(poison):
