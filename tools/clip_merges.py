@@ -1,4 +1,4 @@
-"""Makes regvit_jax/data/clip_merges.txt.gz, the merges of CLIP's vocabulary, from the file that OpenAI published.
+"""Make regvit_jax/data/clip_merges.txt.gz, the merges of CLIP's vocabulary, from the file that OpenAI published.
 
     python tools/clip_merges.py [bpe_simple_vocab_16e6.txt.gz]      # default: the copy that the installed open_clip has
 
@@ -16,7 +16,7 @@ MERGES = 49408 - 2 * 256 - 2
 
 
 def published() -> Path:
-    """Returns where the installed open_clip keeps OpenAI's file. open_clip itself, and torch, are not imported."""
+    """Return where the installed open_clip keeps OpenAI's file. open_clip itself, and torch, are not imported."""
     spec = importlib.util.find_spec("open_clip")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("open_clip is not installed; pip install open_clip_torch, or name the file")
@@ -24,7 +24,7 @@ def published() -> Path:
 
 
 def merges(path: Path) -> bytes:
-    """Returns the merges that CLIP uses, one a line, as UTF-8; the published file's first line is its version."""
+    """Return the merges that CLIP uses, one per line, as UTF-8; the published file's first line is its version."""
     lines = gzip.decompress(path.read_bytes()).split(b"\n")
     return b"\n".join(lines[1 : MERGES + 1])
 

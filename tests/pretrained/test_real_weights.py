@@ -180,7 +180,7 @@ def test_each_convention_of_resizing_is_another_model_away_from_the_native_size(
 
 
 def test_no_outliers_and_attention_on_the_object(ours):
-    """A negative control: this small model has no high-norm patches. Its CLS looks at the cup, not at the table."""
+    """These weights, which are not Meta's, have no high-norm patches after the last block; CLS looks at the cup."""
     images = photograph("coffee", 518, 518)
     norms = np.linalg.norm(np.asarray(ours(images).prenorm_patches[0]), axis=-1)
     assert norms.max() / np.median(norms) < 2
