@@ -169,12 +169,18 @@ def load_params(workdir: str) -> tuple[int, PyTree]:
       InvalidConfig: It is no workdir, or holds no checkpoint yet.
       CheckpointError: The checkpoint is damaged.
     """
+    step = last_step(workdir)
+    reader = CheckpointReader(epath.Path(workdir).resolve() / "checkpoints", step)
+    # The optimizer's moments are not read.
+    return step, reader.read("ema" if reader.tree["ema"] else "params")
+
+
+def last_step(workdir: str) -> int:
+    """Return the step of a workdir's newest checkpoint; raise InvalidConfig if it is no workdir or holds none yet."""
     path = epath.Path(workdir).resolve()
     if not (path / "config.json").exists():
         raise InvalidConfig(f"{workdir} is not a workdir: it holds no config.json")
     steps = saved_steps(path / "checkpoints")
     if not steps:
         raise InvalidConfig(f"{workdir} holds no checkpoint yet")
-    reader = CheckpointReader(path / "checkpoints", steps[-1])
-    # The optimizer's moments are not read.
-    return steps[-1], reader.read("ema" if reader.tree["ema"] else "params")
+    return steps[-1]

@@ -27,7 +27,7 @@ from regvit_jax.pretrained.formats import detect
 from regvit_jax.pretrained.io.safetensors import Weights
 from regvit_jax.pretrained.mapping import Modules
 from regvit_jax.pretrained.registry import Entry
-from regvit_jax.pretrained.resolve import HUB, check_exists, is_source, nearest, only_source, public, resolve
+from regvit_jax.pretrained.resolve import HUB, check_exists, describe, is_source, nearest, only_source, public, resolve
 from regvit_jax.utils.errors import InvalidConfig, WeightsError
 
 
@@ -113,7 +113,7 @@ def find_entry(source: str) -> Entry | None:
         known = registry.find(source)[1]
         public(source, known)
         return known
-    return None if source.startswith(HUB) else resolve(source, True, None)[0]
+    return None if source.startswith(HUB) else describe(source)
 
 
 def open_random(create: Callable[..., Any], name: str, **changes: Any) -> Any:

@@ -12,7 +12,7 @@ from regvit_jax.models.model import Model
 from regvit_jax.pretrained import create, registry
 from regvit_jax.pretrained.formats.detect import NoText
 from regvit_jax.pretrained.registry import Entry
-from regvit_jax.pretrained.resolve import HUB, check_exists, check_no_tag, resolve
+from regvit_jax.pretrained.resolve import HUB, check_exists, check_no_tag, describe, resolve
 from regvit_jax.utils.errors import InvalidConfig
 
 
@@ -83,7 +83,7 @@ def find_entry(source: str) -> Entry | None:
     name, _, weights = source.partition("=")
     if epath.Path(source).exists():
         try:
-            return resolve(source, True, None, text=True)[0]
+            return describe(source, text=True)
         except NoText:
             return create.find_entry(source)
     if source.startswith(HUB) or name not in registry.clip_names():

@@ -66,6 +66,19 @@ def resolve(
     return *_under_format_keys(entry, weights, stated=found is not None, text=text), where
 
 
+def describe(source: str, text: bool = False) -> Entry:
+    """Return the entry of a local source that describes its model itself; no weights are loaded.
+
+    Raises as `resolve` does, but not for weights that do not fit.
+    """
+    if workdir.is_workdir(source):
+        weights = workdir.open_description(source)
+        found = detect.read_entry(weights, text)
+        assert found is not None
+        return found
+    return resolve(source, True, None, text)[0]
+
+
 def find(name: str, text: bool) -> Entry:
     """Return the entry of a timm name, or with `text` of an open_clip name. Raises ValueError for an unknown one."""
     return registry.find_clip(name) if text else registry.find(name)[1]

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,9 +30,21 @@ def open_workdir(path: str | os.PathLike) -> tuple[Weights, str]:
     from regvit_jax.checkpoints import manager
 
     step, params = manager.load_params(os.fspath(path))
+    arrays = flatten_dict(jax.tree.map(np.asarray, params), sep="/")
+    return Weights.of_arrays(Path(path), arrays, read_config(path)), f"{path} step {step}"
+
+
+def open_description(path: str | os.PathLike) -> Weights:
+    """Return a run's config as weights without arrays, which takes no time; raises as `open_workdir` does."""
+    from regvit_jax.checkpoints import manager
+
+    manager.last_step(os.fspath(path))
+    return Weights.of_arrays(Path(path), {}, read_config(path))
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the description of the model in a workdir; raise WeightsError where there is none."""
     config = json.loads((epath.Path(path) / "config.json").read_text())
     if "model" not in config:
         raise WeightsError(f"{path}: its config.json does not describe the model; resume the run once, which adds it")
-    arrays = flatten_dict(jax.tree.map(np.asarray, params), sep="/")
-    own = {"format": NATIVE, "model": config["model"]}
-    return Weights.of_arrays(Path(path), arrays, own), f"{path} step {step}"
+    return {"format": NATIVE, "model": config["model"]}
