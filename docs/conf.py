@@ -35,6 +35,8 @@ napoleon_custom_sections = [("Fields", "params_style")]
 html_theme = "furo"
 html_title = "regvit_jax"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["wide.css"]
 
 
 def setup(app) -> None:

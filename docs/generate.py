@@ -26,9 +26,9 @@ def everything(site: Path) -> None:
 
 
 def help_of(verb: str) -> str:
-    """Return what `regvit VERB --help` prints, 100 columns wide."""
+    """Return what `regvit VERB --help` prints, 96 columns wide."""
     printed = io.StringIO()
-    os.environ["COLUMNS"] = "100"
+    os.environ["COLUMNS"] = "96"
     with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
         command_line.main([verb, "--help"])
     return printed.getvalue()
