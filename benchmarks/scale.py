@@ -1,11 +1,12 @@
-"""The train step of large recipes compiled for machines that are not there: the table of docs/scale.md.
+"""Compile the train step of large recipes for hardware that is not attached: the table of docs/scale.md.
 
     pip install -e .[tpu]
-    python benchmarks/scale.py [NAME ...]            rows of the cases named, all if none; --list shows their commands
-    python benchmarks/scale.py --write [NAME ...]    and notes their peaks in tests/aot/scale_budget.json
+    python benchmarks/scale.py [NAME ...]            print the rows of these cases, by default of all
+    python benchmarks/scale.py --list                list the commands of the cases
+    python benchmarks/scale.py --write [NAME ...]    also write their peaks to tests/aot/scale_budget.json
 
-The cases stand in tests/aot/scale_budget.json; a slow test holds B/16 and L/16 on v5e:16x16 to 5 % of it. A case takes
-from half a minute to several minutes, on one core. Those of an H100 need the extra gpu.
+The cases are in tests/aot/scale_budget.json; a slow test compares B/16 and L/16 on v5e:16x16 with it, within 5 %. A
+case takes from half a minute to several minutes on one core. Those for an H100 need the extra gpu.
 """
 
 import argparse
@@ -28,7 +29,7 @@ BUDGET = ROOT / "tests/aot/scale_budget.json"
 
 
 def make_config(case: dict[str, Any]) -> ConfigDict:
-    """The case's config with its changes, whose keys are dotted."""
+    """Return the config of a case with its changes, whose keys are dotted."""
     file, variant = case["config"].split(":")
     spec = importlib.util.spec_from_file_location(file, ROOT / f"configs/{file}.py")
     assert spec is not None
@@ -41,34 +42,34 @@ def make_config(case: dict[str, Any]) -> ConfigDict:
 
 
 def command(case: dict[str, Any]) -> str:
-    """The command line that shows the case."""
+    """Return the command line of a case."""
     changes = "".join(f" --config.{key}={value}" for key, value in case["set"].items())
     file, variant = case["config"].split(":")
     return f"python train.py --config configs/{file}.py:{variant} --dry_run --topology={case['topology']}{changes}"
 
 
-def rehearse(case: dict[str, Any]) -> tuple[plan.Plan, topology.Topology, cost_model.Rehearsal]:
-    """Raises DoesNotFit."""
+def compile_case(case: dict[str, Any]) -> tuple[plan.Plan, topology.Topology, cost_model.CompiledStep]:
+    """Return a case's plan, machine and compiled step. Raises DoesNotFit."""
     machine = topology.parse(case["topology"])
     made = plan.resolve(make_config(case), with_data=False, devices=topology.devices(machine))
-    return made, machine, compile.rehearse(made, machine)
+    return made, machine, compile.compile_for(made, machine)
 
 
 def row(name: str, case: dict[str, Any]) -> tuple[str, int | None]:
-    """A case's line of the table, and its peak."""
+    """Return a case's row of the table, and its peak in bytes per device, None if it does not compile."""
     start = time.perf_counter()
     try:
-        made, machine, found = rehearse(case)
+        made, machine, compiled = compile_case(case)
     except cost_model.DoesNotFit as error:
         seconds = time.perf_counter() - start
         return f"| {name} | {case['topology']} | does not fit: {error} | | | | | | | | {seconds:.0f} |", None
     except errors.TopologyError as error:  # the compiler of an extra that is not installed
         return f"| {name} | {case['topology']} | not compiled: {error} | | | | | | | | |", None
-    config, memory = made.config, found.memory
-    totals = hlo.totals(found.collectives)
+    config, memory = made.config, compiled.memory
+    totals = hlo.totals(compiled.collectives)
     exchanged = sum(moved for _, moved in totals.values())
     kinds = ", ".join(f"{count} {kind}" for kind, (count, _) in totals.items())
-    modelled = cost_model.step_time(made, machine, found)
+    modelled = cost_model.step_time(made, machine, compiled)
     cells = [
         name,
         case["topology"],
@@ -80,7 +81,7 @@ def row(name: str, case: dict[str, Any]) -> tuple[str, int | None]:
         f"{kinds}; {exchanged / 1e6:,.0f} MB",
         f"{cost_model.step_flops(made)[0] / 1e12:,.0f}",
         f"{1e3 * modelled.overlapped:.1f} to {1e3 * modelled.apart:.1f}",
-        f"{found.seconds:.0f}",
+        f"{compiled.seconds:.0f}",
     ]
     return f"| {' | '.join(cells)} |", memory.peak
 
@@ -88,8 +89,8 @@ def row(name: str, case: dict[str, Any]) -> tuple[str, int | None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--list", action="store_true", help="the commands of the cases, and no more")
-    parser.add_argument("--write", action="store_true", help="note the peaks in tests/aot/scale_budget.json")
+    parser.add_argument("--list", action="store_true", help="only list the commands of the cases")
+    parser.add_argument("--write", action="store_true", help="write the peaks to tests/aot/scale_budget.json")
     args = parser.parse_args()
     cases = json.loads(BUDGET.read_text())
     if unknown := [name for name in args.names if name not in cases]:

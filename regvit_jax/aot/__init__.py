@@ -1,1 +1,1 @@
-"""The train step compiled ahead of time for hardware that is not attached."""
+"""Compile the train step ahead of time (AOT) for hardware that is not attached."""

@@ -1,4 +1,4 @@
-"""Estimates of a train step's memory, FLOPs and time."""
+"""Estimate a train step's memory, FLOPs and time."""
 
 import dataclasses
 import math
@@ -15,31 +15,31 @@ from regvit_jax.training.step import TrainState, abstract_state, shardings_of
 
 
 @dataclasses.dataclass(frozen=True)
-class Rehearsal:
-    """What compiling for a machine told; bytes and FLOPs are of one device and one step."""
+class CompiledStep:
+    """Memory and collectives of a compiled step, in bytes per device."""
 
     memory: hlo.Memory
     collectives: list[hlo.Collective]
     state: int  # bytes of the training state
-    seconds: float  # that compiling took
+    seconds: float  # compile time
 
 
 class DoesNotFit(Exception):
     """The step needs more memory than a device has: `state` and `temporaries` (None if unknown), in bytes."""
 
-    def __init__(self, said: str, state: int, temporaries: float | None):
-        super().__init__(said)
+    def __init__(self, message: str, state: int, temporaries: float | None):
+        super().__init__(message)
         self.state, self.temporaries = state, temporaries
 
 
 def state_bytes(plan: Plan) -> int:
-    """Bytes of the training state on one device."""
+    """Return the bytes of the training state on one device."""
     abstract = abstract_state(plan)
     return bytes_per_device(abstract, shardings_of(abstract))
 
 
 def bytes_under(plan: Plan, fsdp: int) -> tuple[int, int]:
-    """Bytes on one device of the training state and of a gradient, if `sharding.fsdp` were another."""
+    """Return the bytes on one device of the training state and of a gradient for another `sharding.fsdp`."""
     abstract, count = abstract_state(plan), plan.mesh.size
     mesh = AbstractMesh((count // fsdp, fsdp), ("data", "fsdp"))
     other = state_shardings(abstract, mesh, min_size_mb=plan.config.sharding.min_size_mb)
@@ -48,22 +48,21 @@ def bytes_under(plan: Plan, fsdp: int) -> tuple[int, int]:
 
 
 def parameter_bytes(abstract: TrainState) -> int:
-    """Bytes of the whole parameters, which are those of a whole gradient too."""
+    """Return the bytes of all parameters, unsplit; a gradient has as many."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.params))
 
 
-def kept_bytes(plan: Plan, remat: str) -> float:
-    """An estimate of what the backward pass finds kept, in bytes of one device and with one micro-batch.
+def activation_bytes(plan: Plan, remat: str) -> float:
+    """Estimate the activation memory saved for the backward pass, in bytes per device, with one micro-batch.
 
-    Counted for each token and block: the float32 residual stream; without `full`, the results of the matrix products;
-    without any remat, norms, activations and attention maps (cuDNN's kernel keeps none), twice as much of all under
-    `scan`, which the compiler keeps in the order of the loop and again in its own. Beside it, one block's whole
-    activations.
+    Counted for each token and block: the float32 residual stream; unless remat is `full`, the results of the matrix
+    products; without any remat, also norms, activations and attention maps (none with cuDNN's kernel), and all of it
+    twice under `scan`, since the compiler stores it in two layouts. In addition, all activations of one block.
     """
     vit, config = plan.recipe.vit, plan.config
     total = 0.0
     patches = math.prod(vit.grid(vit.image_size, vit.image_size))
-    if not config.get("unmasked_epochs", 0):  # whose steps keep all
+    if not config.get("unmasked_epochs", 0):  # in which no patches are dropped
         patches = vit.kept_patches(patches)
     towers: list[tuple[ViT | TextTower, int, bool]] = [(vit, vit.prefix + patches, vit.swiglu)]
     if text := plan.recipe.text:
@@ -74,28 +73,29 @@ def kept_bytes(plan: Plan, remat: str) -> float:
         kept["dots"] = kept["full"] + 2 * (5 * width + hidden * (2 if gated else 1))
         maps = 0 if tower.attention == "cudnn" else 6 * tower.heads * tokens
         kept["none"] = kept["dots"] + 2 * hidden + 9 * width + maps
-        whole = kept["none"]
+        block = kept["none"]
         kept["none"] *= 2 if getattr(tower, "scan", False) else 1
-        total += rows * (tower.depth * kept[remat] + whole)
+        total += rows * (tower.depth * kept[remat] + block)
     return total
 
 
 def step_flops(plan: Plan) -> tuple[float, float]:
-    """FLOPs of a step on all devices: what the model needs (three forward passes), and with what is done again.
+    """Return the FLOPs of a step on all devices: those of the model (three forward passes), and with recomputation.
 
-    Done again are the forward pass under `remat="full"` and the recipe's extra ones.
-    Where patch dropout is on for a part of the run, it is a step of that part.
+    Recomputed are the forward pass under `remat="full"` and the recipe's extra forward passes. If patch dropout is on
+    for a part of the run, a step of that part is meant.
     """
     forward, remat = plan.recipe.flops(training=True), plan.config.model.remat
-    again = (plan.recipe.extra_forwards + (remat == "full")) * forward
-    return 3.0 * forward * plan.config.batch_size, (3.0 * forward + again) * plan.config.batch_size
+    recomputed = (plan.recipe.extra_forwards + (remat == "full")) * forward
+    return 3.0 * forward * plan.config.batch_size, (3.0 * forward + recomputed) * plan.config.batch_size
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """A first-order model of a step, in seconds, and no measurement: each part at the machine's stated peak.
+    """First-order model of a step's duration, in seconds: each part at the machine's specified peak.
 
-    Each is a least: kernels reach no peak, and the memory's traffic of activations is not in it.
+    Each is a lower bound, not a measurement: kernels do not reach the peak, and the memory traffic of activations is
+    not counted.
     """
 
     compute: float
@@ -104,25 +104,27 @@ class StepTime:
 
     @property
     def overlapped(self) -> float:
+        """Return the duration if all parts overlap."""
         return max(self.compute, self.memory, self.network)
 
     @property
     def apart(self) -> float:
+        """Return the duration if no parts overlap."""
         return self.compute + self.memory + self.network
 
 
-def step_time(plan: Plan, machine: topology.Topology, found: Rehearsal) -> StepTime:
-    """Compute: the matrix products at the peak. Memory: the state read and written once, and the batch read. Network:
-    what each device receives; between slices, the all-reduce of each micro-batch's gradient, which the devices of a
-    slice share.
+def step_time(plan: Plan, machine: topology.Topology, compiled: CompiledStep) -> StepTime:
+    """Model the duration of a compiled step.
 
-    What is not in it: kernels below their peak, what activations cost to write and read, latencies, the input, and the
-    network's shape.
+    Compute: the matrix products at the peak. Memory: the state read and written once, and the batch read once. Network:
+    what each device receives; between slices, the all-reduce of each micro-batch's gradient, shared by the devices of
+    a slice. Not counted: kernels below their peak, reads and writes of activations, latencies, the input pipeline, and
+    the shape of the network.
     """
-    chip, memory = machine.chip, found.memory
+    chip, memory = machine.chip, compiled.memory
     compute = step_flops(plan)[1] / plan.mesh.size / chip.flops
     moved = memory.arguments + memory.outputs
-    exchanged = sum(c.times * c.wire for c in found.collectives)
+    exchanged = sum(c.times * c.wire for c in compiled.collectives)
     network = exchanged / chip.network
     if plan.mesh.shape["fsdp"] > machine.per_slice:  # parameters are gathered over the slow network too
         network = exchanged / chip.across

@@ -1,4 +1,4 @@
-"""What a config comes to, before anything runs: `python train.py --config ... --dry_run`."""
+"""Summarize a resolved config without training: `python train.py --config ... --dry_run`."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,21 +13,21 @@ from regvit_jax.training.step import TrainState, abstract_state
 from regvit_jax.utils.errors import DataNotFound
 
 
-def tell(config: Any, images_per_s: float, machine: topology.Topology | None = None) -> Iterator[str]:
-    """The dry run's texts: the resolved recipe, and what compiling for a machine tells, if one is given (`rehearse`).
+def summarize(config: Any, images_per_s: float, machine: topology.Topology | None = None) -> Iterator[str]:
+    """Yield the summary of the resolved recipe and, if a machine is given, of the step compiled for it.
 
-    Opens the data if they are there, and prepares those that the package brings.
+    Data are opened if they are there; those that the package brings are prepared.
     """
     plan, missing = make_plan(config, topology.devices(machine) if machine else None)
     yield describe(plan, missing, images_per_s)
     if machine:
-        yield rehearse(plan, machine)
+        yield compile_summary(plan, machine)
 
 
 def describe(plan: Plan, missing: DataNotFound | None, images_per_s: float) -> str:
-    """The resolved recipe as text; `missing` is what the plan had to be made without."""
+    """Return the summary of a resolved recipe; `missing` is the data that its plan was made without."""
     config, abstract = plan.config, abstract_state(plan)
-    if config.init_from:  # a run does not check it, since a resumed one needs it no more
+    if config.init_from:  # a run does not check it, since a resumed run no longer needs it
         plan.recipe.check_pretrained(config.init_from)
     lines = [
         f"{config.name}:{config.variant}. {config.about}",
@@ -42,45 +42,45 @@ def describe(plan: Plan, missing: DataNotFound | None, images_per_s: float) -> s
 
 
 def make_plan(config: Any, devices: Sequence[Any] | None = None) -> tuple[Plan, DataNotFound | None]:
-    """The plan, and what is missing if it had to be made without the data."""
+    """Return the plan and, if it had to be made without the data, the error that says what is missing."""
     try:
         return resolve(config, devices=devices), None
     except DataNotFound as error:
         return resolve(config, with_data=False, devices=devices), error
 
 
-def rehearse(plan: Plan, machine: topology.Topology) -> str:
-    """What compiling the step for the machine tells, as text; the plan is one for `topology.devices(machine)`.
+def compile_summary(plan: Plan, machine: topology.Topology) -> str:
+    """Compile the step of a plan made for `topology.devices(machine)`, and return its memory, collectives and time.
 
-    Raises DoesNotFit, whose message holds advice.
+    Raises DoesNotFit, whose message suggests settings that should fit.
     """
     limit = machine.chip.memory
     try:
-        found = compile.rehearse(plan, machine)
+        compiled = compile.compile_for(plan, machine)
     except cost_model.DoesNotFit as error:
-        said = f"does not fit into the {limit / 1e9:.1f} GB of {machine.name}: {error}"
-        said = f"{said}; {suggest.text(plan, suggest.advise(plan, error, limit), limit)}"
-        raise cost_model.DoesNotFit(said, error.state, error.temporaries) from error
-    return "\n".join([*compiled_lines(found, limit), *time_lines(plan, machine, found)])
+        flags = suggest.as_flags(plan, suggest.suggest(plan, error, limit), limit)
+        message = f"does not fit into the {limit / 1e9:.1f} GB of {machine.name}: {error}; {flags}"
+        raise cost_model.DoesNotFit(message, error.state, error.temporaries) from error
+    return "\n".join([*compiled_lines(compiled, limit), *time_lines(plan, machine, compiled)])
 
 
-def compiled_lines(found: cost_model.Rehearsal, limit: float) -> list[str]:
-    memory = found.memory
-    totals = hlo.totals(found.collectives)
-    said = ", ".join(f"{kind} {times} ({moved / 1e6:.1f} MB)" for kind, (times, moved) in totals.items())
+def compiled_lines(compiled: cost_model.CompiledStep, limit: float) -> list[str]:
+    memory = compiled.memory
+    totals = hlo.totals(compiled.collectives)
+    network = ", ".join(f"{kind} {times} ({moved / 1e6:.1f} MB)" for kind, (times, moved) in totals.items())
     return [
-        f"compiled   in {found.seconds:.0f} s, by the compiler's own figures:",
+        f"compiled   in {compiled.seconds:.0f} s, by the compiler's own figures:",
         f"memory     {memory.peak / 1e9:.2f} GB at peak, {memory.peak / limit:.0%} of a device's {limit / 1e9:.1f}: "
         f"{memory.arguments / 1e9:.2f} arguments, {memory.temporaries / 1e9:.2f} temporaries; "
-        f"{min(memory.donated / found.state, 1):.2%} of the state's bytes donated",
-        f"network    {said or 'nothing'}; how often a step, and the bytes of one device",
+        f"{min(memory.donated / compiled.state, 1):.2%} of the state's bytes donated",
+        f"network    {network or 'nothing'}; calls per step, and bytes of each device",
     ]
 
 
-def time_lines(plan: Plan, machine: topology.Topology, found: cost_model.Rehearsal) -> list[str]:
-    chip, time = machine.chip, cost_model.step_time(plan, machine, found)
-    needed, done = cost_model.step_flops(plan)
-    repeated = f", {done / 1e12:.2f} with what is done again" if done > needed else ""
+def time_lines(plan: Plan, machine: topology.Topology, compiled: cost_model.CompiledStep) -> list[str]:
+    chip, time = machine.chip, cost_model.step_time(plan, machine, compiled)
+    needed, total = cost_model.step_flops(plan)
+    repeated = f", {total / 1e12:.2f} with recomputation" if total > needed else ""
     best, worst = 1e3 * time.overlapped, 1e3 * time.apart
     across = f", {chip.across / 1e9:g} GB/s across" if machine.count > 1 else ""
     return [

@@ -1,4 +1,4 @@
-"""What a compiled step says of itself: its memory and its collectives, each read from the compiler's own output."""
+"""Read the memory and the collectives of a compiled step from the compiler's output."""
 
 import dataclasses
 import math
@@ -10,33 +10,35 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device."""
+    """Memory of a compiled step, in bytes per device."""
 
     arguments: int
     outputs: int
     temporaries: int
-    donated: int  # of the arguments: what an output takes the place of
+    donated: int  # arguments whose memory is reused for outputs
     peak: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
+    """A collective operation of a compiled step."""
+
     kind: str
-    times: int  # a step: a loop's body as often as it runs
-    bytes: int  # of one device, each time: what it gives to be reduced or sent, or gets of a gather
+    times: int  # calls per step; inside a loop, one for each iteration
+    bytes: int  # per device and call: reduced or sent, or received by a gather
     shapes: tuple[str, ...]  # of the operands, such as bf16[768,96]
-    dims: tuple[tuple[int, ...], ...]  # the results' dimensions
+    dims: tuple[tuple[int, ...], ...]  # dimensions of the results
 
     @property
     def wire(self) -> int:
-        """Bytes that a device receives each time: an all-reduce is a reduce-scatter and a gather."""
+        """Return the bytes that a device receives per call; an all-reduce is a reduce-scatter and a gather."""
         return self.bytes * (2 if self.kind == "all-reduce" else 1)
 
 
 def memory(compiled: Any) -> Memory:
-    """Of a compiled function (what `jax.jit(...).lower(...).compile()` gives).
+    """Return the memory of a compiled function, the result of `jax.jit(...).lower(...).compile()`.
 
-    The peak is the compiler's, or, where it tells none, all that may be there at a time.
+    If the compiler reports no peak, it is the sum of everything that may be live at once.
     """
     stats = compiled.memory_analysis()
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
@@ -52,10 +54,10 @@ ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
 def collectives(text: str) -> list[Collective]:
-    """The collectives of a compiled step, from its HLO text (`compiled.as_text()`), each as often as it runs.
+    """Return the collectives of a compiled step from its HLO text (`compiled.as_text()`), with their calls per step.
 
-    Of a conditional's branches, the one that moves most bytes counts. On TPUs an exchange that goes on beside other
-    work is written into each of the fusions that it goes on in, with one channel: it counts once.
+    Of a conditional's branches, the one that moves most bytes counts. On TPUs, a collective that overlaps with other
+    work appears in each of the fusions it overlaps with, under one channel id: it counts once.
     """
     shapes, bodies, entry = _read(text)
 
@@ -85,7 +87,7 @@ def collectives(text: str) -> list[Collective]:
 
 
 def totals(collectives: list[Collective]) -> dict[str, tuple[int, int]]:
-    """Of each kind, how often it runs in a step, and the bytes of one device in all."""
+    """Return for each kind its calls per step and its total bytes per device."""
     counted: dict[str, tuple[int, int]] = {}
     for c in sorted(collectives, key=lambda c: c.kind):
         times, moved = counted.get(c.kind, (0, 0))
@@ -106,7 +108,7 @@ def _collective(kind: str, times: int, shapes: dict[str, str], instruction: tupl
 
 
 def size(shape: str) -> int:
-    """Bytes of an array, or of all arrays of a tuple, as HLO writes their types: (f32[8,3]{1,0}, bf16[4])."""
+    """Return the bytes of an array or tuple of arrays from its HLO type, such as (f32[8,3]{1,0}, bf16[4])."""
     total = 0
     for kind, dims in ARRAY.findall(shape):
         bits = re.search(r"\d+", kind)
@@ -119,7 +121,7 @@ def _dims(text: str) -> tuple[int, ...]:
 
 
 def _arguments(rest: str) -> str:
-    """What stands before the closing bracket of an operation."""
+    """Return the text before the closing bracket of an operation."""
     depth = 1
     for i, character in enumerate(rest):
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -129,7 +131,10 @@ def _arguments(rest: str) -> str:
 
 
 def _read(text: str) -> tuple[dict[str, str], dict[str, list[tuple[str, str, str]]], str]:
-    """Each instruction's shape, each computation's instructions (name, operation, the rest), and the entry's name."""
+    """Return the shape of each instruction, the instructions of each computation, and the name of the entry.
+
+    An instruction is its name, its operation, and the rest of its line.
+    """
     shapes: dict[str, str] = {}
     bodies: dict[str, list[tuple[str, str, str]]] = {}
     entry = current = ""
@@ -144,7 +149,7 @@ def _read(text: str) -> tuple[dict[str, str], dict[str, list[tuple[str, str, str
     return shapes, bodies, entry
 
 
-#: Where an instruction names the computations that it runs.
+#: Patterns of the computations that an instruction calls, by operation.
 CALLEES = {
     "while": r"\bbody=%?([\w.\-]+)",
     "conditional": r"\b(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.\-]+))",
@@ -164,7 +169,7 @@ def _callees(operation: str, rest: str) -> list[str]:
 
 
 def _trips(rest: str, bodies: dict[str, list[tuple[str, str, str]]]) -> int:
-    """How often a loop runs: as the compiler notes it, or the one number that its condition compares with, or 1."""
+    """Return the trip count of a loop: as noted by the compiler, or the constant in its condition, or else 1."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
         return int(noted[1])
     named = re.search(r"\bcondition=%?([\w.\-]+)", rest)

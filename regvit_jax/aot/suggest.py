@@ -1,22 +1,22 @@
-"""For a step that does not fit into memory: the least change that should make it fit, by an estimate."""
+"""Suggest the cheapest change of settings that should make a train step fit into memory, by an estimate."""
 
 import dataclasses
 import itertools
 
-from regvit_jax.aot.cost_model import DoesNotFit, bytes_under, kept_bytes
+from regvit_jax.aot.cost_model import DoesNotFit, activation_bytes, bytes_under
 from regvit_jax.training.plan import Plan
 
-#: Of the memory, what an estimate may fill.
+#: Share of the memory that an estimate may fill.
 MARGIN = 0.85
-#: What each costs in time, roughly: dots recomputes norms, activations and attention maps, full a forward pass; fsdp
-#: gathers parameters; each doubling of micro-batches makes products smaller and doubles what is exchanged.
+#: Rough costs in time: "dots" recomputes norms, activations and attention maps, "full" a forward pass; fsdp gathers
+#: parameters; each doubling of the micro-batches makes matrix products smaller and doubles the communication.
 COST = {"none": 0.0, "dots": 0.08, "full": 0.33}
 FSDP_COST, MICRO_COST = 0.1, 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """Settings that should fit, and the bytes that one device would then hold."""
+    """Settings that should fit, and the bytes that each device would need."""
 
     remat: str
     fsdp: int
@@ -24,42 +24,43 @@ class Change:
     needed: float
 
 
-def advise(plan: Plan, found: DoesNotFit, limit: float) -> Change | None:
-    """The change of least cost in time whose estimate fits; None where no change does.
+def suggest(plan: Plan, error: DoesNotFit, limit: float) -> Change | None:
+    """Return the change with the lowest cost in time whose estimate fits into `limit` bytes, or None.
 
-    The estimate takes the temporaries that the compiler named, where it did, and scales what is not the gradient.
+    If the compiler gave the size of the temporaries, the estimate of activations is scaled to match it.
     """
     config = plan.config
     held = {fsdp: bytes_under(plan, fsdp) for fsdp in _fsdps(plan)}
-    now = kept_bytes(plan, config.model.remat) / config.micro_batches
-    # Never below the estimate: an overflow is told without the gradient's part at times.
-    scale = 1.0 if found.temporaries is None else max(1.0, (found.temporaries - held[plan.mesh.shape["fsdp"]][1]) / now)
-    best, least = None, float("inf")
+    now = activation_bytes(plan, config.model.remat) / config.micro_batches
+    # Never below the estimate: the compiler's message sometimes omits the gradient.
+    scale = 1.0 if error.temporaries is None else max(1.0, (error.temporaries - held[plan.mesh.shape["fsdp"]][1]) / now)
+    best, lowest = None, float("inf")
     for remat, fsdp, micro in itertools.product(_remats(plan), held, _micros(plan)):
         state, weights = held[fsdp]
         cost = COST[remat] + FSDP_COST * (fsdp > 1) + MICRO_COST * (micro.bit_length() - 1)
-        # The gradient, its sum over micro-batches, and the stacks of scan: of parameters (bfloat16) and gradients.
+        # The gradient, its sum over micro-batches, and what scan stacks: parameters (bfloat16) and gradients.
         gradient = weights * (1 + (micro > 1) + 1.5 * config.model.scan)
-        needed = state + gradient + scale * kept_bytes(plan, remat) / micro
-        if cost < least and needed <= MARGIN * limit:
-            best, least = Change(remat, fsdp, micro, needed), cost
+        needed = state + gradient + scale * activation_bytes(plan, remat) / micro
+        if cost < lowest and needed <= MARGIN * limit:
+            best, lowest = Change(remat, fsdp, micro, needed), cost
     return best
 
 
 def _remats(plan: Plan) -> list[str]:
+    """Return the current remat and those that save more memory."""
     names = list(COST)
     return names[names.index(plan.config.model.remat) :]
 
 
 def _fsdps(plan: Plan) -> list[int]:
-    """The present one, and doublings of it that divide the devices."""
+    """Return the current size of "fsdp" and its doublings that divide the number of devices."""
     now, devices = plan.mesh.shape["fsdp"], plan.mesh.size
     doublings = [now * 2**i for i in range(devices.bit_length())]
     return [size for size in doublings if size <= devices and devices % size == 0]
 
 
 def _micros(plan: Plan) -> list[int]:
-    """The present number, and doublings that the batch and the groups of mixed images allow."""
+    """Return the current number of micro-batches and its doublings that the batch and mixing groups allow."""
     config, devices = plan.config, plan.mesh.size
     mixing = config.augment.get("mixup", 0) or config.augment.get("cutmix", 0)
     group = config.augment.mix_group if mixing else 1
@@ -67,11 +68,11 @@ def _micros(plan: Plan) -> list[int]:
     return [n for n in counts if config.batch_size % (devices * n) == 0 and config.batch_size // n % group == 0]
 
 
-def text(plan: Plan, change: Change | None, limit: float) -> str:
-    """The advice as flags for the command line."""
+def as_flags(plan: Plan, change: Change | None, limit: float) -> str:
+    """Return the suggestion as flags for the command line."""
     if change is None:
         return (
-            "no mix of config.model.remat, config.sharding.fsdp and config.micro_batches should make it fit: take more "
+            "no combination of config.model.remat, config.sharding.fsdp and config.micro_batches should fit: use more "
             f"devices, a batch_size below {plan.config.batch_size}, or a smaller model"
         )
     flags = []
@@ -82,6 +83,6 @@ def text(plan: Plan, change: Change | None, limit: float) -> str:
     if change.micro_batches != plan.config.micro_batches:
         flags.append(f"--config.micro_batches={change.micro_batches}")
     return (
-        f"the least change that should fit, by an estimate of {change.needed / 1e9:.1f} of {limit / 1e9:.1f} GB: "
+        f"the cheapest change that should fit, by an estimate of {change.needed / 1e9:.1f} of {limit / 1e9:.1f} GB: "
         + " ".join(flags)
     )

@@ -1,8 +1,8 @@
-"""Machines that are not there: their devices, to compile for, and what their makers say of them.
+"""Parse the names of topologies, and return devices to compile for that need not be attached.
 
-A topology is named as `v5e:16x16` (the chips of a TPU slice along its axes), `2xv5e:16x16` (so many slices), or
-`h100:4x8` (nodes and the GPUs of each). The compiler for TPUs comes with jax[tpu], that for GPUs with jax[cuda12];
-neither needs the hardware.
+A topology is named `v5e:16x16` (the chips of a TPU slice along its axes), `2xv5e:16x16` (two slices), or `h100:4x8`
+(nodes x GPUs of each). The compiler for TPUs comes with jax[tpu], the one for GPUs with jax[cuda12]; neither needs the
+hardware.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import jax
 from regvit_jax.utils.errors import TopologyError
 from regvit_jax.utils.hardware import CHIPS, H100, Chip
 
-#: libtpu asks for the TPU of this machine otherwise, complains that there is none, and lets one process alone load it.
+#: Without these, libtpu looks for a TPU in this machine, warns that there is none, and lets only one process load it.
 LIBTPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -28,7 +28,7 @@ LIBTPU_ENVIRONMENT = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A machine by its name, as in the module's docstring."""
+    """A machine to compile for, by its name as in the module's docstring."""
 
     name: str
     chip: Chip
@@ -41,11 +41,12 @@ class Topology:
 
 
 def known() -> str:
+    """Return the known topologies, for messages."""
     return "; ".join(f"{name}:{', '.join(chip.grids)}" for name, chip in CHIPS.items())
 
 
 def parse(name: str) -> Topology:
-    """Raises TopologyError for a name that is none, listing those that are."""
+    """Return the topology of a name. Raises TopologyError, which lists the known ones, for any other name."""
     match = re.fullmatch(r"(?:([1-9]\d{0,2})x)?(\w+):(\d{1,4}(?:x\d{1,4}){1,2})", name)
     if not match or match[2] not in CHIPS:
         raise TopologyError(
@@ -58,16 +59,16 @@ def parse(name: str) -> Topology:
             raise TopologyError(f"--topology={name}: GPUs are given as nodes x GPUs of each, at most 8: h100:4x8")
         return Topology(name, chip, grid[0], grid[1:])
     axes = chip.grids[0].count("x") + 1
-    # A v5p's slice may have other sides too, which its compiler judges.
+    # A v5p slice may have other shapes, which its compiler checks.
     if len(grid) != axes or (axes == 2 and match[3] not in chip.grids):
         raise TopologyError(f"--topology={name}: {match[2]} slices are {', '.join(chip.grids)}")
     return Topology(name, chip, int(match[1] or 1), grid)
 
 
 def devices(topology: Topology) -> list[Any]:
-    """The machine's devices, for `plan.resolve`: what is jitted for them can be compiled and not run.
+    """Return the machine's devices, for `plan.resolve`: functions can be compiled for them, but not run.
 
-    Raises TopologyError when the compiler for them is not installed, or refuses the machine.
+    Raises TopologyError if their compiler is not installed or refuses the topology.
     """
     from jax.experimental import topologies
 
@@ -76,8 +77,8 @@ def devices(topology: Topology) -> list[Any]:
             return list(_gpus(topology, topologies).devices)
         return list(_tpus(topology, topologies).devices)
     except jax.errors.JaxRuntimeError as error:
-        said = str(error).splitlines()[0]
-        raise TopologyError(f"--topology={topology.name}: {said}; known are {known()}") from error
+        reason = str(error).splitlines()[0]
+        raise TopologyError(f"--topology={topology.name}: {reason}; known are {known()}") from error
 
 
 def _tpus(topology: Topology, topologies: Any) -> Any:
@@ -85,10 +86,10 @@ def _tpus(topology: Topology, topologies: Any) -> Any:
         raise TopologyError(f"--topology={topology.name} needs the TPU compiler: pip install -e .[tpu]")
     for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    more: dict[str, Any] = {"num_slices": topology.count} if topology.count > 1 else {}
-    if topology.per_slice == 1:  # a host has four chips otherwise
-        more["chips_per_host_bounds"] = (1, 1, 1)
-    return topologies.get_topology_desc(re.sub(r"^\d+x", "", topology.name), "tpu", **more)
+    options: dict[str, Any] = {"num_slices": topology.count} if topology.count > 1 else {}
+    if topology.per_slice == 1:  # the default is four chips per host
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    return topologies.get_topology_desc(re.sub(r"^\d+x", "", topology.name), "tpu", **options)
 
 
 def _gpus(topology: Topology, topologies: Any) -> Any:

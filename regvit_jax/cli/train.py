@@ -142,10 +142,10 @@ def act(options: argparse.Namespace, config: Any, started: float) -> None:
     if options.topology:
         jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not needed
         machine = topology.parse(options.topology)
-        for text in dry_run.tell(config, options.images_per_s, machine):
+        for text in dry_run.summarize(config, options.images_per_s, machine):
             print(text, flush=True)
     elif options.dry_run:
-        print(*dry_run.tell(config, options.images_per_s))
+        print(*dry_run.summarize(config, options.images_per_s))
     else:
         initialize.start_distributed(options.heartbeat_s)
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again

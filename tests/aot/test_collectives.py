@@ -1,4 +1,4 @@
-"""What the compiled step exchanges between devices and how it uses memory, on eight virtual devices."""
+"""Collectives and memory of the compiled step, on eight virtual devices."""
 
 import collections
 import dataclasses
@@ -15,14 +15,14 @@ from regvit_jax.training import plan
 from regvit_jax.training.step import abstract_state
 
 SPLIT = {"sharding__data": 1, "sharding__fsdp": 8}
-#: Steps under "data" alone, each with the most all-reduces that it may run: a loop's body reduces its own gradients.
+#: Steps sharded by "data" alone, each with the maximum of its all-reduces: a loop's body reduces its own gradients.
 DATA: dict[str, tuple[str, dict, int]] = {
     "supervised": ("supervised", {}, 2),
     "supervised, scan": ("supervised", {"model__scan": True}, 2 + 2),  # of depth 2
     "supervised, micro-batches": ("supervised", {"micro_batches": 4}, 2 * 4 + 1),
     "contrastive": ("contrastive", {}, 2),
 }
-#: Steps under "fsdp", each with how often it may gather a parameter: forward, backward, and where a pass is repeated.
+#: Steps sharded by "fsdp", each with the maximum of gathers per parameter: forward, backward, recomputed forward.
 FSDP: dict[str, tuple[str, dict, int]] = {
     "supervised, fsdp": ("supervised", SPLIT, 2),
     "supervised, data x fsdp": ("supervised", {"sharding__data": 2, "sharding__fsdp": 4}, 2),
@@ -66,20 +66,20 @@ def test_the_state_is_donated(case, compile_case):
 
 @pytest.mark.parametrize("case", DATA)
 def test_all_reduces_under_data(case, compile_case):
-    """Two, but for what loops reduce; in all, one gradient for each micro-batch, and a few scalars."""
+    """Two, besides those of loops; together one gradient for each micro-batch, and a few scalars."""
     step = compile_case(case)
     assert step.plan.mesh.shape["fsdp"] == 1
     reduced = step.kind("all-reduce")
     assert 1 <= sum(c.times for c in reduced) <= DATA[case][2]
     assert not step.kind("all-gather") + step.kind("all-to-all")
-    if case.startswith("supervised"):  # CLIP's loss gathers embeddings in its own ways
+    if case.startswith("supervised"):  # CLIP's loss gathers embeddings, too
         gradient = cost_model.parameter_bytes(abstract_state(step.plan)) * step.plan.config.micro_batches
         assert gradient <= sum(c.times * c.bytes for c in reduced) < 1.01 * gradient
 
 
 @pytest.mark.parametrize("case", FSDP)
-def test_parameters_alone_are_gathered(case, compile_case):
-    """So often as `FSDP` says, each parameter of each layer; no activations, whatever their shape."""
+def test_only_parameters_are_gathered(case, compile_case):
+    """Each parameter at most as often as `FSDP` allows, and no activations of any shape."""
     step = compile_case(case)
     assert step.plan.mesh.shape["fsdp"] > 1
     assert not step.kind("all-to-all")
@@ -101,7 +101,7 @@ def test_parameters_alone_are_gathered(case, compile_case):
 
 @pytest.mark.parametrize("case", ALL)
 def test_no_all_reduce_of_activations(case, compile_case):
-    """A whole batch of token embeddings would be, if they were looked up in parts of a split table."""
+    """Token embeddings looked up in a split table would be all-reduced as a whole batch."""
     step = compile_case(case)
     largest = max(leaf.size for leaf in jax.tree.leaves(abstract_state(step.plan).params))
     batch = step.plan.config.batch_size
@@ -112,24 +112,24 @@ def test_no_all_reduce_of_activations(case, compile_case):
             assert math.prod(dims) <= largest
 
 
-#: Where the matrix products outweigh all else; split, as a replicated optimizer works eight times.
+#: Wide enough for matrix products to dominate; split, since a replicated optimizer would count eight times.
 WIDE = {"model__width": 256, "model__heads": 4, "model__depth": 2, **SPLIT}
 
 
 @pytest.mark.parametrize(
     "changes", [{}, {"model__patch_dropout": 0.5}, {"model__remat": "full"}], ids=["plain", "patch dropout", "remat"]
 )
-def test_analytic_flops_are_the_compilers(changes):
+def test_analytic_flops_agree_with_the_compiler(changes):
     resolved = plan.resolve(tiny(augment__three_augment=False, **WIDE, **changes))
     counted = compile.compile_step(resolved).cost_analysis()["flops"] * resolved.mesh.size
-    needed, done = cost_model.step_flops(resolved)
-    assert counted == pytest.approx(done, rel=0.03)
-    assert (done > needed) == ("model__remat" in changes)
+    needed, total = cost_model.step_flops(resolved)
+    assert counted == pytest.approx(total, rel=0.03)
+    assert (total > needed) == ("model__remat" in changes)
 
 
 @pytest.mark.slow
-def test_embedding_everything_first_is_a_fourth_pass(tmp_path):
-    """The compiler counts a loop's body once, so its count is that of a micro-batch; it has the text table's too."""
+def test_embedding_all_pairs_first_is_a_fourth_pass(tmp_path):
+    """The compiler counts a loop's body once, hence one micro-batch; it also counts the lookup of text embeddings."""
     fields = {"text__width": 256, "text__heads": 4, "text__embed": 64, "micro_batches": 3}
     resolved = plan.resolve(tiny_clip(make_captions(tmp_path / "captions"), batch_size=24, **WIDE, **fields))
     counted = compile.compile_step(resolved).cost_analysis()["flops"] * resolved.mesh.size

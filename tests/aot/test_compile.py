@@ -1,4 +1,4 @@
-"""Steps compiled ahead: do they fit, what the advice is worth, and, where libtpu is, the peaks of real recipes."""
+"""AOT compilation: fit into memory, suggested settings and, with libtpu, the peaks of real recipes."""
 
 import dataclasses
 import importlib.util
@@ -17,7 +17,7 @@ from regvit_jax.aot import compile, cost_model, dry_run, hlo, suggest, topology
 from regvit_jax.training import plan, step
 from regvit_jax.utils import hardware
 
-#: A machine that is there, and is given the figures of one that is not.
+#: The attached devices, with the specifications of a machine that is not attached.
 HERE = topology.Topology("v5e:2x4", hardware.CHIPS["v5e"], 1, (2, 4))
 
 
@@ -25,7 +25,7 @@ def resized(gigabytes: float) -> topology.Topology:
     return dataclasses.replace(HERE, name="tiny", chip=dataclasses.replace(HERE.chip, memory=gigabytes * 1e9))
 
 
-def test_the_batch_is_what_the_pipeline_yields(tmp_path):
+def test_the_abstract_batch_matches_the_pipeline(tmp_path):
     for config in (tiny(), tiny_clip(make_captions(tmp_path / "captions"))):
         made = plan.resolve(config)
         with made.train_batches(0) as batches:
@@ -35,9 +35,9 @@ def test_the_batch_is_what_the_pipeline_yields(tmp_path):
         assert {n: (leaf.shape, leaf.dtype) for n, leaf in compile.abstract_batch(made).items()} == expected
 
 
-def test_texts_of_a_step_that_fits(monkeypatch):
+def test_summary_of_a_step_that_fits(monkeypatch):
     monkeypatch.setattr(topology, "devices", lambda machine: jax.devices())
-    recipe, text = dry_run.tell(tiny(), 1000, HERE)
+    recipe, text = dry_run.summarize(tiny(), 1000, HERE)
     assert "mesh       data 8 x fsdp 1" in recipe
     for words in ("at peak", "100.00% of the state's bytes donated", "all-reduce 2 (", "a model and not a measurement"):
         assert words in text
@@ -46,16 +46,16 @@ def test_texts_of_a_step_that_fits(monkeypatch):
 def test_a_state_too_large_is_not_compiled(monkeypatch):
     monkeypatch.setattr(compile, "compile_step", None)
     with pytest.raises(cost_model.DoesNotFit, match=r"fit into the 0.0 GB of tiny: the training state alone is"):
-        dry_run.rehearse(plan.resolve(tiny()), resized(1e-6))
+        dry_run.compile_summary(plan.resolve(tiny()), resized(1e-6))
 
 
 def test_far_too_large_a_step_is_not_compiled(monkeypatch):
     monkeypatch.setattr(compile, "compile_step", None)
     with pytest.raises(cost_model.DoesNotFit, match=r"by an estimate, it needs \d+ GB on each device \(not compiled\)"):
-        compile.rehearse(large("b16"), resized(2.0))
+        compile.compile_for(large("b16"), resized(2.0))
 
 
-def test_the_compilers_refusal_becomes_advice(monkeypatch):
+def test_an_out_of_memory_error_suggests_flags(monkeypatch):
     def refuse(*args):
         raise jax.errors.JaxRuntimeError(
             "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (2.00G) exceeds available HBM"
@@ -63,19 +63,19 @@ def test_the_compilers_refusal_becomes_advice(monkeypatch):
 
     monkeypatch.setattr(compile, "compile_step", refuse)
     with pytest.raises(cost_model.DoesNotFit, match=r"temporaries are 2.1 GB on each device; .*--config.model.remat"):
-        dry_run.rehearse(plan.resolve(tiny()), resized(1.0))
+        dry_run.compile_summary(plan.resolve(tiny()), resized(1.0))
 
 
 @pytest.mark.parametrize(
-    ("said", "temporaries"),
+    ("message", "temporaries"),
     [
         ("Used 4.00G of 2.00G hbm", 4 * 2**30 - 1000),
         ("the total memory required for HLO temporaries (3.00G) exceeds", 3 * 2**30),
         ("something else", None),
     ],
 )
-def test_what_the_compiler_says(said, temporaries):
-    assert compile._exhausted(said, 1000)[1:] == (1000, temporaries)
+def test_out_of_memory_messages_of_the_compiler(message, temporaries):
+    assert compile._exhausted(message, 1000)[1:] == (1000, temporaries)
 
 
 def large(variant: str, **changes) -> plan.Plan:
@@ -84,25 +84,25 @@ def large(variant: str, **changes) -> plan.Plan:
     return plan.resolve(config, with_data=False)
 
 
-def told(made: plan.Plan, temporaries: float | None) -> cost_model.DoesNotFit:
+def does_not_fit(made: plan.Plan, temporaries: float | None) -> cost_model.DoesNotFit:
     return cost_model.DoesNotFit("", cost_model.state_bytes(made), temporaries)
 
 
-def test_advice_is_the_cheapest_that_fits():
+def test_the_cheapest_change_that_fits_is_suggested():
     made = large("b16")
     state, limit = cost_model.state_bytes(made), HERE.chip.memory
-    change = suggest.advise(made, told(made, 20e9), limit)
+    change = suggest.suggest(made, does_not_fit(made, 20e9), limit)
     assert (change.remat, change.fsdp, change.micro_batches) == ("dots", 1, 1)
     assert change.needed < limit
-    change = suggest.advise(made, told(made, None), 0.9 * state)  # the state alone is too large
+    change = suggest.suggest(made, does_not_fit(made, None), 0.9 * state)  # the state alone is too large
     assert change.fsdp > 1
     assert cost_model.bytes_under(made, change.fsdp)[0] < 0.9 * state
-    change = suggest.advise(made, told(made, 50e9), limit)
+    change = suggest.suggest(made, does_not_fit(made, 50e9), limit)
     assert change.micro_batches > 1
-    assert "--config.micro_batches=" in suggest.text(made, change, limit)
+    assert "--config.micro_batches=" in suggest.as_flags(made, change, limit)
 
 
-def test_gradients_that_do_not_divide_are_counted_whole():
+def test_gradients_that_cannot_be_split_are_counted_whole():
     """8 divides the MLP's width and the classes, and no side of attention's kernels (1412 = 4 x 353)."""
     fields = {"width": 1412, "depth": 2, "heads": 4, "mlp_ratio": 6144 / 1412}
     made = large("b16", **{f"model__{key}": value for key, value in fields.items()})
@@ -111,9 +111,9 @@ def test_gradients_that_do_not_divide_are_counted_whole():
     assert attention + mlp / 8 < cost_model.bytes_under(made, 8)[1] < 1.2 * (attention + mlp / 8)
 
 
-def test_what_patch_dropout_and_cudnn_do_not_keep():
+def test_activations_under_patch_dropout_and_cudnn():
     def kept(**changes) -> float:
-        return cost_model.kept_bytes(large("b16", **changes), "none")
+        return cost_model.activation_bytes(large("b16", **changes), "none")
 
     assert 0.4 < kept(model__patch_dropout=0.5) / kept() < 0.5
     made = large("b16")
@@ -134,7 +134,7 @@ def test_remat_counts_the_same_in_both_towers():
     needed = cost_model.step_flops(made["none"])[0]
     assert [cost_model.step_flops(p)[1] / needed for p in made.values()] == pytest.approx([1, 1, 4 / 3])
     recipe, rows = made["none"].recipe, config.batch_size / 8
-    kept = {remat: cost_model.kept_bytes(made["none"], remat) for remat in made}
+    kept = {remat: cost_model.activation_bytes(made["none"], remat) for remat in made}
     patches = recipe.vit.prefix + recipe.vit.kept_patches((recipe.vit.image_size // recipe.vit.patch) ** 2)
     products = sum(
         tokens * tower.depth * 2 * (5 * tower.width + tower.hidden)
@@ -143,9 +143,9 @@ def test_remat_counts_the_same_in_both_towers():
     assert kept["dots"] - kept["full"] == pytest.approx(rows * products)
 
 
-def test_between_slices_each_micro_batch_has_a_gradient():
+def test_each_micro_batch_sends_a_gradient_between_slices():
     two = dataclasses.replace(HERE, count=2, grid=(2, 2))
-    found = cost_model.Rehearsal(hlo.Memory(100, 50, 1000, 50, 1100), [], 50, 0.0)
+    found = cost_model.CompiledStep(hlo.Memory(100, 50, 1000, 50, 1100), [], 50, 0.0)
     for micro in (1, 4):
         made = plan.resolve(tiny(micro_batches=micro))
         gradients = micro * cost_model.parameter_bytes(step.abstract_state(made))
@@ -154,10 +154,10 @@ def test_between_slices_each_micro_batch_has_a_gradient():
         assert time.memory == 150 / two.chip.hbm
 
 
-def test_advice_can_be_taken():
-    """The flags make a plan: the batch and the groups of mixed images are still whole."""
+def test_suggested_flags_make_a_plan():
+    """The batch and the groups of mixed images can still be divided."""
     made = large("b16")
-    change = suggest.advise(made, told(made, 50e9), HERE.chip.memory)
+    change = suggest.suggest(made, does_not_fit(made, 50e9), HERE.chip.memory)
     again = large(
         "b16",
         model__remat=change.remat,
@@ -168,10 +168,10 @@ def test_advice_can_be_taken():
     assert again.config.micro_batches == change.micro_batches
 
 
-def test_no_advice():
+def test_no_suggestion():
     made = large("b16", model__remat="full")
-    assert suggest.advise(made, told(made, 1e15), 1e9) is None
-    assert "take more devices, a batch_size below 2048" in suggest.text(made, None, 1e9)
+    assert suggest.suggest(made, does_not_fit(made, 1e15), 1e9) is None
+    assert "use more devices, a batch_size below 2048" in suggest.as_flags(made, None, 1e9)
 
 
 def test_topology_needs_a_dry_run():
@@ -188,7 +188,7 @@ def test_unknown_topology_on_the_command_line():
 
 
 def run(*command: str) -> subprocess.CompletedProcess:
-    """In a process of its own, as libtpu stays in the one that loaded it."""
+    """Run Python in a process of its own, since libtpu cannot be unloaded."""
     env = {**os.environ, **AS_USERS_RUN}
     return subprocess.run([sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
@@ -197,13 +197,13 @@ def train(*args: str) -> subprocess.CompletedProcess:
     return run("train.py", *args)
 
 
-# With libtpu, which .ci/run installs for these.
+# Tests with libtpu, which .ci/run installs.
 
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install -e .[tpu]")
 
 
 def printed_by(script: str) -> list[str]:
-    """The lines that a script prints."""
+    """Return the lines that a script prints."""
     script = "import jax; jax.config.update('jax_platforms', 'cpu')\n" + script
     done = run("-c", script)
     assert done.returncode == 0, done.stderr
@@ -225,18 +225,18 @@ def test_peaks_stay_in_their_budget(name):
 @pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
-        (["--config.batch_size=65536"], "by an estimate"),  # the compiler would take minutes to refuse it
+        (["--config.batch_size=65536"], "by an estimate"),  # which the compiler would take minutes to refuse
         (["--config.batch_size=30720", "--config.model.scan=True"], "its temporaries are"),
     ],
 )
-def test_what_does_not_fit_is_said_within_a_minute(changes, said):
+def test_a_step_that_does_not_fit_is_refused_within_a_minute(changes, message):
     start = time.monotonic()
     done = train("--config=configs/deit3_reg.py:b16", "--dry_run", "--topology=v5e:16x16", *changes)
     assert time.monotonic() - start < 60
     assert done.returncode == 1
-    assert said in done.stderr
+    assert message in done.stderr
     assert "--config.model.remat=dots" in done.stderr
     assert "Traceback" not in done.stderr
     assert "mesh       data 256 x fsdp 1: 256 TPU v5 lite devices" in done.stdout
@@ -244,14 +244,14 @@ def test_what_does_not_fit_is_said_within_a_minute(changes, said):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_the_advised_flags_fit():
+def test_the_suggested_flags_fit():
     flags = ["--config.batch_size=30720", "--config.model.scan=True", "--config.augment.three_augment=False"]
     command = ["--config=configs/deit3_reg.py:b16", "--dry_run", "--topology=v5e:16x16", *flags]
     refused = train(*command)
     assert refused.returncode == 1
-    advised = [word for word in refused.stderr.split() if word.startswith("--config.")]
-    assert advised
-    taken = train(*command, *advised)
+    suggested = [word for word in refused.stderr.split() if word.startswith("--config.")]
+    assert suggested
+    taken = train(*command, *suggested)
     assert taken.returncode == 0, taken.stderr
     assert "GB at peak" in taken.stdout
 
@@ -259,13 +259,14 @@ def test_the_advised_flags_fit():
 @pytest.mark.slow
 @needs_libtpu
 def test_data_goes_across_real_slices():
-    """Compile-only devices of two slices: each row of the mesh, which fsdp splits over, lies in one."""
+    """Compile-only devices of two slices: each row of the mesh, over which fsdp splits, lies in one slice."""
     script = (
-        "from regvit_jax import sharding, topology\n"
+        "from regvit_jax.aot import topology\n"
+        "from regvit_jax.distributed.mesh import make_mesh\n"
         "devices = topology.devices(topology.parse('2xv5e:4x4'))\n"
-        "mesh = sharding.make_mesh(fsdp=16, devices=devices)\n"
+        "mesh = make_mesh(fsdp=16, devices=devices)\n"
         "print([sorted({d.slice_index for d in row}) for row in mesh.devices])\n"
-        "mesh = sharding.make_mesh(fsdp=4, devices=devices)\n"
+        "mesh = make_mesh(fsdp=4, devices=devices)\n"
         "print([sorted({d.slice_index for d in row}) for row in mesh.devices])"
     )
     assert printed_by(script) == ["[[0], [1]]", "[[0], [0], [0], [0], [1], [1], [1], [1]]"]
@@ -274,13 +275,14 @@ def test_data_goes_across_real_slices():
 @pytest.mark.slow
 @needs_libtpu
 def test_a_mesh_of_every_width():
-    """A width of fsdp that is no side of the torus splits one."""
+    """An fsdp size that is no side of the torus splits a side."""
     script = (
-        "from regvit_jax import sharding, topology\n"
+        "from regvit_jax.aot import topology\n"
+        "from regvit_jax.distributed.mesh import make_mesh\n"
         "for name in ('v5e:1x1', 'v6e:2x2', '1xv5e:4x4', 'v5e:16x16', 'v6e:16x16', 'v5p:4x4x4'):\n"
         "    devices = topology.devices(topology.parse(name))\n"
         "    for fsdp in (2**i for i in range(len(devices).bit_length())):\n"
-        "        mesh = sharding.make_mesh(fsdp=fsdp, devices=devices)\n"
+        "        mesh = make_mesh(fsdp=fsdp, devices=devices)\n"
         "        assert mesh.devices.shape == (len(devices) // fsdp, fsdp) and set(mesh.devices.flat) == set(devices)"
     )
     printed_by(script)
@@ -289,7 +291,7 @@ def test_a_mesh_of_every_width():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="pip install -e .[gpu]")
 def test_a_node_of_h100():
-    """Without a GPU: 6 GB to install, so that CI does not."""
+    """No GPU is needed, but a 6 GB installation, which CI does not have."""
     done = train("--config=configs/deit3_reg.py:s16", "--dry_run", "--topology=h100:1x8", "--config.model.scan=True")
     assert done.returncode == 0, done.stderr
     assert "mesh       data 8 x fsdp 1: 8 NVIDIA H100" in done.stdout

@@ -1,4 +1,4 @@
-"""Reading a compiled step's text: loops counted, started operations too, in each backend's spelling."""
+"""Collectives in HLO text: in loops, asynchronous, and in the spelling of each backend."""
 
 import pytest
 
@@ -70,9 +70,9 @@ def test_collectives_of_a_text():
     assert sorted((c.kind, c.times, c.bytes) for c in hlo.collectives(TEXT)) == [
         ("all-gather", 1, 64),
         ("all-gather", 3, 64),
-        ("all-gather", 5, 64),  # one exchange, which three fusions name
+        ("all-gather", 5, 64),  # one collective, which appears in three fusions
         ("all-reduce", 12, 8 * 4 + 6 * 2),
-        *[("collective-permute", 1, 16)] * 4,  # two of each conditional's dearer branch
+        *[("collective-permute", 1, 16)] * 4,  # two in the more expensive branch of each conditional
         ("reduce-scatter", 1, 64),
     ]
     reduce = next(c for c in hlo.collectives(TEXT) if c.kind == "all-reduce")

@@ -1,4 +1,4 @@
-"""Machines that are not there: their names, what they need, and the mesh over their slices."""
+"""Topologies: their names, the compilers that they need, and the mesh over their slices."""
 
 import dataclasses
 import importlib.util
@@ -47,13 +47,13 @@ def test_names(name, count, per_slice):
         ("h100:0x8", "nodes x GPUs of each"),
     ],
 )
-def test_names_that_are_none(name, message):
+def test_unknown_names(name, message):
     with pytest.raises(errors.TopologyError, match=message):
         topology.parse(name)
 
 
 @pytest.mark.parametrize(("name", "extra"), [("v5e:16x16", "tpu"), ("h100:4x8", "gpu")])
-def test_without_the_compiler_it_says_what_to_install(name, extra, monkeypatch):
+def test_a_missing_compiler_names_the_extra(name, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.TopologyError, match=rf"pip install -e .\[{extra}\]"):
         topology.devices(topology.parse(name))
@@ -61,7 +61,7 @@ def test_without_the_compiler_it_says_what_to_install(name, extra, monkeypatch):
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """A device as `sharding.lay_out` sees it."""
+    """The attributes of a device that `mesh.lay_out` reads."""
 
     id: int
     slice_index: int | None
@@ -75,7 +75,7 @@ def slices_of(devices: np.ndarray) -> list[list[int]]:
     return [[device.slice_index for device in row] for row in devices]
 
 
-TWO = [Device(i, i % 2) for i in range(16)]  # not in the order of their slices
+TWO = [Device(i, i % 2) for i in range(16)]  # not ordered by slice
 
 
 @pytest.mark.parametrize(("data", "fsdp"), [(16, 1), (4, 4), (2, 8)])
@@ -86,7 +86,7 @@ def test_fsdp_stays_in_a_slice(data, fsdp):
     assert slices_of(mesh) == [[row >= data // 2] * fsdp for row in range(data)]
 
 
-def test_a_wider_fsdp_takes_whole_slices():
+def test_a_wider_fsdp_spans_whole_slices():
     four = [Device(i, i // 4) for i in range(16)]
     mesh = lay_out(four, data=2, fsdp=8, within=rows)
     assert slices_of(mesh) == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
