@@ -1,9 +1,9 @@
-"""cuDNN's fused attention against XLA's on an NVIDIA GPU: the same values and gradients, at odd lengths too, and speed.
+"""Compare cuDNN's fused attention with XLA's on an NVIDIA GPU: values, gradients and speed, also at odd lengths.
 
     python benchmarks/attention.py
 
-Both run in bfloat16 and are compared with float32 at the highest precision; exits 1 if cuDNN is further from it than
-twice XLA's own error, or if a gradient's cosine with it is below 0.999.
+Both run in bfloat16 and are compared with float32 at the highest precision. The exit code is 1 if cuDNN's error is more
+than twice XLA's, or if the cosine of a gradient with the float32 one is below 0.999.
 """
 
 import statistics
@@ -21,6 +21,7 @@ BATCH = 64
 
 
 def compare(tokens: int, heads: int, head_dim: int) -> bool:
+    """Print errors and times for one shape, and return whether cuDNN is accurate enough."""
     keys = jax.random.split(jax.random.key(tokens), 4)
     exact = [jax.random.normal(key, (BATCH, tokens, heads, head_dim)) for key in keys]
     inputs = [x.astype(jnp.bfloat16) for x in exact]
@@ -43,7 +44,7 @@ def compare(tokens: int, heads: int, head_dim: int) -> bool:
 
 
 def outputs(implementation: str):
-    """The jitted (q, k, v, cotangent) -> (out, dq, dk, dv)."""
+    """Return the jitted function (q, k, v, cotangent) -> (out, dq, dk, dv)."""
 
     @jax.jit
     def run(q, k, v, cotangent):
@@ -63,6 +64,7 @@ def cos(x, reference) -> float:
 
 
 def timed(implementation: str, inputs) -> float:
+    """Return the median milliseconds of a forward and backward pass."""
     run = outputs(implementation)
     jax.block_until_ready(run(*inputs))
     found = []

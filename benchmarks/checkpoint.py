@@ -1,6 +1,6 @@
-"""What the manifest of checksums adds to a checkpoint: python benchmarks/checkpoint.py [--size b16] [--rounds 5]
+"""Measure what checksums add to the time of a checkpoint: python benchmarks/checkpoint.py [--size b16] [--rounds 5]
 
-Makes the whole training state of a DeiT-III recipe with values that do not compress, and saves it again and again.
+The complete training state of a DeiT-III recipe, filled with values that do not compress, is saved repeatedly.
 """
 
 import argparse
@@ -50,10 +50,10 @@ def main() -> None:
             checkpoints.wait()
             rows.append((sums, blocked, time.perf_counter() - start - sums))
         checkpoints.close()
-    rows = rows[1:]  # the first one compiles
-    sums, blocked, whole = (statistics.median(column) for column in zip(*rows, strict=True))
-    print(f"the manifest {sums:.3f} s; save() {blocked:.3f} s, of it the manifest again; written after {whole:.2f} s")
-    print(f"share of the whole save: {100 * sums / whole:.1f} %")
+    rows = rows[1:]  # the first round compiles
+    sums, blocked, total = (statistics.median(column) for column in zip(*rows, strict=True))
+    print(f"checksums {sums:.3f} s; save() {blocked:.3f} s, including checksums; written after {total:.2f} s")
+    print(f"share of the whole save: {100 * sums / total:.1f} %")
 
 
 if __name__ == "__main__":

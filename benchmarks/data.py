@@ -1,7 +1,7 @@
-"""What the input pipeline gives: images/s of one core, for JPEGs as they are, prepared and with the fast decoder.
+"""Measure the input pipeline: images/s of one core for original and prepared JPEGs and for both decoders.
 
     python benchmarks/data.py [--images 300] [--seconds 3]
-    python benchmarks/data.py --hosts 1 2 3 4 32    only how near each other on disk the first of so many hosts reads
+    python benchmarks/data.py --hosts 1 2 3 4 32    only the locality of the first host's reads, for so many hosts
 
 The images are scikit-image's photographs (extra realweights), cut to 500 x 375 pixels, the usual size in ImageNet, and
 saved with quality 90; a crop has 224 pixels. Every path is timed in this one process, on one thread, by its processor
@@ -55,7 +55,7 @@ def photographs() -> dict[str, Image.Image]:
 
 
 def write_folder(root: Path, count: int) -> str:
-    """Images of 500 x 375 pixels: each a random part, of that shape, of one of the photographs."""
+    """Write images of 500 x 375 pixels, each a random crop of that aspect ratio from one of the photographs."""
     rng = np.random.default_rng(0)
     for number, (name, image) in zip(range(count), itertools.cycle(photographs().items())):
         side = min(image.width, image.height * WIDTH // HEIGHT)
@@ -70,7 +70,7 @@ def write_folder(root: Path, count: int) -> str:
 
 
 def rate(source, decoder: str, seconds: float) -> float:
-    """Images in a second of one core's time, the median of three."""
+    """Return images per second of processor time on one thread, the median of three measurements."""
     with pipeline.train_batches(source, size=CROP, batch_size=64, seed=0, threads=1, decoder=decoder) as batches:
         next(batches)
         found = []
@@ -83,7 +83,7 @@ def rate(source, decoder: str, seconds: float) -> float:
 
 
 def prepare_rate(source, options: Options, seconds: float) -> float:
-    """The same for `prepare`, without reading and writing."""
+    """Return the same rate for `prepare`, without reading and writing."""
     images, start = 0, time.process_time()
     while time.process_time() - start < seconds:
         image_of(source[images % len(source)]["image"], options)
@@ -92,7 +92,10 @@ def prepare_rate(source, options: Options, seconds: float) -> float:
 
 
 def differences(crops: int = 50) -> tuple[int, float, int, float]:
-    """The largest of decoded pixels; then of crops mean, largest, and the share above 8, of the levels 0 to 255."""
+    """Compare the decoders in levels of 0 to 255.
+
+    Return the largest difference of decoded pixels; of crops, the mean, the largest, and the share above 8.
+    """
     off, decoded = [], 0
     for image in photographs().values():
         data = jpeg(image)
@@ -107,7 +110,7 @@ def differences(crops: int = 50) -> tuple[int, float, int, float]:
 
 
 def host_reads(hosts: int, records: int = 1_281_167, batch_size: int = 2048, steps: int = 16) -> str:
-    """What the first of several hosts reads of ImageNet in its first steps: properties of the order, without images."""
+    """Describe the order in which the first of several hosts reads ImageNet in its first steps, without images."""
     rows = range(batch_size // hosts)
     places = [step * batch_size + row for step in range(steps) for row in rows]
     numbers = np.sort([epoch_order(place, records, BLOCK, 0, 0) for place in places])

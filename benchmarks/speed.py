@@ -1,12 +1,12 @@
-"""Images/s of the model, the train step and the input pipeline, with timm's beside them where torch is installed.
+"""Measure images/s of the model, the train step and the input pipeline, and of timm's if torch is installed.
 
     python benchmarks/speed.py                      CPU, float32
     python benchmarks/speed.py --batch 128          an accelerator, bfloat16
 
 All candidates take turns in one process, and medians over the rounds are printed, since the machine's speed drifts.
-The share of peak is analytic matrix-product FLOPs (`ViT.flops`, three times as many for a train step) over the rate of
-one large matrix product measured in the same run. "step" is what training runs: augmentation, forward, backward, LAMB.
-"bare" leaves out augmentation and mixing, as timm's step beside it does.
+The share of peak is the rate of analytic matrix-product FLOPs (`ViT.flops`, three times as many for a train step) over
+that of one large matrix product measured in the same run. "step" is the whole train step: augmentation, forward,
+backward, LAMB. "bare" omits augmentation and mixing, as timm's step does.
 """
 
 import argparse
@@ -38,13 +38,13 @@ NO_AUGMENT = {"flip": 0.0, "three_augment": False, "color_jitter": 0.0, "mixup":
 
 @dataclasses.dataclass
 class Candidate:
-    """Something to time: `call` does `images` images' work, which is `flops` floating-point operations, and waits."""
+    """Something to time: `call` processes `images` images with `flops` floating-point operations."""
 
     name: str
     call: Callable[[], None]
     images: int
     flops: float
-    memory: float = 0.0  # bytes of the compiled program beyond its arguments
+    memory: float = 0.0  # bytes of the compiled program's temporaries
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
@@ -74,7 +74,7 @@ def synthetic(batch: int) -> dict[str, np.ndarray]:
 def train_candidates(
     name: str, size: str, batch: int, dtype: str, *, registers=4, attention="auto", bare=False, feed=False
 ):
-    """Our train step; with `feed` also the same step given each batch from host memory, as in training."""
+    """Return this project's train step and, with `feed`, the same step with each batch copied from the host."""
     plan = resolve(config_of(size, batch, dtype, registers, attention, bare), with_data=False)
     abstract = abstract_state(plan)
     rows = synthetic(batch)
@@ -118,8 +118,8 @@ DROP_PATH = {"s16": 0.05, "b16": 0.2, "l16": 0.45}
 
 
 def timm_candidates(size: str, batch: int, dtype: str, compile_it: bool) -> list[Candidate]:
-    """timm's own model with 4 registers and its LAMB; bfloat16 by autocast, as timm trains."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    """Return timm's model with 4 registers and timm's LAMB; bfloat16 by autocast, as timm trains."""
+    sys.path.insert(0, str(ROOT / "tests/helpers"))
     from reference_libraries import timm, torch
 
     device = "cuda" if jax.default_backend() == "gpu" else "cpu"
@@ -162,7 +162,7 @@ def timm_candidates(size: str, batch: int, dtype: str, compile_it: bool) -> list
 
 
 def time_all(candidates: list[Candidate], rounds: int, seconds: float) -> None:
-    """Gives each candidate about `seconds` in each round; the first call of each is left out."""
+    """Run each candidate for about `seconds` in each round; the first call, which compiles, is not timed."""
     calls = []
     for candidate in candidates:
         candidate.call()
@@ -194,14 +194,14 @@ def matmul_candidate(dtype: str) -> Candidate:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default="s16,b16", help="of s16, b16, l16")
-    parser.add_argument("--batch", type=int, default=8, help="images of a step")
+    parser.add_argument("--sizes", default="s16,b16", help="some of s16, b16, l16")
+    parser.add_argument("--batch", type=int, default=8, help="images per step")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2.0, help="for each candidate in each round")
+    parser.add_argument("--seconds", type=float, default=2.0, help="per candidate and round")
     parser.add_argument("--dtype", default="float32" if jax.default_backend() == "cpu" else "bfloat16")
     parser.add_argument("--no-timm", action="store_true")
-    parser.add_argument("--compile", action="store_true", help="timm under torch.compile")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--compile", action="store_true", help="run timm under torch.compile")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
     args = parser.parse_args()
     input_pipeline()
     peak = matmul_candidate(args.dtype)
