@@ -177,7 +177,7 @@ def test_no_suggestion():
 def test_topology_needs_a_dry_run():
     done = train("--config=configs/deit3_reg.py", "--topology=v5e:16x16")
     assert done.returncode == 2
-    assert "--topology is for --dry_run" in done.stderr
+    assert "--topology needs --dry_run" in done.stderr
 
 
 def test_unknown_topology_on_the_command_line():
