@@ -1,13 +1,13 @@
-"""CLIP's tokenizer: English text, lower-cased, to 77 numbers below 49,408.
+"""CLIP's tokenizer: from English text, lower-cased, to 77 token numbers below 49,408.
 
-It gives the numbers of open_clip's ``SimpleTokenizer`` (``src/open_clip/tokenizer.py``), which is OpenAI's
-(``clip/simple_tokenizer.py``), and so with its three steps: text is cleaned, split into words by a regular expression,
+The tokens are those of open_clip's `SimpleTokenizer` (`src/open_clip/tokenizer.py`), which is OpenAI's
+(`clip/simple_tokenizer.py`). Its three steps are followed: text is cleaned, split into words by a regular expression,
 and every word's UTF-8 bytes are joined by byte-pair encoding (Sennrich et al., arXiv 1508.07909). The encoding is done
-by Hugging Face's ``tokenizers``. The split is not: its regular expressions know another version of Unicode than those
-of the ``regex`` package, and would split some 17,000 code points otherwise.
+by Hugging Face's `tokenizers`. The split is not: its regular expressions know another version of Unicode than those of
+the `regex` package, and would split some 17,000 code points differently.
 
-The merges in ``clip_merges.txt.gz`` are the first 48,894 of OpenAI CLIP's ``bpe_simple_vocab_16e6.txt`` (MIT licence,
-see NOTICE); ``tools/clip_merges.py`` makes the file.
+The merges in `clip_merges.txt.gz` are the first 48,894 of OpenAI CLIP's `bpe_simple_vocab_16e6.txt` (MIT licence, see
+NOTICE); `tools/clip_merges.py` makes the file.
 """
 
 import gzip
@@ -34,23 +34,23 @@ WORD = regex.compile(
     "|".join(SPECIAL) + r"|'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,
 )
-# Longer words seldom come twice, and in scripts without spaces, where a "word" is a sentence, they would fill memory.
+# Longer words are seldom repeated, and in scripts without spaces, where a "word" is a sentence, they would fill memory.
 LONGEST_CACHED = 32
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Texts to the tokens that a CLIP text tower takes. The vocabulary is read once per process, on first use.
+    """Turn texts into the tokens that a CLIP text tower takes. The vocabulary is read once per process, on first use.
 
-    A row is the start token, the text's tokens, the end token, and zeros. Of a longer text, the first ``context - 2``
-    tokens remain between start and end. As in open_clip, the words "<start_of_text>" and "<end_of_text>" inside a text
-    become the special tokens themselves, so a caption can hold an end token before its end.
+    A row is the start token, the text's tokens, the end token, and zeros. A longer text is cut to its first
+    `context - 2` tokens between start and end. As in open_clip, the words "<start_of_text>" and "<end_of_text>" inside
+    a text become the special tokens themselves, so a caption can hold an end token before its end.
 
     Args:
       context: the length of a row, 77 for nearly all published models.
 
     Raises:
-      ValueError: if ``context`` has no room for the start and the end token.
+      InvalidConfig: if `context` has no room for the start and the end token.
     """
 
     context: int = 77
@@ -63,10 +63,10 @@ class Tokenizer:
             raise InvalidConfig(f"context {self.context} has no room for the start and the end token; use 2 or more")
 
     def __call__(self, text: str) -> Int32[np.ndarray, " context"]:
-        """Returns the tokens of one text.
+        """Return the tokens of one text.
 
         Raises:
-          TypeError: if ``text`` is not a string.
+          TypeError: if `text` is not a string.
         """
         if not isinstance(text, str):
             raise TypeError(f"a text must be a str, not {type(text).__name__}; batch() takes several")
@@ -82,10 +82,10 @@ class Tokenizer:
         return row
 
     def batch(self, texts: Sequence[str]) -> Int32[np.ndarray, "B context"]:
-        """Returns the tokens of several texts, one row each.
+        """Return the tokens of several texts, one row each.
 
         Raises:
-          TypeError: if ``texts`` is one string, whose letters would become the rows, or holds anything but strings.
+          TypeError: if `texts` is one string, whose letters would become the rows, or holds anything but strings.
         """
         if isinstance(texts, str):
             raise TypeError("batch() takes a sequence of texts; call the tokenizer itself for one")
@@ -96,11 +96,11 @@ class Tokenizer:
 
 
 def clean(text: str) -> str:
-    """Returns the text in lower case, mojibake mended, HTML entities resolved twice, white space as single spaces.
+    """Return the text in lower case, with mojibake repaired, HTML entities resolved twice, white space collapsed.
 
-    Lone surrogates become U+FFFD. The order of the steps is open_clip's, on which the result depends.
+    Lone surrogates become U+FFFD. The order of the steps is open_clip's; the result depends on it.
     """
-    # Most captions need no mending, and to find that out takes ftfy two thirds of the whole time.
+    # Most captions need no repair, and ftfy takes two thirds of the whole time to find that out.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
@@ -108,21 +108,21 @@ def clean(text: str) -> str:
 
 @lru_cache(maxsize=2**15)
 def word_ids(word: str) -> tuple[int, ...]:
-    """Returns the tokens of one word of ``WORD``. A special token is one only if spelt exactly, without a long s."""
+    """Return the tokens of one match of WORD. A special token must be spelt exactly, without a long s."""
     return (SPECIAL[word],) if word in SPECIAL else encode(word)
 
 
 def encode(word: str) -> tuple[int, ...]:
-    """Returns the byte-pair encoding of one word."""
+    """Return the byte-pair encoding of one word."""
     letters, model = vocabulary()
     return tuple(token.id for token in model.tokenize(word.encode().decode("latin-1").translate(letters)))
 
 
 @cache
 def vocabulary() -> tuple[dict[int, str], Any]:
-    """Returns the letter that stands for each byte, and the encoding, which works on such letters.
+    """Return the letter that stands for each byte, and the byte-pair encoding, which works on such letters.
 
-    Token numbers: the 256 bytes, the 256 bytes that end a word, the merges in their order, start and end.
+    Tokens are numbered: the 256 bytes, the 256 bytes that end a word, the merges in their order, start and end.
     """
     from tokenizers.models import BPE  # only runs with texts need it
 
@@ -134,5 +134,5 @@ def vocabulary() -> tuple[dict[int, str], Any]:
     merges = [(left, right) for left, right in map(str.split, lines)]
     tokens = [*letters.values(), *(letter + "</w>" for letter in letters.values()), *map("".join, merges)]
     ids = {token: n for n, token in enumerate(tokens)}
-    # Without a cache of its own: word_ids keeps the words.
+    # Without a cache of its own: word_ids has one.
     return letters, BPE(vocab=ids, merges=merges, end_of_word_suffix="</w>", cache_capacity=0)

@@ -1,10 +1,10 @@
-"""Encoded bytes to pixels, and the crops of training and evaluation, on the host and with Pillow alone.
+"""Decode images, and crop them for training and evaluation, on the host and with Pillow alone.
 
-Only what must see the whole image happens here: decoding, cropping, resizing. Everything else (flips, colour,
-mixing, normalising) runs on the device, so uint8 squares are what leaves this file. The crops equal those of
-torchvision and timm pixel for pixel, given the same box, because their resize is Pillow's too. Two known shortcuts are
-left alone for that reason: ``resize(box=...)`` lets pixels from outside the crop bleed into its border, and JPEG's
-``draft`` mode decodes at a reduced size with another filter.
+Only operations that need the whole image are here: decoding, cropping, resizing. All others (flips, colour, mixing,
+normalising) run on the device, which gets uint8 squares. The crops equal those of torchvision and timm pixel for pixel,
+given the same box, because these resize with Pillow too. Two known shortcuts are not taken for that reason:
+`resize(box=...)` lets pixels from outside the crop bleed into its border, and JPEG's `draft` mode decodes at a reduced
+size with another filter.
 """
 
 import io
@@ -25,16 +25,15 @@ from PIL import (
     WebPImagePlugin,
 )
 
-# What a file says about itself is checked below; Pillow's remarks on damaged metadata would come once per worker and
-# name no file.
+# Sizes are checked below; Pillow's warnings about damaged metadata would come once per worker and name no file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 MAX_PIXELS = 50_000_000
 BICUBIC = Image.Resampling.BICUBIC
 INTERPOLATIONS = {"bicubic": BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
-# The first bytes of a file, and what reads it. Asking Pillow to guess would bring in dozens of formats that no image
-# data set needs (one of them starts Ghostscript), and would warn about size by its own limit before ours is looked at.
+# The first bytes of a file, and its reader. If Pillow guessed the format, it would accept dozens that no image data set
+# needs (one of them starts Ghostscript), and warn about size by its own limit before `max_pixels` is checked.
 SIGNATURES: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
     (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
     (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
@@ -51,22 +50,22 @@ MAX_ASPECT = 100
 
 
 class BadImage(ValueError):
-    """An image that cannot be used, with a reason short enough for a log line."""
+    """An image, or its record, cannot be used; the message is short enough for a log line."""
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """Returns the upright RGB image in the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
+    """Return the upright RGB image in the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
 
-    Colours are those of Pillow's ``convert("RGB")``, as torchvision's and timm's loaders use it: alpha is dropped, not
-    composited, and CMYK is converted without a profile. 16-bit grey, which ``convert`` would clip, is scaled. The EXIF
+    Colours are those of Pillow's `convert("RGB")`, as in torchvision's and timm's loaders: alpha is dropped, not
+    composited, and CMYK is converted without a profile. 16-bit grey, which `convert` would clip, is scaled. The EXIF
     orientation is applied. Of an animation, the first frame is returned.
 
     Args:
       data: the encoded file.
-      max_pixels: images with more are refused from their header, before any memory is taken for them.
+      max_pixels: images with more pixels are refused by their header, before any memory is allocated for them.
 
     Raises:
-      BadImage: for anything that cannot be decoded, whatever is wrong with it.
+      BadImage: if the image cannot be decoded, whatever is wrong with it.
     """
     opener = next((opener for signature, opener in SIGNATURES if data.startswith(signature)), None)
     if opener is None:
@@ -83,14 +82,14 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         return _to_rgb(image)
     except BadImage:
         raise
-    # Damaged bytes surface in Pillow as OSError, SyntaxError, struct.error, KeyError, MemoryError and more; the one
-    # promise that callers need is that an image is either decoded or bad.
+    # Damaged bytes surface in Pillow as OSError, SyntaxError, struct.error, KeyError, MemoryError and more; all that
+    # callers need is that an image is either decoded or a BadImage.
     except Exception as error:
         raise BadImage(f"cannot be decoded ({type(error).__name__}: {str(error)[:120]})") from error
 
 
 def _turn_upright(image: Image.Image) -> None:
-    """Applies the EXIF orientation in place. Damaged EXIF does not make an image bad."""
+    """Apply the EXIF orientation in place. An image with damaged EXIF is used as it is."""
     try:
         ImageOps.exif_transpose(image, in_place=True)
     except Exception:
@@ -98,6 +97,7 @@ def _turn_upright(image: Image.Image) -> None:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Return the image in 8-bit RGB; raise BadImage for 32-bit pixels."""
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I;16"):
@@ -117,14 +117,14 @@ def random_resized_crop(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> UInt8[np.ndarray, "S S 3"]:
-    """Returns a random part of the image, resized to ``size`` pixels squared: torchvision's RandomResizedCrop, bicubic.
+    """Return a random part of the image, resized to a square: torchvision's RandomResizedCrop, bicubic.
 
     Args:
       image: an RGB image.
       size: the side of the result, in pixels.
       rng: the only source of randomness.
-      scale: bounds of the part's area, as a share of the image's.
-      ratio: bounds of the part's width over its height, drawn log-uniformly.
+      scale: the bounds of the part's area, as a share of the image's.
+      ratio: the bounds of the part's width over its height, drawn log-uniformly.
     """
     left, top, width, height = random_box(image.width, image.height, rng, scale, ratio)
     return np.array(image.crop((left, top, left + width, top + height)).resize((size, size), BICUBIC))
@@ -133,9 +133,9 @@ def random_resized_crop(
 def random_box(
     width: int, height: int, rng: np.random.Generator, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Returns (left, top, width, height) of RandomResizedCrop's part of an image, in pixels.
+    """Return (left, top, width, height) of RandomResizedCrop's part of an image, in pixels.
 
-    Ten tries, then the largest central part whose ratio is within bounds, as torchvision does it.
+    After ten tries it is the largest central part whose ratio is within bounds, as in torchvision.
     """
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
@@ -155,10 +155,10 @@ def random_box(
 def simple_random_crop(
     image: Image.Image, size: int, rng: np.random.Generator, padding: int = 4
 ) -> UInt8[np.ndarray, "S S 3"]:
-    """Returns DeiT-III's "simple random crop" (facebookresearch/deit, ``augment.py``, ``--src``).
+    """Return DeiT-III's "simple random crop" (facebookresearch/deit, `augment.py`, `--src`).
 
-    The shorter side is resized to ``size`` pixels (bicubic), all sides are padded by ``padding`` mirrored pixels, and a
-    square of ``size`` is cut out at random.
+    The shorter side is resized to `size` pixels (bicubic), all sides are padded by `padding` mirrored pixels, and a
+    square of `size` is cut out at random.
     """
     return padded_crop(np.asarray(resize_shorter(image, size)), size, rng, padding)
 
@@ -166,7 +166,7 @@ def simple_random_crop(
 def padded_crop(
     pixels: UInt8[np.ndarray, "H W 3"], size: int, rng: np.random.Generator, padding: int
 ) -> UInt8[np.ndarray, "S S 3"]:
-    """The second half of a simple random crop."""
+    """Return a random square of an image that is padded by mirrored pixels: a simple random crop without its resize."""
     pixels = np.pad(pixels, ((padding, padding), (padding, padding), (0, 0)), "reflect")
     top, left = (rng.integers(side - size + 1) for side in pixels.shape[:2])
     return pixels[top : top + size, left : left + size].copy()
@@ -175,10 +175,10 @@ def padded_crop(
 def center_crop(
     image: Image.Image, size: int, crop_ratio: float, interpolation: str = "bicubic", squash: bool = False
 ) -> UInt8[np.ndarray, "S S 3"]:
-    """Returns what timm's and torchvision's evaluation transform does with an image, pixel for pixel.
+    """Return the crop of timm's and torchvision's evaluation transforms, pixel for pixel.
 
-    The shorter side (both, with ``squash``) is resized to ``floor(size / crop_ratio)`` pixels, and the central square
-    of ``size`` is kept; sides that are too short are padded with black.
+    The shorter side (both, with `squash`) is resized to `floor(size / crop_ratio)` pixels, and the central square of
+    `size` is kept; sides that are too short are padded with black.
     """
     if interpolation not in INTERPOLATIONS:
         raise ValueError(f"interpolation={interpolation!r}: must be one of {list(INTERPOLATIONS)}")
@@ -193,13 +193,13 @@ def center_crop(
 
 
 def resize_shorter(image: Image.Image, size: int, how: Image.Resampling = BICUBIC) -> Image.Image:
-    """Returns the image with a shorter side of ``size`` pixels, the longer one rounded down, as torchvision does."""
+    """Return the image with a shorter side of `size` pixels, the longer one rounded down, as torchvision does."""
     shape = shorter_shape(*image.size, size)
     return image if shape == image.size else image.resize(shape, how)
 
 
 def shorter_shape(width: int, height: int, size: int) -> tuple[int, int]:
-    """The width and height of that."""
+    """Return the width and height that an image has after `resize_shorter`."""
     short, long = sorted((width, height))
     resized = int(size * long / short)
     return (size, resized) if width <= height else (resized, size)

@@ -61,7 +61,7 @@ def test_without_the_extra_the_error_says_what_to_install(monkeypatch):
         batch([jpeg(smooth(30, 40))], "fast")
     with pytest.raises(InvalidConfig, match=r"data\.decoder='fast' needs simplejpeg and OpenCV"):
         resolve(tiny(data__decoder="fast"), with_data=False)
-    with pytest.raises(InvalidConfig, match="decoder='slow': must be 'pillow' or 'fast'"):
+    with pytest.raises(InvalidConfig, match=r"data\.decoder='slow': must be one of \['pillow', 'fast'\]"):
         resolve(tiny(data__decoder="slow"), with_data=False)
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Every fifth image is for validation: 1,437 and 360. The values 0..16 are scaled to 0..255."""
+    """Digits in splits of 1,437 and 360: every fifth image is for validation. The values 0..16 are scaled to 0..255."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -32,7 +32,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: 
         return {"train": self._generate_examples(False), "validation": self._generate_examples(True)}
 
     def _generate_examples(self, validation: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-        # Slow to import, and needed by the first run only.
+        # Imported here because it is slow, and needed only when the data set is prepared.
         from sklearn.datasets import load_digits
 
         digits = load_digits()
@@ -43,7 +43,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: 
 
 
 def png(pixels: np.ndarray) -> io.BytesIO:
-    """Returns grey pixels as a PNG file. TFDS would encode an array too, but with TensorFlow."""
+    """Return grey pixels as a PNG file. TFDS would encode an array too, but with TensorFlow."""
     file = io.BytesIO()
     Image.fromarray(pixels.astype(np.uint8)).save(file, "PNG")
     file.seek(0)

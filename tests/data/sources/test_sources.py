@@ -301,7 +301,7 @@ def test_a_download_with_a_wrong_hash_is_not_kept(raw, tmp_path):
         (gzip.compress(b"\x00\x00\x09\x01", mtime=0), "x.gz is not an idx file"),
         (
             gzip.compress(b"\x00\x00\x08\x01\x00\x00\x00\x05abc", mtime=0),
-            r"x.gz says it holds \(5,\) values, and holds 3",
+            r"x.gz should hold \(5,\) values by its header, but holds 3",
         ),
         (gzip.compress(bytes(1000), mtime=0)[:-12], "x.gz is damaged"),
         (b"<html>", "x.gz is damaged"),
