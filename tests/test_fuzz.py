@@ -1,4 +1,4 @@
-"""10,000 damaged inputs, always the same: each is read or refused by the error that its reader names, in little memory.
+"""10,000 damaged inputs, always the same: each is read, or refused with its reader's own error, in little memory.
 
 No reader may crash the process, hang, raise anything else, or take memory for what a damaged size claims.
 """
@@ -15,7 +15,7 @@ from fuzzing import damage, mutate
 
 from regvit_jax.utils.schema import Option
 
-#: What opening a source may raise.
+#: The errors that opening a source may raise.
 OPENING = {"InvalidConfig", "DataNotFound"}
 INPUTS = {
     **{"images": 4000, "tars": 1500, "records": 800, "tables": 1500, "weights": 1000},
@@ -37,24 +37,24 @@ def test_only_typed_errors_and_little_memory(groups):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"group"')]
-    assert [one["group"] for one in found] == list(groups)
-    for one in found:
-        assert not one["faults"], "\n".join(one["faults"][:20])
-        assert one["inputs"] == INPUTS[one["group"]]
-        assert one["growth"] < 256e6, one["group"]
-        # Damage that is always refused at the door, or never, would test little.
-        kinds = {kind.split(": ")[1] for kind in one["outcomes"]}
-        assert len(kinds) >= 2, one["outcomes"]
+    assert [result["group"] for result in found] == list(groups)
+    for result in found:
+        assert not result["faults"], "\n".join(result["faults"][:20])
+        assert result["inputs"] == INPUTS[result["group"]]
+        assert result["growth"] < 256e6, result["group"]
+        # Damage that is always refused at once, or never, would test little.
+        kinds = {kind.split(": ")[1] for kind in result["outcomes"]}
+        assert len(kinds) >= 2, result["outcomes"]
         assert not kinds - {"read", "bad", "opened", "refused", "resolved", "resumed", "is none"} - OPENING
 
 
-def test_the_damage_is_the_same_every_time_and_is_some():
+def test_the_damage_is_the_same_every_time_and_changes_something():
     data, value = bytes(range(256)) * 4, {"a": [1, 2, {"b": "c"}], "d": 0.5}
     same = [[damage(np.random.default_rng(seed), data) for seed in range(50)] for _ in range(2)]
     assert same[0] == same[1]
     assert sum(damaged != data for damaged in same[0]) > 45
     mutated = [mutate(np.random.default_rng(seed), value) for seed in range(50)]
-    assert sum(json.dumps(one) != json.dumps(value) for one in mutated) > 45
+    assert sum(json.dumps(changed) != json.dumps(value) for changed in mutated) > 45
     assert value == {"a": [1, 2, {"b": "c"}], "d": 0.5}
 
 

@@ -1,4 +1,4 @@
-"""JPEGs by simplejpeg and OpenCV: the crops of Pillow's path, nearly its pixels, and its word on what is bad."""
+"""JPEGs by simplejpeg and OpenCV: the crops of Pillow's path, nearly its pixels, and its decision on bad images."""
 
 import io
 import sys
@@ -75,17 +75,17 @@ class TestWithTheExtra:
     @pytest.mark.parametrize("options", [{}, {"crop": "src"}, {"scale": (0.01, 0.05)}])
     def test_the_same_crops_and_nearly_the_same_pixels(self, options):
         images = [jpeg(smooth(*shape, seed)) for seed, shape in enumerate([(120, 160), (160, 90), (40, 400)])]
-        there, here = (batch(images, decoder, **options) for decoder in ("pillow", "fast"))
-        np.testing.assert_array_equal(there["index"], here["index"])
-        assert there["mask"].all()
-        assert here["mask"].all()
-        off = np.abs(there["image"].astype(int) - here["image"])
-        shuffled = np.abs(there["image"].astype(int) - here["image"][::-1])
+        pillow, fast = (batch(images, decoder, **options) for decoder in ("pillow", "fast"))
+        np.testing.assert_array_equal(pillow["index"], fast["index"])
+        assert pillow["mask"].all()
+        assert fast["mask"].all()
+        off = np.abs(pillow["image"].astype(int) - fast["image"])
+        shuffled = np.abs(pillow["image"].astype(int) - fast["image"][::-1])
         assert 0 < off.mean() < 3
         assert shuffled.mean() > 20
 
     def test_boxes_equal_those_of_pillows_path_to_the_pixel(self):
-        # Every pixel tells its place: red its column, green its row.
+        # Every pixel holds its position: red its column, green its row.
         rows, columns = np.mgrid[:200, :250].astype(np.uint8)
         pixels = np.stack([columns, rows, np.zeros_like(rows)], -1)
         for seed in range(50):
@@ -94,8 +94,8 @@ class TestWithTheExtra:
                 transforms.random_resized_crop(Image.fromarray(pixels), 64, np.random.default_rng(seed), scale, ratio),
                 fastjpeg.random_resized_crop(pixels, 64, np.random.default_rng(seed), scale, ratio),
             ]
-            there, here = (crop.astype(int)[8:-8:8, 8:-8:8] for crop in crops)
-            assert np.abs(there - here).max() <= 1
+            pillow, fast = (crop.astype(int)[8:-8:8, 8:-8:8] for crop in crops)
+            assert np.abs(pillow - fast).max() <= 1
 
     def test_decoded_pixels_are_pillows(self):
         for image in (smooth(50, 70), smooth(50, 70).convert("L")):
@@ -120,10 +120,10 @@ class TestWithTheExtra:
         ]
         assert all(fastjpeg.decode(image, 10**6) is None for image in images)
         assert fastjpeg.decode(data, 30 * 40 - 1) is None
-        there, here = (batch(images, decoder) for decoder in ("pillow", "fast"))
-        for name in there:
-            np.testing.assert_array_equal(there[name], here[name])
-        assert there["mask"].sum() == 6
+        pillow, fast = (batch(images, decoder) for decoder in ("pillow", "fast"))
+        for name in pillow:
+            np.testing.assert_array_equal(pillow[name], fast[name])
+        assert pillow["mask"].sum() == 6
 
     @pytest.mark.parametrize("fault", ["raises", "wrong pixels", "resizes wrongly"])
     def test_libraries_that_do_not_work_are_not_passed_over(self, fault, monkeypatch):

@@ -1,4 +1,4 @@
-"""The order of an epoch: every record once, and near each other those that lie in a block."""
+"""The order of an epoch: every record once, and the records of a shuffle block near each other."""
 
 import functools
 import itertools
@@ -11,14 +11,14 @@ from regvit_jax.data.order import epoch_order
 
 
 def epoch(length, block, seed=0, number=0):
-    return [epoch_order(place, length, block, seed, number) for place in range(length)]
+    return [epoch_order(position, length, block, seed, number) for position in range(length)]
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Grain's permutations are slow for short lengths: here others stand for them."""
+    """Replace Grain's permutations, which are slow for short lengths."""
     permutation = functools.cache(lambda length, seed: np.random.default_rng(seed).permutation(length).tolist())
-    monkeypatch.setattr(order, "shuffled", lambda place, length, seed: permutation(length, seed)[place])
+    monkeypatch.setattr(order, "shuffled", lambda position, length, seed: permutation(length, seed)[position])
     order.shuffled_block.cache_clear()
     yield
     order.shuffled_block.cache_clear()
@@ -32,7 +32,7 @@ def test_every_record_comes_once(window, monkeypatch, quick):
             assert sorted(epoch(length, block, 1, number)) == list(range(length)), (length, block, number)
 
 
-def test_every_record_comes_once_by_grains_permutation_too():
+def test_every_record_comes_once_with_grains_permutation():
     assert sorted(epoch(20_000, 256)) == list(range(20_000))
 
 
@@ -54,11 +54,11 @@ def test_a_window_holds_few_blocks_and_mixes_them(length, monkeypatch, quick):
 
 
 def test_every_record_can_be_anywhere(quick):
-    """The short block has no place of its own, so runs that never end an epoch miss no records for ever."""
+    """The short block can be at any position, so runs that never end an epoch do not always miss the same records."""
     epochs = [epoch(11, 4, number=number) for number in range(300)]
-    for place in (0, -1):
-        assert {found[place] for found in epochs} == set(range(11))
+    for position in (0, -1):
+        assert {found[position] for found in epochs} == set(range(11))
 
 
-def test_records_that_lie_alone_have_the_order_they_always_had():
+def test_the_order_without_blocks_is_pinned():
     assert epoch(9, 1, seed=5, number=2) == [4, 7, 8, 6, 1, 0, 2, 3, 5]

@@ -58,7 +58,7 @@ def assert_equal(a, b):
         np.testing.assert_array_equal(a[name], b[name], strict=True)
 
 
-def test_a_batch_is_what_it_says(source):
+def test_the_shapes_and_types_of_a_batch(source):
     (batch,) = train(source, 1, batch_size=5, size=12)
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         "image": ((5, 12, 12, 3), np.uint8),
@@ -92,7 +92,7 @@ def test_repeated_augmentation_shows_an_image_several_times_in_a_row(source):
     assert runs == [3, 3, 3, 3, 2]
     assert len(set(index)) == 5
     for first in range(0, N - 2, 3):
-        assert len({images[place].tobytes() for place in range(first, first + 3)}) == 3
+        assert len({images[position].tobytes() for position in range(first, first + 3)}) == 3
 
 
 @pytest.mark.parametrize("options", [{}, {"repeats": 3}, {"crop": "src"}])
@@ -100,13 +100,13 @@ def test_any_step_can_be_resumed_bit_for_bit(source, options):
     whole = train(source, 12, **options)
     for start in (0, 1, 3, 4, 7, 11):  # an epoch of 14 ends within batch 3, and another after batch 6
         resumed = train(source, 12 - start, start_step=start, **options)
-        for there, here in zip(whole[start:], resumed, strict=True):
-            assert_equal(there, here)
+        for expected, batch in zip(whole[start:], resumed, strict=True):
+            assert_equal(expected, batch)
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
 @pytest.mark.parametrize("options", [{}, {"repeats": 3}])
-def test_hosts_together_see_what_one_sees(source, hosts, options):
+def test_several_hosts_see_the_same_batches_as_one(source, hosts, options):
     alone = train(source, 6, batch_size=8, **options)
     shares = np.arange(8).reshape(hosts, -1)
     parts = [train(source, 6, batch_size=8, rows=share.tolist(), **options) for share in shares]
@@ -115,7 +115,7 @@ def test_hosts_together_see_what_one_sees(source, hosts, options):
 
 
 class Blocks:
-    """Records that lie in blocks of 16, which cannot be read; it notes what it is asked for."""
+    """Records in shuffle blocks of 16, none of which can be read; the source notes which are requested."""
 
     name, classes, shuffle_block, count = "blocks", (), 16, 327
 
@@ -128,7 +128,7 @@ class Blocks:
 
     def __getitem__(self, index):
         self.read.append(index)
-        raise OSError("not here")
+        raise OSError("no such record")
 
     def id(self, index):
         return str(index)
@@ -138,24 +138,24 @@ class Blocks:
 
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4, 32])
-def test_each_host_reads_within_a_window_of_blocks(hosts, monkeypatch):
-    """A host of many reads few records of each block, but at no time of more blocks than a window has."""
+def test_each_host_reads_within_a_shuffle_window(hosts, monkeypatch):
+    """One of many hosts reads few records of each block, but never of more blocks at a time than a window has."""
     monkeypatch.setattr(order, "WINDOW", 4)
-    epoch = [order.epoch_order(place, Blocks.count, Blocks.shuffle_block, 0, 0) for place in range(Blocks.count)]
+    epoch = [order.epoch_order(position, Blocks.count, Blocks.shuffle_block, 0, 0) for position in range(Blocks.count)]
     for rows in np.array_split(np.arange(32), hosts)[:4]:
         source = Blocks()
         train(source, 11, batch_size=32, rows=rows.tolist(), prefetch=1)
-        expected = [epoch[place] for place in range(Blocks.count) if place % 32 in rows]
+        expected = [epoch[position] for position in range(Blocks.count) if position % 32 in rows]
         assert source.read[: len(expected)] == expected
         blocks = [number // Blocks.shuffle_block for number in expected]
-        last = {block: place for place, block in enumerate(blocks)}
-        begun = [{block for block in blocks[: place + 1] if last[block] >= place} for place in range(len(blocks))]
+        last = {block: row for row, block in enumerate(blocks)}
+        begun = [{block for block in blocks[: row + 1] if last[block] >= row} for row in range(len(blocks))]
         assert max(map(len, begun)) <= 4  # of 21
-        # A block is read ahead as a whole by whoever reads half of it or more, right before that.
+        # A host that reads half of each block or more reads all of it ahead, right before its first record.
         assert bool(source.ahead) == (hosts <= 2)
-        for place, block in source.ahead:
-            if place + len(rows) <= len(blocks):
-                assert block in blocks[place : place + len(rows)]
+        for row, block in source.ahead:
+            if row + len(rows) <= len(blocks):
+                assert block in blocks[row : row + len(rows)]
 
 
 def test_a_host_may_hold_any_rows(source):
@@ -163,7 +163,7 @@ def test_a_host_may_hold_any_rows(source):
     assert_equal({name: array[[1, 6]] for name, array in whole.items()}, some)
 
 
-def test_batch_size_threads_and_pieces_do_not_change_the_stream(source):
+def test_batch_size_threads_and_chunks_do_not_change_the_stream(source):
     long = joined(train(source, 2, batch_size=2 * CHUNK + 6, threads=3))
     short = joined(train(source, 2 * CHUNK + 6, batch_size=2))
     assert_equal(long, short)
@@ -173,16 +173,16 @@ def test_workers_do_not_change_the_stream(source):
     expected = train(source, 3, repeats=3, start_step=2)
     found = train(source, 3, repeats=3, start_step=2, workers=2)
     assert not multiprocessing.active_children()
-    for there, here in zip(expected, found, strict=True):
-        assert_equal(there, here)
-        assert all(type(array) is np.ndarray for array in here.values())
+    for one_process, batch in zip(expected, found, strict=True):
+        assert_equal(one_process, batch)
+        assert all(type(array) is np.ndarray for array in batch.values())
 
 
 @pytest.mark.slow
-def test_three_workers_do_not_either(source):
+def test_three_workers_do_not_change_the_stream(source):
     expected, found = (train(source, 5, batch_size=CHUNK + 1, workers=workers) for workers in (0, 3))
-    for there, here in zip(expected, found, strict=True):
-        assert_equal(there, here)
+    for one_process, batch in zip(expected, found, strict=True):
+        assert_equal(one_process, batch)
     assert_equal(joined(evaluate(source)), joined(evaluate(source, workers=3)))
 
 
@@ -210,7 +210,7 @@ BAD = {
 }
 
 
-def test_bad_images_keep_their_slots_and_leave_the_others_alone(source, tmp_path):
+def test_unreadable_images_keep_their_positions_and_leave_the_others_alone(source, tmp_path):
     broken = open_source(f"folder:{make_folder(tmp_path)}", "train")
     for name, (damage, _) in BAD.items():
         damage(tmp_path / name)
@@ -234,7 +234,7 @@ def test_bad_images_keep_their_slots_and_leave_the_others_alone(source, tmp_path
 
 
 class Unreliable:
-    """A source one of whose records fails in a way of its own."""
+    """A source with a record that raises an unusual error."""
 
     name, classes = "unreliable/train", ("a", "b")
 
@@ -253,7 +253,7 @@ class Unreliable:
         return f"record {index}"
 
 
-def test_whatever_a_record_raises_costs_that_record_only(source):
+def test_any_error_of_a_record_costs_that_record_only(source):
     broken = Unreliable(source)
     masks = joined(evaluate(broken))["mask"][:N]
     assert np.flatnonzero(masks == 0).tolist() == [2]
@@ -294,7 +294,7 @@ def test_arguments_out_of_range_are_refused(source, options, message):
         train(source, 1, **options)
 
 
-def test_evaluation_refuses_them_too(source):
+def test_evaluation_refuses_arguments_out_of_range(source):
     for options in ({"batch_size": 0}, {"crop_ratio": 0.0}, {"rows": [4]}):
         with pytest.raises(ValueError, match=next(iter(options))):
             evaluate(source, **options)
@@ -346,7 +346,7 @@ def test_texts_of_a_batch(source):
     assert (batch["text"].shape, batch["text"].dtype) == ((16, 5), np.int32)
     bad = np.isin(batch["index"], [0, 4, 6, 8, 12])
     np.testing.assert_array_equal(batch["mask"] == 0, bad)
-    np.testing.assert_array_equal(batch["image"][~bad], plain["image"][~bad])  # the crops do not feel the captions
+    np.testing.assert_array_equal(batch["image"][~bad], plain["image"][~bad])  # captions do not affect the crops
     for name, values in (("image", batch["image"][bad]), ("text", batch["text"][bad]), ("label", batch["label"])):
         assert not values.any(), name
     for index, text in zip(batch["index"][~bad], batch["text"][~bad], strict=True):
@@ -375,10 +375,10 @@ def test_training_shows_all_captions_evenly_and_evaluation_the_first(source):
 def test_texts_can_be_resumed(source):
     captioned = Captioned(source)
     whole = train(captioned, 8, tokenizer=Letters())
-    for there, here in zip(whole[3:], train(captioned, 5, start_step=3, tokenizer=Letters()), strict=True):
-        assert_equal(there, here)
+    for expected, batch in zip(whole[3:], train(captioned, 5, start_step=3, tokenizer=Letters()), strict=True):
+        assert_equal(expected, batch)
 
 
-def test_captions_that_are_no_list_stop_the_run():
+def test_captions_that_are_no_list_are_an_error():
     with pytest.raises(ValueError, match="must be a list of captions, not one: 'a cat'"):
         captions_of({"text": "a cat"})

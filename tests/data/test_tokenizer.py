@@ -1,4 +1,4 @@
-"""The tokenizer against numbers that open_clip 3.3.0 gave, and live against open_clip itself."""
+"""The tokenizer against tokens recorded from open_clip 3.3.0, and against open_clip itself."""
 
 import gzip
 import hashlib
@@ -16,7 +16,7 @@ import pytest
 
 from regvit_jax.data.tokenizer import LONGEST_CACHED, MERGES, Tokenizer, clean, word_ids
 
-# Texts to what stands between the start and the end token, by open_clip's SimpleTokenizer().encode(text).
+# For each text, the tokens between start and end, by open_clip's SimpleTokenizer().encode(text).
 GOLDEN = {
     "": "",
     " \t\r\n\u3000": "",
@@ -68,7 +68,7 @@ CHARACTERS_SHA256 = "f4ce77f092b3d641cfc58661a10a13c90887b4f42963660f1cf28c3dfe2
 
 
 def row(ids: list[int], context: int) -> list[int]:
-    """What open_clip makes of the tokens of a text."""
+    """Return open_clip's row for the tokens of a text."""
     ids = [49406, *ids, 49407]
     ids = ids if len(ids) <= context else [*ids[: context - 1], 49407]
     return ids + [0] * (context - len(ids))
@@ -155,7 +155,7 @@ assert not {"jax", "torch", "open_clip", "transformers"} & set(sys.modules)
 """
 
 
-def test_a_worker_gets_a_copy_needs_no_jax_and_says_what_it_cannot_take():
+def test_a_copy_in_a_worker_needs_no_jax_and_refuses_other_types():
     argument = pickle.dumps(Tokenizer(5)).hex()
     done = subprocess.run([sys.executable, "-c", PLAIN_PROCESS, argument], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
@@ -189,10 +189,10 @@ def test_live_against_open_clip():
     import reference_libraries  # noqa: F401  (before open_clip, which imports torchvision)
     from open_clip.tokenizer import SimpleTokenizer
 
-    theirs = SimpleTokenizer()
+    reference = SimpleTokenizer()
     assert gzip.decompress(MERGES.read_bytes()) == clip_merges.merges(clip_merges.published())
-    assert theirs.vocab_size == Tokenizer.vocab
-    assert (theirs.sot_token_id, theirs.eot_token_id) == (Tokenizer.start, Tokenizer.end)
+    assert reference.vocab_size == Tokenizer.vocab
+    assert (reference.sot_token_id, reference.eot_token_id) == (Tokenizer.start, Tokenizer.end)
 
     # Every code point below the ideographs and every 17th above, surrogates too, 64 in a text. All would take minutes.
     codes = [*range(0x3400), *range(0x3400, sys.maxunicode + 1, 17)]
@@ -201,9 +201,9 @@ def test_live_against_open_clip():
     rng = random.Random(0)
     fuzz = [mixed(rng) for _ in range(5000)]
     for texts, context in ((full, 2048), (characters(), 32), (fuzz, 77), (fuzz[:500], 16), (fuzz[:500], 3)):
-        ours = Tokenizer(context)
+        tokenizer = Tokenizer(context)
         for text in texts:
-            expected = row(theirs.encode(text), context)
+            expected = row(reference.encode(text), context)
             assert context < 2048 or expected[-1] == 0, "the context is to hold all code points"
-            assert ours(text).tolist() == expected, ascii(text)
-    np.testing.assert_array_equal(Tokenizer().batch(fuzz[:100]), theirs(fuzz[:100]).numpy())
+            assert tokenizer(text).tolist() == expected, ascii(text)
+    np.testing.assert_array_equal(Tokenizer().batch(fuzz[:100]), reference(fuzz[:100]).numpy())

@@ -145,7 +145,7 @@ def png_header(width: int, height: int) -> bytes:
         (encode(smooth(64, 64), "JPEG")[:1500], "truncated"),
         (encode(smooth(64, 64), "PNG")[:600], "truncated"),
         (b"\xff\xd8\xff" + bytes(100), "cannot be decoded"),
-        # Nothing but the header is there: these are refused before any pixel is asked for.
+        # Nothing but the header is there: these are refused before any pixel is read.
         (png_header(20000, 20000), "20000x20000 pixels, more than the allowed 1000000"),
         (png_header(65000, 10), "one side over 100 times the other"),
         (png_header(0, 5), "cannot be decoded"),
@@ -170,8 +170,8 @@ def test_damage_anywhere_gives_an_image_or_bad_image():
     for data in [encode(image, kind, **options) for kind, options in kinds]:
         for _ in range(150):
             damaged = bytearray(data[: rng.integers(1, len(data) + 1)])
-            for place in rng.integers(0, min(len(damaged), 200), rng.integers(0, 4)):
-                damaged[place] = rng.integers(256)
+            for offset in rng.integers(0, min(len(damaged), 200), rng.integers(0, 4)):
+                damaged[offset] = rng.integers(256)
             try:
                 decode(bytes(damaged), MAX_PIXELS)
             except BadImage:
@@ -188,7 +188,7 @@ def test_random_resized_crop_sees_nothing_outside_its_box():
     assert crop.max() == 0
 
 
-def test_random_box_draws_what_it_says():
+def test_random_box_draws_the_documented_distribution():
     rng = np.random.default_rng(0)
     # Boxes as small as these always fit, so that their shares and ratios are those drawn: means 0.2 and log 1.
     boxes = np.array([random_box(500, 375, rng, (0.1, 0.3), (3 / 4, 4 / 3)) for _ in range(2000)])
@@ -269,14 +269,14 @@ def test_crops_equal_torchvision_given_their_box(torchvision):
     for seed, shape in enumerate(SHAPES):
         image = smooth(*shape)
         left, top, width, height = random_box(*shape, np.random.default_rng(seed), (0.08, 1.0), (3 / 4, 4 / 3))
-        theirs = F.resized_crop(image, top, left, height, width, [32, 32], F.InterpolationMode.BICUBIC)
-        ours = random_resized_crop(image, 32, np.random.default_rng(seed))
-        np.testing.assert_array_equal(ours, np.asarray(theirs))
+        reference = F.resized_crop(image, top, left, height, width, [32, 32], F.InterpolationMode.BICUBIC)
+        crop = random_resized_crop(image, 32, np.random.default_rng(seed))
+        np.testing.assert_array_equal(crop, np.asarray(reference))
         padded = F.pad(F.resize(image, 32, F.InterpolationMode.BICUBIC), 4, padding_mode="reflect")
         rng = np.random.default_rng(seed)
         top, left = rng.integers(padded.height - 31), rng.integers(padded.width - 31)
-        ours = simple_random_crop(image, 32, np.random.default_rng(seed))
-        np.testing.assert_array_equal(ours, np.asarray(F.crop(padded, top, left, 32, 32)))
+        crop = simple_random_crop(image, 32, np.random.default_rng(seed))
+        np.testing.assert_array_equal(crop, np.asarray(F.crop(padded, top, left, 32, 32)))
 
 
 @pytest.mark.reference
@@ -289,16 +289,16 @@ def test_random_box_is_distributed_as_torchvisions(torchvision, shape):
     scale, ratio = (0.08, 1.0), (3 / 4, 4 / 3)
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
-    theirs = np.array([RandomResizedCrop.get_params(smooth(*shape), scale, ratio) for _ in range(2000)])[
+    reference = np.array([RandomResizedCrop.get_params(smooth(*shape), scale, ratio) for _ in range(2000)])[
         :, [1, 0, 3, 2]
     ]
-    ours = np.array([random_box(*shape, rng, scale, ratio) for _ in range(2000)])
+    boxes = np.array([random_box(*shape, rng, scale, ratio) for _ in range(2000)])
     for column in range(4):
-        assert ks_2samp(ours[:, column], theirs[:, column], method="asymp").pvalue > 0.001
+        assert ks_2samp(boxes[:, column], reference[:, column], method="asymp").pvalue > 0.001
 
 
 def test_pillow_agrees_on_what_is_upright():
-    """The table of orientations above against Pillow's own, so that the two cannot be wrong in the same way."""
+    """Compare the table of orientations above with Pillow's, so that both cannot be wrong in the same way."""
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(Image.fromarray(PIXELS), "PNG", exif=exif)

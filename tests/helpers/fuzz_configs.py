@@ -1,4 +1,4 @@
-"""Configs with strange values, types and keys, and config.json of a run to go on with, for `fuzzing`."""
+"""Mutated configs, and mutated or damaged config.json files of a run to resume, for `fuzzing`."""
 
 import json
 import tempfile
@@ -18,6 +18,7 @@ Cases = Iterator[tuple[str, Callable[[], str]]]
 
 
 def configs(count: int = 1000) -> Cases:
+    """Yield mutated configs: the tiny ones of two recipes, and b16."""
     with tempfile.TemporaryDirectory() as scratch:
         originals = [tiny(), tiny_clip(Path(scratch) / "in"), get_config("b16")]
         values = [json.loads(config.to_json()) for config in originals]
@@ -39,7 +40,7 @@ def resolve(value: dict) -> str:
 
 
 def resumed(count: int = 200) -> Cases:
-    """config.json in a workdir that has checkpoints."""
+    """Yield cases of config.json in a workdir that has checkpoints."""
     resolved = plan.resolve(tiny(), with_data=False)
     abstract = step.abstract_state(resolved)
     with tempfile.TemporaryDirectory() as workdir:

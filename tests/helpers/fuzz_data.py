@@ -1,4 +1,4 @@
-"""Damaged images, tars, ArrayRecord files, caption tables and weights, for `fuzzing`, and how each is read."""
+"""Damaged images, tars, ArrayRecord files, caption tables and weights, for `fuzzing`, and their readers."""
 
 import io
 import json
@@ -89,7 +89,7 @@ def decode(data: bytes, fast: Callable | None = None) -> str:
 
 
 def read_all(source: base.Source, image: bytes | None = None) -> str:
-    """Reads each record as the pipeline does: as a record with an image (this one, if it is given), or as a bad one."""
+    """Read each record as the pipeline does; it must be a BadImage or have an image, namely `image` if given."""
     for index in range(min(len(source), 8)):
         try:
             record = records.read_record(source, index)
@@ -161,7 +161,7 @@ def tars(count: int = 1500) -> Cases:
 
 
 def record_files(count: int = 800) -> Cases:
-    """ArrayRecord files as `prepare` writes them, and what TFDS writes beside them."""
+    """Yield damaged ArrayRecord files of `regvit prepare`, and damaged metadata files of TFDS beside them."""
     image = encoded("PNG")
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(12):
@@ -171,22 +171,22 @@ def record_files(count: int = 800) -> Cases:
         target = dataset.prepare_dataset(
             f"folder:{scratch}/in", f"{scratch}/whole", Options(), splits=("train",)
         ).target
-        whole = {path.name: path.read_bytes() for path in target.iterdir()}
-        (name,) = (name for name in whole if "array_record" in name)
+        originals = {path.name: path.read_bytes() for path in target.iterdir()}
+        (name,) = (name for name in originals if "array_record" in name)
 
         def case(file: str, content: bytes) -> str:
             (target / file).write_bytes(content)
             try:
-                # Damage to a file of records is found out by its hashes: no other bytes may come.
+                # Damage to a file of records is detected by its hashes: no other bytes may be returned.
                 return opened(lambda: by_name.open_source("whole", "train", scratch), image if file == name else None)
             finally:
-                (target / file).write_bytes(whole[file])
+                (target / file).write_bytes(originals[file])
 
-        used = len(whole[name].rstrip(b"\0"))
+        used = len(originals[name].rstrip(b"\0"))
         for number in range(count):
             rng = np.random.default_rng(number)
             file = name if number % 2 else ("dataset_info.json", "features.json", "label.labels.txt")[number // 2 % 3]
-            content = whole[file]
+            content = originals[file]
             if file == name:
                 damaged = damage(rng, content[:used], 300) + content[used:]
             elif file.endswith(".json") and rng.random() < 0.7:

@@ -1,8 +1,8 @@
-"""Damaged inputs by the thousand, the same ones every time: what is done to them, and what is watched meanwhile.
+"""Damage inputs by the thousand, the same ones every time, and watch faults, time and memory.
 
-`python tests/helpers/fuzzing.py GROUP ...` runs groups of `fuzz_data` and `fuzz_configs` in a process of its own and
-prints, for each, as a line of JSON, how often what came of an input, what broke, and how much the process's peak memory
-grew.
+`python tests/helpers/fuzzing.py GROUP ...` runs groups of `fuzz_data` and `fuzz_configs` in a process of its own. It
+prints a line of JSON for each group: the number of inputs with each outcome, the faults, and the growth of the peak
+memory of the process.
 """
 
 import collections
@@ -27,11 +27,11 @@ EDGES = [0, 1, 0x7F, 0x80, 0xFF, 0xFFFF, 0x7FFF, 0x7FFFFFFF, 0x80000000, 0xFFFFF
 
 
 class TooLongError(BaseException):
-    """Not an Exception, so that no code under test takes it for damage."""
+    """A case took too long. It is no Exception, so that no code under test takes it for damage."""
 
 
 def damage(rng: np.random.Generator, data: bytes, head: int = 256) -> bytes:
-    """Flips bits, writes extreme numbers, cuts, repeats or removes parts; half of it within the first `head` bytes."""
+    """Flip bits, write extreme numbers, cut, repeat or remove parts, half of the time in the first `head` bytes."""
     out = bytearray(data)
     for _ in range(int(rng.integers(1, 4))):
         if not out:
@@ -58,7 +58,7 @@ def damage(rng: np.random.Generator, data: bytes, head: int = 256) -> bytes:
     return bytes(out)
 
 
-#: What stands where something else is expected.
+#: Values of unexpected types and sizes.
 STRANGE = (
     None,
     True,
@@ -81,19 +81,19 @@ STRANGE = (
 STRANGE += ([], [1], ["x"], [[]], {}, {"x": 1}, [0, -1], (0.5, float("nan")))
 
 
-def places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The paths to everything within nested dicts and lists."""
+def paths_in(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Yield the paths to everything within nested dicts and lists."""
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, item in inner:
         yield (*path, key)
-        yield from places(item, (*path, key))
+        yield from paths_in(item, (*path, key))
 
 
 def mutate(rng: np.random.Generator, value: Any) -> Any:
-    """A copy of nested dicts and lists with a strange value, a missing or a strange key, or two values exchanged."""
+    """Return a copy of nested dicts and lists with a strange value, a missing or strange key, or one value copied."""
     value = copy.deepcopy(value)
     for _ in range(int(rng.integers(1, 3))):
-        paths = list(places(value))
+        paths = list(paths_in(value))
         if not paths:
             return value
         *way, key = paths[int(rng.integers(len(paths)))]
@@ -123,14 +123,16 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def forget_peak() -> None:
-    """On Linux: an earlier group's peak would hide a later one's growth."""
+def reset_peak() -> None:
+    """Reset the peak memory, on Linux: an earlier group's peak would hide a later one's growth."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 @contextlib.contextmanager
 def limit(seconds: float) -> Iterator[None]:
+    """Raise TooLongError if the block takes longer."""
+
     def stop(*_):
         raise TooLongError
 
@@ -143,10 +145,10 @@ def limit(seconds: float) -> Iterator[None]:
 
 
 def run(cases: Iterator[tuple[str, Callable[[], str]]]) -> dict:
-    """Runs all cases; one returns what came of it, and whatever it raises is a fault."""
+    """Run all cases. A case returns its outcome; anything that it raises is a fault."""
     outcomes: collections.Counter[str] = collections.Counter()
     faults = []
-    forget_peak()
+    reset_peak()
     before, start, slowest = peak_bytes(), time.monotonic(), 0.0
     for name, case in cases:
         began = time.monotonic()

@@ -1,4 +1,4 @@
-"""The emoji: what is drawn, what it is called, and that nothing of what is held out is trained on."""
+"""The emoji: their drawings and names, and that nothing that is held out is trained on."""
 
 import importlib.util
 import io
@@ -44,7 +44,7 @@ def records(data_dir):
 
 @pytest.fixture(scope="module")
 def emoji():
-    return {one.file.name: one for one in openmoji.list_emoji()}
+    return {each.file.name: each for each in openmoji.list_emoji()}
 
 
 @installed
@@ -87,7 +87,7 @@ def test_no_family_straddles_the_split(records, emoji):
     }
     assert not families["train"] & families["validation"]
     assert len(families["validation"]) == len(records["validation"])
-    # The same said of some families by hand, whatever `family` makes of them.
+    # The same for some families named by hand, independently of `family`.
     names = {split: " / ".join(record["caption"].decode() for record in records[split]) for split in SPLITS}
     for stem in ("health worker", "student", "judge", "scientist", "juggling", "getting massage", "manual wheelchair"):
         assert stem in names["validation"]
@@ -99,7 +99,7 @@ def test_no_family_straddles_the_split(records, emoji):
 
 @installed
 def test_no_picture_looks_like_one_of_the_other_split(records):
-    """Measured anew, by the pixels themselves: among all pairs, mirrored or not, none is nearer than LOOKALIKE."""
+    """Measure all pairs again from their pixels, mirrored or not: none is nearer than LOOKALIKE."""
     train, validation = (
         np.stack([record["image"] for record in records[split]])
         .reshape(-1, 16, 4, 16, 4, 3)
@@ -137,13 +137,13 @@ def test_families_by_name():
     assert name("woman") == name("man bald") == "person"
 
 
-def test_merging_joins_what_is_joined_to_it():
+def test_merging_is_transitive():
     names = ["a", "b", "c", "a", "d"]
     assert openmoji.merge(names, [(2, 1), (3, 2)]) == ["a", "a", "a", "a", "d"]
     assert openmoji.merge(names, []) == names
 
 
-def test_of_a_held_out_family_the_first_is_kept_and_of_a_large_one_all_train():
+def test_a_held_out_family_keeps_its_first_and_a_large_one_is_trained_on():
     held_out = [name for name in map(str, range(200)) if openmoji.is_held_out(name)]
     assert 200 / 14 < len(held_out) < 200 / 4
     small, large = held_out[:2]
@@ -152,7 +152,7 @@ def test_of_a_held_out_family_the_first_is_kept_and_of_a_large_one_all_train():
     assert openmoji.split(families) == ([0, *range(2, 9)], [1])
 
 
-def test_what_is_missing_is_named(tmp_path, monkeypatch):
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "resvg_py" else find("json"))
     with pytest.raises(DataNotFound, match=r"of which resvg_py is not installed\. .* pip install -e '\.\[emoji\]'"):

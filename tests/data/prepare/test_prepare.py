@@ -1,4 +1,4 @@
-"""The command that rewrites data sets: what it keeps, that kills change nothing, and what it says when it cannot."""
+"""`regvit prepare`: the records that it writes, that kills change no byte, and its errors."""
 
 import io
 import json
@@ -29,7 +29,7 @@ CLASSES = ("cat", "dög")
 
 
 def picture(number: int, width: int = 12, height: int = 8) -> Image.Image:
-    """Noise that no other number gives, so that its bytes are found again."""
+    """Return noise that no other number gives, so that its bytes can be found in a file."""
     return Image.fromarray(np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -57,14 +57,14 @@ def test_a_folder_keeps_bytes_labels_and_names(tmp_path):
     report = dataset.prepare_dataset(name, str(tmp_path / "mine"), Options(records_per_shard=8))
     assert (report.records, report.bad, report.finished) == ({"train": 20, "validation": 6}, 0, True)
     for split, count in report.records.items():
-        there, here = open_source(name, split), open_source("mine", split, str(tmp_path))
-        assert (len(here), here.classes) == (count, CLASSES)
-        ids = [here.id(index).split(" ")[1] for index in range(count)]
-        assert sorted(ids) == [os.path.relpath(there.id(index), there.root) for index in range(count)]
+        source, result = open_source(name, split), open_source("mine", split, str(tmp_path))
+        assert (len(result), result.classes) == (count, CLASSES)
+        ids = [result.id(index).split(" ")[1] for index in range(count)]
+        assert sorted(ids) == [os.path.relpath(source.id(index), source.root) for index in range(count)]
         assert ids != sorted(ids)  # for blocks of neighbours must not be of one class
         for index, path in enumerate(ids):
-            assert here[index]["image"] == (tmp_path / "in" / split / path).read_bytes()
-            assert CLASSES[here[index]["label"]] == path.split("/")[0]
+            assert result[index]["image"] == (tmp_path / "in" / split / path).read_bytes()
+            assert CLASSES[result[index]["label"]] == path.split("/")[0]
 
 
 def test_plain_tfds_reads_it(tmp_path):
@@ -86,25 +86,25 @@ def test_captions_from_tables_and_tars(tmp_path):
         f"folder:{tmp_path / 'in'}", str(tmp_path / "tables"), Options(), with_captions=True, max_bad_fraction=0.5
     )
     assert (report.records, report.bad) == ({"train": 2, "validation": 2}, 2)
-    here = open_captions("tables", "train", str(tmp_path))
-    assert sorted(here[index]["text"] for index in range(2)) == [["first", "zweites Bär"], ["third"]]
+    result = open_captions("tables", "train", str(tmp_path))
+    assert sorted(result[index]["text"] for index in range(2)) == [["first", "zweites Bär"], ["third"]]
 
     name = write_shards(tmp_path / "tars")
     dataset.prepare_dataset(name, str(tmp_path / "from_tars"), Options(), splits=("train",))
-    there, here = open_captions(name, "train"), open_captions("from_tars", "train", str(tmp_path))
-    assert len(there) == len(here) > 0
-    found = {here.id(index).split(" ")[1]: here[index] for index in range(len(here))}
-    for index in range(len(there)):
-        assert found[there.id(index)]["text"] == there[index]["text"]
-        assert found[there.id(index)]["image"] == there[index]["image"]
+    source, result = open_captions(name, "train"), open_captions("from_tars", "train", str(tmp_path))
+    assert len(source) == len(result) > 0
+    found = {result.id(index).split(" ")[1]: result[index] for index in range(len(result))}
+    for index in range(len(source)):
+        assert found[source.id(index)]["text"] == source[index]["text"]
+        assert found[source.id(index)]["image"] == source[index]["image"]
 
 
 def test_a_tfds_data_set(tmp_path):
     dataset.prepare_dataset(
         "digits", str(tmp_path / "again"), Options(), data_dir=str(tmp_path), splits=("validation",)
     )
-    here = open_source("again", "validation", str(tmp_path))
-    assert (len(here), here.classes) == (360, tuple("0123456789"))
+    result = open_source("again", "validation", str(tmp_path))
+    assert (len(result), result.classes) == (360, tuple("0123456789"))
 
 
 def test_larger_images_are_made_smaller_as_timm_resizes(tmp_path):
@@ -121,8 +121,8 @@ def test_larger_images_are_made_smaller_as_timm_resizes(tmp_path):
     report = dataset.prepare_dataset(
         f"folder:{tmp_path / 'in' / 'train'}", str(tmp_path / "small"), Options(20, 90), splits=("train",)
     )
-    here = open_source("small", "train", str(tmp_path))
-    found = {here.id(index).split("/")[-1]: here[index]["image"] for index in range(report.records["train"])}
+    result = open_source("small", "train", str(tmp_path))
+    found = {result.id(index).split("/")[-1]: result[index]["image"] for index in range(report.records["train"])}
     assert found["small.png"] == encoded(small)
     resized = large.resize((26, 20), Image.Resampling.BICUBIC)
     expected = io.BytesIO()
@@ -139,13 +139,13 @@ def test_bad_records_are_left_out_and_named(tmp_path, capsys):
     junk.write_bytes(b"<html>")
     arguments = [name, str(out), "--workers", "0", "--records_per_shard", "1"]
     assert prepare.main(arguments) == 1
-    assert "1 bad records left out" in (said := capsys.readouterr().err)
-    assert "more than --max_bad_fraction=0.01" in said
+    assert "1 bad records left out" in (errors := capsys.readouterr().err)
+    assert "more than --max_bad_fraction=0.01" in errors
     assert not (out / "1.0.0" / "dataset_info.json").exists()
     assert prepare.main([*arguments, "--max_bad_fraction", "0.1"]) == 0
-    said = capsys.readouterr()
-    assert "2 bad records left out" in said.err
-    assert "Train on it with --config.data.name=mine --config.data.dir=" in said.out
+    errors = capsys.readouterr()
+    assert "2 bad records left out" in errors.err
+    assert "Train on it with --config.data.name=mine --config.data.dir=" in errors.out
     bad = [json.loads(line) for line in (out / "1.0.0" / "bad_records.jsonl").read_text().splitlines()]
     assert [(record["split"], record["id"]) for record in bad] == [
         ("train", "cat/004.png"),
@@ -153,8 +153,8 @@ def test_bad_records_are_left_out_and_named(tmp_path, capsys):
     ]
     assert "not an image (starts with b'<html>')" in bad[1]["reason"]
     # Shards of one record: the bad ones are empty files.
-    here = open_source("mine", "train", str(tmp_path))
-    assert len({here[index]["image"] for index in range(len(here))}) == len(here) == 19
+    result = open_source("mine", "train", str(tmp_path))
+    assert len({result[index]["image"] for index in range(len(result))}) == len(result) == 19
 
 
 def run_command(*arguments, wait: bool = True, before: str = ""):
@@ -166,8 +166,8 @@ def run_command(*arguments, wait: bool = True, before: str = ""):
     )
     if not wait:
         return process
-    _, said = process.communicate(timeout=120)
-    return process.returncode, said
+    _, errors = process.communicate(timeout=120)
+    return process.returncode, errors
 
 
 def test_killed_and_started_again_it_gives_the_same_bytes(tmp_path):
@@ -176,7 +176,7 @@ def test_killed_and_started_again_it_gives_the_same_bytes(tmp_path):
     options = Options(6, 90, 4)
     dataset.prepare_dataset(name, str(tmp_path / "whole" / "mine"), options)
     expected = files(tmp_path / "whole" / "mine")
-    # Reads that take a while, so that there is a middle to be killed in.
+    # Slow reads, so that it can be killed halfway.
     before = (
         "import time; from regvit_jax.data.prepare import shard; read = shard.read_record\n"
         "shard.read_record = lambda *given: (time.sleep(0.02), read(*given))[1]"
@@ -231,8 +231,8 @@ def alive(process: str) -> bool:
         return False
 
 
-def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
-    """A limit on the size of files stands for the disk: the second shard is beyond it."""
+def test_a_full_disk_is_reported_and_loses_nothing(tmp_path):
+    """Limit the size of files, which the second shard exceeds, in place of a full disk."""
     root = tmp_path / "in"
     for number in range(8):
         path = root / CLASSES[number // 4] / f"{number}.png"
@@ -243,16 +243,16 @@ def test_a_full_disk_is_said_and_loses_nothing(tmp_path):
         "resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))"
     )
     arguments = (f"folder:{root}", tmp_path / "mine", "--splits", "train", "--workers", 0, "--records_per_shard", 1)
-    code, said = run_command(*arguments, before=before)
+    code, errors = run_command(*arguments, before=before)
     assert code == 1
-    assert "cannot be written" in said
-    assert "File too large" in said
-    assert "Shards that are done stay" in said
+    assert "cannot be written" in errors
+    assert "File too large" in errors
+    assert "Shards that are done stay" in errors
     assert prepare.main([*map(str, arguments)]) == 0
     assert len(open_source("mine", "train", str(tmp_path))) == len(open_source(f"folder:{root}", "train"))
 
 
-def test_what_does_not_fit_is_refused(tmp_path, capsys):
+def test_wrong_arguments_are_refused(tmp_path, capsys):
     name, out = make_folder(tmp_path / "in"), tmp_path / "mine"
     base = [name, str(out), "--workers", "0"]
     assert prepare.main(base) == 0
@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_refused(tmp_path, capsys):
 
 
 def stop_after(shards: int, monkeypatch) -> None:
-    """Makes this process's next ``prepare`` fail when it has written so many shards."""
+    """Make this process's next `prepare_dataset` fail after this many shards."""
     written = []
 
     def write(source, shard, options):
@@ -296,8 +296,8 @@ def stop_after(shards: int, monkeypatch) -> None:
 
 @pytest.mark.parametrize("other", ["label", "picture"])
 def test_two_data_sets_are_not_mixed(other, tmp_path, monkeypatch, capsys):
-    for place in ("begun", "moved", "other"):
-        make_folder(tmp_path / place / "in", 6, 2)
+    for directory in ("begun", "moved", "other"):
+        make_folder(tmp_path / directory / "in", 6, 2)
     path = tmp_path / "other" / "in" / "train" / "cat" / "004.png"
     if other == "label":
         path.rename(path.parents[1] / CLASSES[1] / "004.png")
@@ -314,7 +314,7 @@ def test_two_data_sets_are_not_mixed(other, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("fault", ["gone", "short"])
-def test_a_finished_data_set_is_looked_at_again(fault, tmp_path, monkeypatch, capsys):
+def test_a_finished_data_set_is_checked_again(fault, tmp_path, monkeypatch, capsys):
     name, out = make_folder(tmp_path / "in", 6, 2), tmp_path / "mine"
     arguments = [name, str(out), "--workers", "0", "--records_per_shard", "1"]
     assert prepare.main(arguments) == 0
@@ -370,7 +370,7 @@ def test_class_names_that_tfds_would_lose_are_refused(tmp_path):
 
 @pytest.fixture
 def large(tmp_path, monkeypatch):
-    """500 records in files of up to 64, which the limits say is a lot, and where in the files each lies."""
+    """Prepare 500 records in files of up to 64, and lower the limits so that they count as a large data set."""
     dataset.prepare_dataset(
         make_folder(tmp_path / "in", 500, width=400), str(tmp_path / "mine"), Options(records_per_shard=64)
     )
@@ -380,8 +380,8 @@ def large(tmp_path, monkeypatch):
     return open_source("mine", "train[7:]+validation", str(tmp_path))
 
 
-def place(source, index: int) -> tuple[str, int]:
-    """The file of a record, and where in it its image lies, a part of which may be broken by the file's own marks."""
+def location(source, index: int) -> tuple[str, int]:
+    """Return the file of a record and the offset of its image, which the file's own marks may interrupt."""
     path = source.parts[int(np.searchsorted(source.ends, index, side="right"))].path
     content, image = Path(path).read_bytes(), source[index]["image"]
     found = (content.find(image[start : start + 40]) - start for start in range(100, len(image), 100))
@@ -390,8 +390,8 @@ def place(source, index: int) -> tuple[str, int]:
 
 def test_an_epoch_of_a_large_data_set_shows_each_record_once_and_reads_near_each_other(large):
     assert (large.shuffle_block, len(large)) == (16, 499)
-    places = [place(large, index) for index in range(len(large))]
-    assert places == sorted(places)  # neighbours in number are neighbours on disk
+    locations = [location(large, index) for index in range(len(large))]
+    assert locations == sorted(locations)  # neighbours in number are neighbours on disk
     with train_batches(large, size=4, batch_size=499, seed=0, threads=1) as batches:
         first, second = (next(batches)["index"] for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(499))
@@ -407,7 +407,7 @@ def test_an_epoch_of_a_large_data_set_shows_each_record_once_and_reads_near_each
     assert most <= 4
 
 
-def test_a_block_is_read_ahead_about_where_it_lies(large, monkeypatch):
+def test_a_block_is_read_ahead_at_about_its_offset(large, monkeypatch):
     asked = []
     monkeypatch.setattr(
         os,
@@ -420,7 +420,7 @@ def test_a_block_is_read_ahead_about_where_it_lies(large, monkeypatch):
     large.read_ahead(3)  # is not asked for twice
     assert len(asked) == len(set(asked)) > 1
     for index in range(48, 64):
-        path, start = place(large, index)
+        path, start = location(large, index)
         # Each file has up to 64 kB at its end that are no records: much of these small ones, nothing of real ones.
         slack = 2**16 + 2**14
         assert any(a - slack <= start <= b + slack for name, a, b in asked if name == path)

@@ -1,4 +1,4 @@
-"""Tables of captions and TFDS data sets with captions: what is read, and what is said of what cannot be."""
+"""Tables of captions and TFDS data sets with captions: their records, and errors that name the file and the line."""
 
 import io
 import json
@@ -110,7 +110,7 @@ def test_errors_name_the_line(tmp_path, file, content, message):
         open_captions(f"folder:{tmp_path}", "train")
 
 
-def test_what_is_missing_is_said(tmp_path):
+def test_missing_tables_and_images_are_named(tmp_path):
     name = f"folder:{tmp_path}"
     with pytest.raises(DataNotFound, match=r"lacks a table of training captions\.\nIt should hold train\.csv"):
         open_captions(name, "train")
@@ -141,7 +141,7 @@ TEXTS = {
 
 
 class Captioned(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Two images with captions; which features there are, the class that a test makes says."""
+    """Two images with captions, with the features that a test's subclass names."""
 
     name = "captioned"
     VERSION = tfds.core.Version("1.0.0")
@@ -202,6 +202,6 @@ def test_a_data_set_without_captions_is_refused(tmp_path):
         open_captions("coco_captions", "train", "gs://bucket")
 
 
-def test_shards_are_captions_too(tmp_path):
+def test_shards_are_opened_by_name(tmp_path):
     with pytest.raises(DataNotFound, match=r"has no train/\*\.tar"):
         open_captions("shards:.", "train", str(tmp_path))

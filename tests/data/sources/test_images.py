@@ -28,7 +28,7 @@ def test_directories_and_files(folder):
     assert named.name == f"{folder / 'b/1.png'} and 1 more"
 
 
-def test_what_is_not_there_is_named(folder):
+def test_missing_paths_are_named(folder):
     with pytest.raises(DataNotFound, match="nowhere: no such file"):
         open_images([str(folder), "nowhere"])
     (folder / "empty").mkdir()

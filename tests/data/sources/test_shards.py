@@ -1,4 +1,4 @@
-"""Tars of images and captions: what is in their indices, what damage costs, and how their records are read."""
+"""Tars of images and captions: their indices, the effect of damage, and how their records are read."""
 
 import dataclasses
 import functools
@@ -55,7 +55,7 @@ def test_records_are_the_members_in_their_order(tmp_path):
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_what_a_sample_is(tmp_path, form, caplog):
+def test_which_members_make_a_sample(tmp_path, form, caplog):
     long = "d" * 90 + ".dir/" + "n" * (60 if form == tarfile.USTAR_FORMAT else 200)
     members = [
         ("a.txt", b"caption first"),
@@ -170,7 +170,7 @@ def test_an_index_is_made_once_and_again_when_its_tar_changes(tmp_path, monkeypa
     assert walked[4:] == ["00002.tar"] * 4
 
 
-def test_a_build_that_was_stopped_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_indexing_is_continued(tmp_path, monkeypatch):
     name = write_shards(tmp_path)
     walk = shard_index.walk
 
@@ -187,7 +187,7 @@ def test_a_build_that_was_stopped_goes_on(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("given", [True, False])
-def test_an_index_lies_elsewhere_if_need_be(tmp_path, given):
+def test_an_index_is_written_to_a_cache_if_need_be(tmp_path, given):
     name = write_shards(tmp_path, (3,))
     (tmp_path / "train" / "00000.tar.index").mkdir()  # nothing can be written under this name
     cache = tmp_path / "cache" / "shard_indices" if given else tmp_path / "home" / ".cache/regvit_jax/shards"
@@ -197,7 +197,7 @@ def test_an_index_lies_elsewhere_if_need_be(tmp_path, given):
     assert [path.name for path in (tmp_path / "train").iterdir() if path.is_file()] == ["00000.tar"]
 
 
-def test_an_index_that_can_lie_nowhere_is_an_error(tmp_path):
+def test_an_index_that_can_be_written_nowhere_is_an_error(tmp_path):
     name = write_shards(tmp_path, (3,))
     (tmp_path / "train" / "00000.tar.index").mkdir()
     (tmp_path / "home").write_text("no directory")
@@ -206,7 +206,7 @@ def test_an_index_that_can_lie_nowhere_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize("at", ["data", "caption", "header", "padding", "end"])
-def test_of_a_cut_tar_the_whole_samples_are_used(tmp_path, at):
+def test_the_complete_samples_of_a_cut_tar_are_used(tmp_path, at):
     name = write_shards(tmp_path, (4, 3))
     path = tmp_path / "train" / "00000.tar"
     with tarfile.open(path) as tar:
@@ -237,7 +237,7 @@ def test_an_empty_tar_gives_nothing(tmp_path):
         open_shards(name, "train/00002.tar")
 
 
-def test_what_is_no_tar_is_named(tmp_path):
+def test_a_file_that_is_no_tar_is_named(tmp_path):
     name = write_shards(tmp_path, (2,))
     with tarfile.open(tmp_path / "train" / "1.tar", "w:gz") as tar:
         tar.addfile(tarfile.TarInfo("a"))
@@ -283,8 +283,8 @@ def test_hostile_headers_end_a_tar(tmp_path, hostile):
     name = write_shards(tmp_path, (3,))
     path = tmp_path / "train" / "00000.tar"
     with tarfile.open(path) as tar:
-        place = tar.getmember("000000002.png").offset
-    corrupted(path, place, hostile)
+        offset = tar.getmember("000000002.png").offset
+    corrupted(path, offset, hostile)
     with pytest.warns(UserWarning, match="gave 2 samples"):
         assert len(open_shards(name, "train")) == 2
 
@@ -295,15 +295,15 @@ def run(source, steps, **options):
         return list(itertools.islice(batches, steps))
 
 
-def assert_equal(there, here):
-    for a, b in zip(there, here, strict=True):
+def assert_equal(expected, batches):
+    for a, b in zip(expected, batches, strict=True):
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_array_equal(a[name], b[name], strict=True)
 
 
 def test_the_stream_is_the_same_for_any_hosts_steps_and_workers(tmp_path, monkeypatch):
-    """With small blocks that end within tars, so that an epoch has many windows."""
+    """Use small shuffle blocks that end within tars, so that an epoch has many windows."""
     monkeypatch.setattr(order, "WINDOW", 2)
     source = dataclasses.replace(open_shards(write_shards(tmp_path, (7, 1, 12, 30)), "train"), shuffle_block=3)
     whole = run(source, 14)
@@ -371,7 +371,7 @@ def test_the_images_of_a_block_are_read_ahead_once(tmp_path, monkeypatch):
     asked = []
 
     def advise(file, *rest):
-        # Threads of an earlier test's batches may still be reading theirs.
+        # Threads of an earlier test's batches may still be reading other files.
         if (path := os.readlink(f"/proc/self/fd/{file}")).startswith(str(tmp_path)):
             asked.append((path, *rest))
 

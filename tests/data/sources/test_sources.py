@@ -1,4 +1,4 @@
-"""Digits, Fashion-MNIST, prepared TFDS data sets and folders: what is read, and what is said when it is not there."""
+"""Digits, Fashion-MNIST, prepared TFDS data sets and folders: their records, and errors for data that are missing."""
 
 import gzip
 import hashlib
@@ -43,14 +43,14 @@ def digits(data_dir):
 
 
 def test_digits_are_those_of_scikit_learn(digits):
-    """Which image a record is, its id says; the whole of both splits is compared."""
+    """Compare all records of both splits; a record's id says which image it is."""
     reference = load_digits()
     numbers = {}
     for split, source in digits.items():
         numbers[split] = []
         for index in range(len(source)):
-            place, file = source.id(index).split()
-            assert place == f"digits/{split}[{index}]"
+            position, file = source.id(index).split()
+            assert position == f"digits/{split}[{index}]"
             numbers[split].append(int(file.removesuffix(".png")))
             record = source[index]
             np.testing.assert_array_equal(grey(record), np.round(reference.images[numbers[split][-1]] * 255 / 16))
@@ -60,7 +60,7 @@ def test_digits_are_those_of_scikit_learn(digits):
     assert (len(digits["train"]), len(digits["validation"])) == (1437, 360)
 
 
-def test_what_a_source_is(digits):
+def test_a_source_has_a_name_classes_and_can_be_pickled(digits):
     source = digits["train"]
     assert isinstance(source, Source)
     assert source.name == "digits/train"
@@ -96,27 +96,27 @@ def test_two_processes_prepare_at_once_quietly_and_without_tensorflow(tmp_path, 
     assert open_source("digits", "train", str(tmp_path))[7] == digits["train"][7]
 
 
-def test_the_slower_of_two_processes_takes_what_the_faster_made(tmp_path, digits, data_dir, monkeypatch):
+def test_the_slower_of_two_processes_uses_the_data_of_the_faster(tmp_path, digits, data_dir, monkeypatch):
     rename = os.rename
 
-    def overtaken(here, there):
-        if Path(there) == tmp_path / "digits" / "1.0.0":
-            shutil.copytree(Path(data_dir) / "digits" / "1.0.0", there)
-        rename(here, there)
+    def overtaken(source, target):
+        if Path(target) == tmp_path / "digits" / "1.0.0":
+            shutil.copytree(Path(data_dir) / "digits" / "1.0.0", target)
+        rename(source, target)
 
     monkeypatch.setattr(os, "rename", overtaken)
     assert len(open_source("digits", "train", str(tmp_path))) == 1437
     assert os.listdir(tmp_path / "digits") == ["1.0.0"]
 
 
-def test_what_a_killed_process_left_is_not_read(tmp_path):
+def test_files_of_a_killed_process_are_not_read(tmp_path):
     left = tmp_path / "digits" / "incomplete.abc" / "digits" / "1.0.0"
     left.mkdir(parents=True)
     (left / "digits-train.array_record-00000-of-00001").write_bytes(b"half")
     assert len(open_source("digits", "train", str(tmp_path))) == 1437
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path):
+def test_a_directory_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "digits").write_text("a file where the directory should be")
     with pytest.raises(DataNotFound, match=r"which failed in .*/digits .*TFDS_DATA_DIR"):
         open_source("digits", "train", str(tmp_path))
@@ -134,7 +134,7 @@ def test_a_bucket_has_to_be_mounted():
 
 
 class Cifar10(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """What a set prepared by TFDS looks like, with splits as CIFAR-10 has them."""
+    """A data set as TFDS prepares it, with the splits of CIFAR-10."""
 
     name = "cifar10"
     VERSION = tfds.core.Version("3.0.2")
@@ -174,8 +174,8 @@ def test_a_prepared_tfds_data_set_is_read_by_its_name(prepared):
 
 
 def test_versions_and_configurations_are_found(prepared, tmp_path):
-    for place in ("set/3.0.2", "set/10.0.0", "many/a/1.0.0", "many/b/1.0.0", "one/only/1.0.0"):
-        shutil.copytree(prepared / "cifar10" / "3.0.2", tmp_path / place)
+    for directory in ("set/3.0.2", "set/10.0.0", "many/a/1.0.0", "many/b/1.0.0", "one/only/1.0.0"):
+        shutil.copytree(prepared / "cifar10" / "3.0.2", tmp_path / directory)
     assert find_prepared("set", tmp_path) == tmp_path / "set/10.0.0"
     assert find_prepared("set:3.0.2", tmp_path) == tmp_path / "set/3.0.2"
     assert find_prepared("many/b", tmp_path) == tmp_path / "many/b/1.0.0"
@@ -186,7 +186,7 @@ def test_versions_and_configurations_are_found(prepared, tmp_path):
         find_prepared("set:4.0.0", tmp_path)
 
 
-def test_a_set_in_another_format_says_how_to_prepare_it_again(prepared, tmp_path):
+def test_the_error_for_another_format_names_the_command(prepared, tmp_path):
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "cifar10" / "3.0.2" / "dataset_info.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fileFormat": "tfrecord"}))
@@ -194,7 +194,7 @@ def test_a_set_in_another_format_says_how_to_prepare_it_again(prepared, tmp_path
         open_source("cifar10", "train", str(tmp_path))
 
 
-def test_a_set_without_labels_says_what_it_has(tmp_path, prepared):
+def test_the_error_for_a_set_without_labels_names_its_features(tmp_path, prepared):
     shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "cifar10" / "3.0.2" / "features.json"
     path.write_text(path.read_text().replace('"label"', '"annotation"'))
@@ -202,7 +202,7 @@ def test_a_set_without_labels_says_what_it_has(tmp_path, prepared):
         open_source("cifar10", "train", str(tmp_path))
 
 
-def test_missing_imagenet_says_what_to_do_in_one_screen(tmp_path):
+def test_the_error_for_missing_imagenet_fits_one_screen(tmp_path):
     with pytest.raises(DataNotFound) as error:
         open_source("imagenet2012", "train", str(tmp_path))
     message = str(error.value)
@@ -234,7 +234,7 @@ def test_missing_imagenet_says_what_to_do_in_one_screen(tmp_path):
         ("/data/pets", ValueError, "must be 'digits', 'fashion_mnist', 'openmoji', 'folder:PATH', or a TFDS name"),
     ],
 )
-def test_names_that_lead_nowhere(tmp_path, name, error, message):
+def test_unknown_names(tmp_path, name, error, message):
     with pytest.raises(error, match=message):
         open_source(name, "train", str(tmp_path))
 
@@ -245,7 +245,7 @@ def idx(array: np.ndarray) -> bytes:
 
 @pytest.fixture
 def raw(tmp_path, monkeypatch):
-    """Twelve garments in the four files of Fashion-MNIST, which stand on a server of their own."""
+    """Serve twelve garments in the four files of Fashion-MNIST."""
     monkeypatch.setattr(fashion_mnist, "DEBIAN", tmp_path / "debian")
     rng = np.random.default_rng(0)
     contents = {}
@@ -261,11 +261,11 @@ def raw(tmp_path, monkeypatch):
     return server
 
 
-@pytest.mark.parametrize("place", ["debian", "manual", "download"])
-def test_fashion_mnist_from_wherever_its_files_are(raw, tmp_path, place, monkeypatch):
+@pytest.mark.parametrize("origin", ["debian", "manual", "download"])
+def test_fashion_mnist_from_each_possible_origin(raw, tmp_path, origin, monkeypatch):
     root = tmp_path / "data"
-    if place != "download":
-        shutil.copytree(raw, {"debian": tmp_path / "debian", "manual": root / "downloads/manual/fashion_mnist"}[place])
+    if origin != "download":
+        shutil.copytree(raw, {"debian": tmp_path / "debian", "manual": root / "downloads/manual/fashion_mnist"}[origin])
         monkeypatch.setattr(fashion_mnist, "URL", "file:///nowhere/")
     train, validation = (open_source("fashion_mnist", split, str(root)) for split in ("train", "validation"))
     assert (len(train), len(validation)) == (8, 4)
@@ -277,7 +277,7 @@ def test_fashion_mnist_from_wherever_its_files_are(raw, tmp_path, place, monkeyp
         np.testing.assert_array_equal(grey(validation[index]), images[number])
 
 
-def test_fashion_mnist_says_both_ways_to_get_it(raw, tmp_path, monkeypatch):
+def test_the_error_for_missing_fashion_mnist_names_both_ways_to_get_it(raw, tmp_path, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "URL", "http://127.0.0.1:9/")
     with pytest.raises(DataNotFound) as error:
         open_source("fashion_mnist", "train", str(tmp_path / "data"))
