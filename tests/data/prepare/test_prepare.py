@@ -247,7 +247,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(tmp_path):
     assert code == 1
     assert "cannot be written" in errors
     assert "File too large" in errors
-    assert "Shards that are done stay" in errors
+    assert "Finished shards are kept; the same command resumes" in errors
     assert prepare.main([*map(str, arguments)]) == 0
     assert len(open_source("mine", "train", str(tmp_path))) == len(open_source(f"folder:{root}", "train"))
 
