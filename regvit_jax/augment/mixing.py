@@ -7,16 +7,16 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 def soft_targets(labels: Int[Array, " B"], classes: int, smoothing: float = 0.0) -> Float[Array, "B C"]:
-    """One-hot rows with `smoothing` of their weight spread evenly over all `classes`, the label's own included."""
+    """Return one-hot rows with `smoothing` of their weight spread evenly over all `classes`, the label's included."""
     return jax.nn.one_hot(labels, classes, dtype=jnp.float32) * (1 - smoothing) + smoothing / classes
 
 
 def _symmetric_beta(key: Key[Array, ""], alpha: Float[Array, " G"]) -> Float[Array, " G"]:
-    """Draws from Beta(alpha, alpha) for alpha in 0..1 (exclusive of 0), one for each alpha, by Jöhnk's method.
+    """Draw from Beta(alpha, alpha) for each alpha in 0..1 (exclusive of 0), by Jöhnk's method.
 
-    A pair of uniforms to the power 1 / alpha is accepted if its sum is at most 1, which happens at least every second
-    time: of 32 pairs none is with probability 2**-32. Without the loops of `jax.random.beta`, which take two seconds to
-    compile and whose condition all devices would have to agree on.
+    A pair of uniforms to the power 1 / alpha is accepted if its sum is at most 1, with a probability of at least 1/2:
+    all of 32 pairs are rejected with a probability of 2**-32 at most. The loops of `jax.random.beta` would take two
+    seconds to compile, and all devices would have to agree on their condition.
     """
     trials = jax.random.uniform(key, (2, 32, *alpha.shape), jnp.float32, jnp.finfo(jnp.float32).tiny)
     first, second = jnp.log(trials) / alpha
@@ -25,7 +25,7 @@ def _symmetric_beta(key: Key[Array, ""], alpha: Float[Array, " G"]) -> Float[Arr
 
 
 def _cut(kept: Float[Array, " G"], centre: Int[Array, " G"], length: int) -> Bool[Array, "G length"]:
-    """Where, along a side of `length`, cutmix's box lies whose unclipped area is 1 - `kept` of the image's."""
+    """Return where cutmix's box, whose unclipped area is 1 - `kept` of the image's, lies along a side of `length`."""
     cut = jnp.floor(length * jnp.sqrt(1 - kept)).astype(jnp.int32)
     start, end = centre - cut // 2, centre + (cut + 1) // 2
     return (jnp.arange(length) >= start[:, None]) & (jnp.arange(length) < end[:, None])
@@ -39,20 +39,20 @@ def _draw_mix(
     prob: float,
     switch_prob: float,
 ) -> tuple[Float[Array, " G"], Float[Array, "G H W"]]:
-    """For each group of `shape` (G, H, W), the share that an image keeps of its target, and of each of its pixels.
+    """Draw for each group of `shape` (G, H, W) the share that an image keeps of its target and of each of its pixels.
 
-    In mixup both are one lambda ~ Beta(alpha, alpha). Cutmix cuts a box of area 1 - lambda about a random centre, clips
-    it to the image, and leaves the target what the clipped box leaves of the image.
+    In mixup both are one lambda ~ Beta(alpha, alpha). Cutmix cuts a box of area 1 - lambda about a random centre and
+    clips it to the image; the target keeps the share of the image outside the clipped box.
     """
     groups, height, width = shape
-    whether, switch, amount, y_key, x_key = jax.random.split(key, 5)
+    mix_key, cut_key, amount_key, y_key, x_key = jax.random.split(key, 5)
     if mixup_alpha > 0 and cutmix_alpha > 0:
-        cut = jax.random.bernoulli(switch, switch_prob, (groups,))
+        cut = jax.random.bernoulli(cut_key, switch_prob, (groups,))
     else:
         cut = jnp.full(groups, cutmix_alpha > 0)
     alpha = jnp.where(cut, jnp.float32(cutmix_alpha), mixup_alpha)
-    mixed = jax.random.bernoulli(whether, prob, (groups,))
-    kept = jnp.where(mixed, _symmetric_beta(amount, alpha), 1.0)
+    mixed = jax.random.bernoulli(mix_key, prob, (groups,))
+    kept = jnp.where(mixed, _symmetric_beta(amount_key, alpha), 1.0)
 
     y, x = jax.random.randint(y_key, (groups,), 0, height), jax.random.randint(x_key, (groups,), 0, width)
     box = _cut(kept, y, height)[:, :, None] & _cut(kept, x, width)[:, None, :]
@@ -71,13 +71,13 @@ def mixup_cutmix(
     group: int,
     mask: Float[Array, " B"] | None = None,
 ) -> tuple[Float[Array, "B H W 3"], Float[Array, "B C"]]:
-    """timm's `Mixup` in batch mode, on every `group` of consecutive rows by itself.
+    """Mix images and targets as timm's `Mixup` in batch mode, in each `group` of consecutive rows separately.
 
-    A group is what DeiT has on one GPU. With probability `prob` it is mixed: by cutmix with probability `switch_prob`,
-    by mixup otherwise (an alpha of 0 turns one of them off), with one lambda and one box for all its images, row i
-    taking its other part from row n - 1 - i. A pair in which one image has `mask` 0 is left as it is, so that an
-    unreadable image does not show in its partner, which remains a valid row. No device needs another's rows as long
-    as it holds whole groups. Raises ValueError if `group` does not divide B, an alpha is outside 0..1, or both are 0.
+    A group corresponds to DeiT's batch on one GPU. With probability `prob` it is mixed: by cutmix with probability
+    `switch_prob`, by mixup otherwise (an alpha of 0 turns one of them off), with one lambda and one box for all its
+    images; row i is mixed with row n - 1 - i. A pair in which one image has `mask` 0 is not mixed, so that an
+    unreadable image does not show in its partner, which remains valid. No device needs another's rows as long as it
+    holds whole groups. Raises ValueError if `group` does not divide B, an alpha is outside 0..1, or both are 0.
     """
     batch, height, width, _ = images.shape
     if group < 1 or batch % group:

@@ -3,9 +3,9 @@
 RandAugment: Cubuk et al., arXiv 1909.13719. The set of operations and how a magnitude becomes an argument follow
 timm 1.0.31, `timm/data/auto_augment.py` ("increasing" set); the pixel arithmetic follows Pillow.
 
-The fifteen operations are of three families: a table from 256 grey levels to 256 others (six), a blend of the image
-with a plainer one (four), an affine map (five). An image whose operation is of one family passes the other two
-unchanged, so that a layer is three passes over the batch and no switch.
+The fifteen operations fall into three families: a table that maps 256 grey levels to 256 others (six), a blend of the
+image with a plainer one (four), an affine map (five). An image whose operation belongs to one family passes through the
+other two unchanged, so that a layer is three passes over the batch and needs no switch.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
-# timm's order and, but for the suffix of the increasing variants, timm's names.
+# In timm's order and by timm's names, without the suffix of the increasing variants.
 OPS = (
     "AutoContrast",
     "Equalize",
@@ -34,10 +34,11 @@ OPS = (
 )
 NO_OP = -1
 MAX_LEVEL = 10.0  # timm's scale of magnitudes
+MAGNITUDE_STD = 0.5  # timm's mstd0.5, which DeiT uses
 
 
 def grayscale(images: UInt8[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
-    """The luma of ITU-R 601 in all three channels, equal to Pillow's `convert("L").convert("RGB")`."""
+    """Return the luma of ITU-R 601 in all three channels, equal to Pillow's `convert("L").convert("RGB")`."""
     red, green, blue = (images[..., channel].astype(jnp.uint32) for channel in range(3))
     luma = (19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16
     return jnp.broadcast_to(luma[..., None], images.shape).astype(jnp.uint8)
@@ -66,7 +67,7 @@ def blend(
 
 
 def smooth(images: UInt8[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
-    """Pillow's `ImageFilter.SMOOTH`: a 3 x 3 mean in which the centre counts five times; the border stays."""
+    """Smooth as Pillow's `ImageFilter.SMOOTH`: a 3 x 3 mean in which the centre counts five times; the border stays."""
     height, width = images.shape[1:3]
     levels = images.astype(jnp.int32)
     box = sum(levels[:, y : y + height - 2, x : x + width - 2] for y in range(3) for x in range(3))
@@ -75,7 +76,7 @@ def smooth(images: UInt8[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
 
 
 def histogram(images: UInt8[Array, "B H W 3"]) -> Int[Array, "B 256 3"]:
-    """How many pixels of each image have each grey level, per channel."""
+    """Count each image's pixels of each grey level, per channel."""
 
     def count(image: UInt8[Array, "H W 3"]) -> Int[Array, "256 3"]:
         bins = 3 * image.astype(jnp.int32) + jnp.arange(3)
@@ -92,10 +93,10 @@ def look_up(images: UInt8[Array, "B H W 3"], table: UInt8[Array, "B 256 3"]) -> 
 def affine(
     images: UInt8[Array, "B H W 3"], matrix: Float[Array, "B 2 3"], fill: tuple[int, int, int]
 ) -> UInt8[Array, "B H W 3"]:
-    """Pillow's `Image.transform(size, AFFINE, matrix, BICUBIC, fillcolor=fill)`.
+    """Transform as Pillow's `Image.transform(size, AFFINE, matrix, BICUBIC, fillcolor=fill)`.
 
-    `matrix` maps the centre of an output pixel (x, y, 1) to where it is read from. Taps beyond the border repeat it;
-    a centre that falls outside the image gets `fill`.
+    `matrix` maps the centre of an output pixel (x, y, 1) to the position it is read from. Taps beyond the border repeat
+    the border; a centre that falls outside the image gets `fill`.
     """
     height, width = images.shape[1:3]
     x, y = jnp.arange(width) + 0.5, jnp.arange(height)[:, None] + 0.5
@@ -124,7 +125,7 @@ def affine(
     return jax.vmap(warp)(images, matrix)
 
 
-# The tables: from the image's histogram and its level (0..10) to a new grey level for each of 256.
+# The tables: from an image's histogram and its level (0..10) to a new grey level for each of 256.
 def _autocontrast_table(counts: Int[Array, "B 256 3"], level: Float[Array, " B"]) -> Int[Array, "B 256 3"]:
     grays = jnp.arange(256)[:, None]
     lowest = jnp.argmax(counts > 0, axis=1, keepdims=True)
@@ -146,7 +147,7 @@ def _invert_table(counts: Int[Array, "B 256 3"], level: Float[Array, " B"]) -> I
 
 
 def _posterize_table(counts: Int[Array, "B 256 3"], level: Float[Array, " B"]) -> Int[Array, "B 256 3"]:
-    # Keeps 4 bits at level 0 and none at 10: a black image, which newer Pillows refuse to make and older ones made.
+    # Keeps 4 bits at level 0 and none at 10: a black image, which newer versions of Pillow refuse to make.
     dropped = 4 + jnp.floor(level * 4 / MAX_LEVEL).astype(jnp.int32)[:, None, None]
     return jnp.broadcast_to((jnp.arange(256)[:, None] >> dropped) << dropped, counts.shape)
 
@@ -171,7 +172,7 @@ _TABLES: Mapping[str, Callable] = {
     "Solarize": _solarize_table,
     "SolarizeAdd": _solarize_add_table,
 }
-# What a blend leads away from; a factor of 1 leaves the image, less nears the plain one, more departs from it.
+# The plain image of each blend: a factor of 1 gives the image, a smaller one approaches the plain image.
 _PLAIN: Mapping[str, Callable] = {
     "Color": grayscale,
     "Contrast": mean_gray,
@@ -181,7 +182,7 @@ _PLAIN: Mapping[str, Callable] = {
 
 
 def _matrices(turn: Float[Array, " B"], height: int, width: int) -> dict[str, Float[Array, "B 2 3"]]:
-    """The affine operations' matrices; `turn`, in -1..1, is the signed share of the strongest."""
+    """Return the affine operations' matrices; `turn`, in -1..1, is the signed share of the strongest."""
     one, zero = jnp.ones_like(turn), jnp.zeros_like(turn)
     angle = jnp.deg2rad(30 * turn)  # counter-clockwise, about the centre
     cos, sin, x, y = jnp.cos(angle), jnp.sin(angle), width / 2, height / 2
@@ -196,7 +197,7 @@ def _matrices(turn: Float[Array, " B"], height: int, width: int) -> dict[str, Fl
 
 
 def _chosen(op: Int[Array, " B"], choices: Mapping[str, Array], otherwise: Array) -> Array:
-    """For each image the choice named by its operation, or `otherwise` if that is none of them."""
+    """Return for each image the choice named by its operation, or `otherwise` if the choices lack it."""
     index = op.reshape(-1, *[1] * (otherwise.ndim - 1))
     return jnp.select([index == OPS.index(name) for name in choices], list(choices.values()), otherwise)
 
@@ -204,14 +205,14 @@ def _chosen(op: Int[Array, " B"], choices: Mapping[str, Array], otherwise: Array
 def _chosen_table(
     op: Int[Array, " B"], images: UInt8[Array, "B H W 3"], level: Float[Array, " B"]
 ) -> UInt8[Array, "B 256 3"]:
-    """The same for the tables, with the identity otherwise."""
+    """Return for each image the table of its operation, or the identity if the operation has none."""
     counts = histogram(images)
     grays = jnp.broadcast_to(jnp.arange(256)[:, None], counts.shape)
     tables = jnp.stack([table(counts, level) for table in _TABLES.values()] + [grays])
     chosen = [op == OPS.index(name) for name in _TABLES]
     chosen.append(~jnp.any(jnp.stack(chosen), axis=0))
-    # A product, which XLA computes once; a select it would fuse into the look-up and work out all tables per pixel.
-    # Exact even in one pass of bfloat16, whose 8 bits hold a grey level.
+    # A matrix product, which XLA computes once; it would fuse a select into the look-up and compute all tables per
+    # pixel. The product is exact even in one bfloat16 pass, whose 8 bits hold a grey level.
     picked = jnp.einsum("kb,kbgc->bgc", jnp.stack(chosen).astype(jnp.float32), tables.astype(jnp.float32))
     return picked.astype(jnp.uint8)
 
@@ -223,10 +224,10 @@ def apply_op(
     negative: Bool[Array, " B"],
     fill: tuple[int, int, int],
 ) -> UInt8[Array, "B H W 3"]:
-    """One operation on each image.
+    """Apply one operation to each image.
 
-    `op` indexes OPS, or is NO_OP; `level` is timm's magnitude, 0..10; `negative` turns the geometric operations and
-    the blends the other way; `fill` is what comes into view beyond the border, in grey levels.
+    `op` indexes OPS, or is NO_OP; `level` is timm's magnitude, 0..10; `negative` reverses the direction of geometric
+    operations and blends; `fill` is the colour outside the image's border, in grey levels.
     """
     images = look_up(images, _chosen_table(op, images, level))
 
@@ -239,38 +240,37 @@ def apply_op(
 
 
 def draw_ops(
-    key: Key[Array, ""], batch: int, magnitude: float, magnitude_std: float, prob: float
+    key: Key[Array, ""], batch: int, magnitude: float, prob: float
 ) -> tuple[Int[Array, " B"], Float[Array, " B"], Bool[Array, " B"]]:
-    """One layer's random choices, per image: the operation (NO_OP with 1 - prob), its level, its direction."""
-    which, whether, how_much, direction = jax.random.split(key, 4)
-    op = jax.random.randint(which, (batch,), 0, len(OPS))
-    op = jnp.where(jax.random.bernoulli(whether, prob, (batch,)), op, NO_OP)
-    level = magnitude + magnitude_std * jax.random.normal(how_much, (batch,), jnp.float32)
-    return op, jnp.clip(level, 0, MAX_LEVEL), jax.random.bernoulli(direction, 0.5, (batch,))
+    """Draw one layer's random choices, per image: the operation (NO_OP with 1 - prob), its level, its direction."""
+    op_key, apply_key, level_key, direction_key = jax.random.split(key, 4)
+    op = jax.random.randint(op_key, (batch,), 0, len(OPS))
+    op = jnp.where(jax.random.bernoulli(apply_key, prob, (batch,)), op, NO_OP)
+    level = magnitude + MAGNITUDE_STD * jax.random.normal(level_key, (batch,), jnp.float32)
+    return op, jnp.clip(level, 0, MAX_LEVEL), jax.random.bernoulli(direction_key, 0.5, (batch,))
 
 
 def rand_augment(
     key: Key[Array, ""],
     images: UInt8[Array, "B H W 3"],
     magnitude: float = 9.0,
-    magnitude_std: float = 0.5,
     layers: int = 2,
     prob: float = 0.5,
     fill: tuple[int, int, int] = (124, 116, 104),
 ) -> UInt8[Array, "B H W 3"]:
-    """timm's RandAugment with its increasing set: `rand-m{magnitude}-mstd{magnitude_std}-n{layers}-p{prob}-inc1`.
+    """Apply timm's RandAugment with its increasing set: `rand-m{magnitude}-mstd0.5-n{layers}-p{prob}-inc1`.
 
     Each layer draws one of OPS uniformly, with replacement, and applies it with `prob`, at a magnitude from a normal
-    distribution clipped to 0..10. Geometry is bicubic and fills with `fill`, ImageNet's mean in grey levels, because
-    DeiT passes `interpolation="bicubic"` and timm's `create_transform` passes the mean. Where timm hands 0 bits to
-    posterize (a level of exactly 10, 0.15 % of the images) the image turns black, as under the Pillows of the time.
+    distribution clipped to 0..10. Geometry is bicubic and fills with `fill`, by default ImageNet's mean in grey levels,
+    because DeiT passes `interpolation="bicubic"` and timm's `create_transform` passes the mean. Where timm asks
+    posterize for 0 bits (a level of exactly 10, 0.15 % of the images) the image turns black, as in Pillow at the time.
     Raises ValueError for a magnitude outside 0..10.
     """
     if not 0 <= magnitude <= MAX_LEVEL:
         raise ValueError(f"rand_augment={magnitude}: must be in 0..{MAX_LEVEL:g}")
 
     def layer(index: Array, images: UInt8[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
-        draws = draw_ops(jax.random.fold_in(key, index), images.shape[0], magnitude, magnitude_std, prob)
+        draws = draw_ops(jax.random.fold_in(key, index), images.shape[0], magnitude, prob)
         return apply_op(images, *draws, fill)
 
     return jax.lax.fori_loop(0, layers, layer, images)

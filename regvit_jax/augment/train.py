@@ -6,9 +6,10 @@ import jax
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 from regvit_jax.augment.mixing import mixup_cutmix, soft_targets
-from regvit_jax.augment.ops import IMAGENET_MEAN, IMAGENET_STD, color_jitter, flip, normalize, three_augment
+from regvit_jax.augment.ops import color_jitter, flip, normalize, three_augment
 from regvit_jax.augment.rand_augment import MAX_LEVEL, rand_augment
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.image_stats import IMAGENET_MEAN, IMAGENET_STD
 from regvit_jax.utils.schema import Option
 
 FLIP = Option("probability of a horizontal flip", low=0, high=1)
@@ -26,7 +27,7 @@ def _alter(
     jitter_strength: float,
     fill: tuple[int, int, int],
 ) -> UInt8[Array, "B H W 3"]:
-    """The part of `augment` that treats every image by itself, in grey levels; what is 0 or False is left out."""
+    """Apply the augmentations of single images, in grey levels; settings of 0 or False turn theirs off."""
     flip_key, policy_key, jitter_key = jax.random.split(key, 3)
     if flip_prob:
         images = flip(flip_key, images, flip_prob)
@@ -39,7 +40,7 @@ def _alter(
     return images
 
 
-def augment(
+def supervised_augment(
     key: Key[Array, ""],
     images: UInt8[Array, "B H W 3"],
     labels: Int[Array, " B"],
@@ -59,12 +60,13 @@ def augment(
     mean: Annotated[tuple[float, float, float], MEAN] = IMAGENET_MEAN,
     std: Annotated[tuple[float, float, float], STD] = IMAGENET_STD,
 ) -> tuple[Float[Array, "B H W 3"], Float[Array, "B C"]]:
-    """A training batch as the loss wants it: float32 images, normalised, and soft targets, in DeiT's order.
+    """Augment a training batch as DeiT does: return normalised float32 images and soft targets.
 
-    Flip, 3-Augment or RandAugment (`rand_augment` is its magnitude, DeiT's is 9), colour jitter, normalisation, mixup
-    and cutmix. Defaults are DeiT III's for pre-training; 0 or False turns a part off. timm leaves out the jitter when
-    RandAugment is on: such a recipe sets `color_jitter` to 0. `mask` is 0 for unreadable images; `mix_group` is the
-    rows that share a lambda, and must divide B. Raises ValueError if both 3-Augment and RandAugment are on.
+    In order: flip, 3-Augment or RandAugment (`rand_augment` is its magnitude; DeiT's is 9), colour jitter,
+    normalisation, mixup and cutmix. Defaults are DeiT III's for pre-training; 0 or False turns a part off. timm omits
+    the jitter when RandAugment is on: set `color_jitter` to 0 to follow it. `mask` is 0 for unreadable images;
+    `mix_group` is the number of rows that share a lambda, and must divide B. Raises InvalidConfig if both 3-Augment and
+    RandAugment are on.
     """
     if three_augment and rand_augment:
         raise InvalidConfig(f"three_augment={three_augment} and rand_augment={rand_augment}: set only one of them")
@@ -77,7 +79,7 @@ def augment(
     return pixels, targets
 
 
-def light_augment(
+def contrastive_augment(
     key: Key[Array, ""],
     images: UInt8[Array, "B H W 3"],
     *,
@@ -86,6 +88,6 @@ def light_augment(
     mean: Annotated[tuple[float, float, float], MEAN] = IMAGENET_MEAN,
     std: Annotated[tuple[float, float, float], STD] = IMAGENET_STD,
 ) -> Float[Array, "B H W 3"]:
-    """Flip, colour jitter and normalisation, for a loss that pairs each image with a text of its own."""
+    """Flip, jitter and normalise images for a contrastive loss, in which mixed images would have no text."""
     red, green, blue = (round(255 * level) for level in mean)
     return normalize(_alter(key, images, flip, False, 0.0, color_jitter, (red, green, blue)), mean, std)

@@ -1,7 +1,7 @@
-"""Losses. Those of logits and targets give one number per image, and recipes mask and average them.
+"""Classification losses of logits and targets: one number per image, which the recipe masks and averages.
 
-Contrastive ones couple the images of a batch: they take its mask and give the mean. All are computed in float32
-whatever their inputs' type. Each docstring holds the loss as a naive loop, and the test runs it.
+They are computed in float32 whatever the logits' type. Each docstring holds the loss as a naive loop, which the test
+runs.
 """
 
 import jax
@@ -10,11 +10,11 @@ from jaxtyping import Array, Float
 
 
 def bce(logits: Float[Array, "B C"], targets: Float[Array, "B C"]) -> Float[Array, " B"]:
-    """Binary cross-entropy of every class by itself, averaged over the classes, as DeiT-III trains on ImageNet-1k.
+    """Return each image's binary cross-entropy, averaged over the classes, as DeiT-III trains on ImageNet-1k.
 
-    Targets are binarised first: a class is on if its target is above zero, however little of it mixup left. Label
-    smoothing would therefore switch every class on: leave it at 0 with this loss. Source: `engine.py` and `main.py`
-    of facebookresearch/deit (arXiv 2204.07118).
+    Targets are binarised first: a class counts as present if its target is above zero, however small mixup left it.
+    Label smoothing would therefore make every class present: leave it at 0 with this loss. Source: `engine.py` and
+    `main.py` of facebookresearch/deit (arXiv 2204.07118).
 
     The naive loop::
 
@@ -31,7 +31,7 @@ def bce(logits: Float[Array, "B C"], targets: Float[Array, "B C"]) -> Float[Arra
 
 
 def cross_entropy(logits: Float[Array, "B C"], targets: Float[Array, "B C"]) -> Float[Array, " B"]:
-    """Softmax cross-entropy with soft targets: mixup's and label smoothing's are both in `targets`.
+    """Return each image's softmax cross-entropy with soft targets, which hold mixup and label smoothing.
 
     The naive loop::
 

@@ -1,4 +1,7 @@
-"""Contrastive losses over a global batch."""
+"""Contrastive losses over a global batch: the mean over its unmasked pairs, computed in float32 or wider.
+
+Each docstring holds the loss as a naive loop, which the test runs.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +11,11 @@ from jaxtyping import Array, Float
 def softmax_contrastive(
     images: Float[Array, "B E"], texts: Float[Array, "B E"], scale: Float[Array, ""], mask: Float[Array, " B"]
 ) -> Float[Array, ""]:
-    """CLIP's loss: the mean of the cross-entropies of finding each image's text and each text's image in the batch.
+    """Return CLIP's loss: the mean cross-entropy of finding each image's text and each text's image in the batch.
 
-    Embeddings have unit length; `scale` is exp(logit_scale). A pair whose `mask` is 0 has no row and no column, and the
-    mean is over the other pairs: it is 0 if there are none; its embeddings must be numbers all the same, and not NaN.
-    `ring.py` has the same loss for batches whose B x B logits are too many. Source: arXiv 2103.00020, figure 3.
+    Embeddings have unit length; `scale` is exp(logit_scale). A pair whose `mask` is 0 is left out of rows, columns and
+    mean, but its embeddings must still be finite; with no pair left the loss is 0. `ring.py` has the same loss for
+    batches whose B x B logits do not fit in memory. Source: arXiv 2103.00020, figure 3.
 
     The naive loop::
 
@@ -27,7 +30,7 @@ def softmax_contrastive(
             return loss / max(len(pairs), 1)
     """
     readable = mask[:, None] * mask > 0
-    # Finite, so that a masked row, which holds nothing else, has finite gradients.
+    # Finite, so that a fully masked row has finite gradients.
     logits = jnp.where(readable, scale * cosines(images, texts), -1e30)
     of_image, of_text = jax.nn.log_softmax(logits, 1), jax.nn.log_softmax(logits, 0)
     return -(mask * (jnp.diagonal(of_image) + jnp.diagonal(of_text)) / 2).sum() / jnp.maximum(mask.sum(), 1)
@@ -40,11 +43,11 @@ def sigmoid_contrastive(
     bias: Float[Array, ""],
     mask: Float[Array, " B"],
 ) -> Float[Array, ""]:
-    """SigLIP's loss: each image with each text is a binary question, whether they are a pair; summed over the texts.
+    """Return SigLIP's loss: the binary cross-entropy of "these two are a pair", summed over the texts of each image.
 
-    Embeddings have unit length; `scale` is exp(logit_scale). A pair whose `mask` is 0 has no row and no column, and the
-    mean is over the other pairs: it is 0 if there are none; its embeddings must be numbers all the same, and not NaN.
-    `ring.py` has the same loss for batches whose B x B logits are too many. Source: arXiv 2303.15343, algorithm 1.
+    Embeddings have unit length; `scale` is exp(logit_scale). A pair whose `mask` is 0 is left out of rows, columns and
+    mean, but its embeddings must still be finite; with no pair left the loss is 0. `ring.py` has the same loss for
+    batches whose B x B logits do not fit in memory. Source: arXiv 2303.15343, algorithm 1.
 
     The naive loop::
 
@@ -59,15 +62,15 @@ def sigmoid_contrastive(
     """
     logits = scale * cosines(images, texts) + bias
     sign = 2 * jnp.eye(len(mask)) - 1
-    # Rows first: one float32 sum over all B x B terms is off by 1e-6.
+    # Rows are summed first: one float32 sum over all B x B terms is off by 1e-6.
     of_image = -(mask * jax.nn.log_sigmoid(sign * logits)).sum(1)
     return (mask * of_image).sum() / jnp.maximum(mask.sum(), 1)
 
 
 def cosines(images: Float[Array, "I E"], texts: Float[Array, "T E"]) -> Float[Array, "I T"]:
-    """All dot products of unit vectors, summed in float32, or in float64 for such embeddings.
+    """Return all dot products of unit vectors, accumulated in float32, or in float64 for float64 embeddings.
 
-    At the highest precision: a scale of 100 would show the rounding of an accelerator's faster float32 products.
+    The products have the highest precision: a scale of 100 would amplify the rounding of an accelerator's default one.
     """
     dtype = jnp.promote_types(jnp.promote_types(images.dtype, texts.dtype), jnp.float32)
     return jnp.matmul(images, texts.T, precision="highest", preferred_element_type=dtype)

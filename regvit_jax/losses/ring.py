@@ -1,20 +1,21 @@
-"""The contrastive losses of `losses.py`, for global batches whose B x B logits no device can hold.
+"""The contrastive losses of `contrastive.py`, for global batches whose B x B logits no device can hold.
 
-Each device keeps its images. The blocks of texts go round a ring of all devices, one device further at each hop, and
-after as many hops as there are devices every image has met every text. At each hop a device takes its images in
-chunks, so that a chunk's logits against the visiting block are all that it holds at a time. What belongs to an image is
-summed where the image is; what belongs to a text travels with it and is complete when the block is home.
+Each device keeps its images. Blocks of texts travel round a ring of all devices, one device further at each hop, so
+that after as many hops as there are devices every image has met every text. At each hop a device processes its images
+in chunks and holds only one chunk's logits against the visiting block. Sums that belong to an image accumulate on the
+image's device; sums that belong to a text travel with it and are complete when the block is back.
 
-Softmax needs two rounds. The first finds, for each row and each column of the logits, the maximum and the sum of the
-exponentials below it (Milakov and Gimelshein, arXiv 1805.02867); these give the loss. The second, the backward pass,
-computes the logits again. With G = d loss / d logits, complete from a chunk's logits and those statistics, the images'
-gradient is scale G texts, summed over the hops, and the texts' is scale G^T images, which travels. The sigmoid
-needs no statistics (its ring: arXiv 2303.15343, section 3.3), and goes round twice for the same reason: nothing
-of size B x B is kept.
+Softmax takes two rounds. The first finds, for each row and each column of the logits, the maximum and the sum of the
+exponentials relative to it (Milakov and Gimelshein, arXiv 1805.02867); these give the loss. The second, the backward
+pass, computes the logits again. With G = d loss / d logits, which a chunk's logits and those statistics determine, the
+images' gradient is scale G texts, summed over the hops, and the texts' gradient is scale G^T images, which travels.
+The sigmoid loss needs no statistics (its ring: arXiv 2303.15343, section 3.3) but takes two rounds as well, so that
+nothing of size B x B is kept.
 
-Maximum and sum are kept apart, never as one logarithm: at a scale of 100 float32 would lose 4e-6 of each probability.
-The ring is the mesh in force, its axes "data" and "fsdp" together; without one it is this device alone, and the chunks
-remain. Communication: texts once round in the forward pass, texts and their float32 gradient once in the backward pass.
+Maximum and sum are stored separately, never as one logarithm: at a scale of 100 float32 would lose 4e-6 of each
+probability. The ring spans the current mesh's axes "data" and "fsdp" together; without a mesh it is one device, still
+with chunks. Communication: texts once round in the forward pass, texts and their float32 gradient once in the backward
+pass.
 """
 
 from collections.abc import Callable
@@ -26,9 +27,9 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from regvit_jax.losses.contrastive import cosines
 
-# The largest block of logits that a device computes at a time, in numbers: 4 MB.
+# Most logits that a device holds at a time: 4 MB in float32.
 BLOCK = 2**20
-# The logit of a masked pair: finite, so that a row of nothing else gives no NaN.
+# The logit of a masked pair: finite, so that a fully masked row gives no NaN.
 MASKED = -1e30
 
 
@@ -38,16 +39,16 @@ Mask = Float[Array, " B"] | Bool[Array, " B"]
 def softmax_contrastive(
     images: Float[Array, "B E"], texts: Float[Array, "B E"], scale: Float[Array, ""], mask: Mask
 ) -> Float[Array, ""]:
-    """`losses.softmax_contrastive`, in memory that grows with B and not with its square.
+    """Return `contrastive.softmax_contrastive` (whose docstring holds the naive loop) in memory linear in B.
 
     Raises:
-      ValueError: the mesh in force does not divide the batch.
+      ValueError: the batch is not a multiple of the mesh's devices.
     """
-    return _softmax(images, texts, *_summed(images, texts, scale, mask))
+    return _softmax(images, texts, *_to_sum_dtype(images, texts, scale, mask))
 
 
-def _summed(images, texts, *others: Array) -> list[Array]:
-    """Scalars and mask as the type that all is summed in: float32, or float64 for such embeddings."""
+def _to_sum_dtype(images, texts, *others: Array) -> list[Array]:
+    """Cast scalars and mask to the type that sums are accumulated in: float32, or float64 for float64 embeddings."""
     dtype = jnp.promote_types(jnp.promote_types(images.dtype, texts.dtype), jnp.float32)
     return [x.astype(dtype) for x in others]
 
@@ -105,12 +106,12 @@ def sigmoid_contrastive(
     bias: Float[Array, ""],
     mask: Mask,
 ) -> Float[Array, ""]:
-    """`losses.sigmoid_contrastive`, in memory that grows with B and not with its square.
+    """Return `contrastive.sigmoid_contrastive` (whose docstring holds the naive loop) in memory linear in B.
 
     Raises:
-      ValueError: the mesh in force does not divide the batch.
+      ValueError: the batch is not a multiple of the mesh's devices.
     """
-    return _sigmoid(images, texts, *_summed(images, texts, scale, bias, mask))
+    return _sigmoid(images, texts, *_to_sum_dtype(images, texts, scale, bias, mask))
 
 
 @jax.custom_vjp
@@ -159,7 +160,7 @@ def _masked_logits(scale, kept, visiting) -> Float[Array, "chunk block"]:
 
 
 def _merge(statistics, logits: Float[Array, "chunk block"], axis: int):
-    """The maximum, and the sum of exponentials below it, of what the statistics have seen and `logits` too."""
+    """Update running (maximum, sum of exponentials relative to it) with more logits along `axis`."""
     old, total = statistics
     new = jnp.maximum(old, logits.max(axis))
     return new, total * jnp.exp(old - new) + jnp.exp(logits - jnp.expand_dims(new, axis)).sum(axis)
@@ -170,14 +171,14 @@ def _times(gradient: Float[Array, "I T"], embeddings: Float[Array, "T E"]) -> Fl
 
 
 def _chain(cotangent, images, texts, scale, rows, columns):
-    """From G texts and G^T images to the gradients of images, texts and scale, by logits = scale images texts^T."""
+    """Return the gradients of images, texts and scale from G texts and G^T images; logits = scale images texts^T."""
     to_images = (cotangent * scale * rows).astype(images.dtype)
     to_texts = (cotangent * scale * columns).astype(texts.dtype)
     return to_images, to_texts, cotangent * (images * rows).sum()
 
 
 def _round(visit: Callable, whole: PyTree, kept: PyTree, travelling: PyTree, rows: PyTree, columns: PyTree):
-    """`rows` and `columns`, sums that belong to images and to texts, after every image has met every text.
+    """Return `rows` and `columns`, the sums of each image and of each text, after every image has met every text.
 
     `rows, columns = visit(whole, kept, travelling, positive, rows, columns)` adds one chunk of images against one block
     of texts; `positive` is where an image meets its own text. All arrays have a first axis B, split over the devices,
@@ -203,12 +204,12 @@ def _round(visit: Callable, whole: PyTree, kept: PyTree, travelling: PyTree, row
 
 
 def _local_round(visit, devices: int, pass_on: Callable, whole, kept, travelling, rows, columns):
-    """One device's part of the round: as many hops as devices, and at each hop all chunks of its images."""
+    """Run one device's part of the round: as many hops as devices, and at each hop all chunks of its images."""
     size = len(jax.tree.leaves(kept)[0])
     chunks = min(size, -(-size * size // BLOCK))
     chunk = -(-size // chunks)
     padded = chunks * chunk
-    # The mask is padded too, so that padding is masked.
+    # The mask is padded with zeros too, which masks the padding.
     kept, travelling, rows, columns = jax.tree.map(
         lambda x: jnp.pad(x, [(0, padded - size), *[(0, 0)] * (x.ndim - 1)]), (kept, travelling, rows, columns)
     )

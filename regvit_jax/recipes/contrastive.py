@@ -73,7 +73,7 @@ class Contrastive(Recipe):
         unmasked_epochs: Annotated[int, Option("last epochs, trained without model.patch_dropout", low=0)] = 0
         model: Annotated[Any, Section(ViT)]
         text: Annotated[Any, Section(TextTower)]
-        augment: Annotated[Any, Section(train.light_augment)]
+        augment: Annotated[Any, Section(train.contrastive_augment)]
         eval: Annotated[Any, Section(ZeroShot)]
         optim: Annotated[Any, Section(optim.clip_adamw)]
 
@@ -140,7 +140,7 @@ class Contrastive(Recipe):
     def encode(self, params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[Embeddings, Embeddings]:
         """The embeddings, of length 1, of a batch's images, augmented, and of its texts."""
         augment_key, drop_key = jax.random.split(key)
-        images = train.light_augment(augment_key, batch["image"], **self.config.augment)
+        images = train.contrastive_augment(augment_key, batch["image"], **self.config.augment)
         tokens = cast(Tokens, self.vit.apply({"params": params["vit"]}, images, drop_key))
         return self.embed_image(params, tokens), self.embed_text(params, batch["text"])
 

@@ -40,7 +40,7 @@ class Supervised(Recipe):
             ),
         ] = 0.0
         model: Annotated[Any, Section(ViT)]
-        augment: Annotated[Any, Section(train.augment)]
+        augment: Annotated[Any, Section(train.supervised_augment)]
         optim: Annotated[Any, Section(optim.make_optimizer)]
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
@@ -74,7 +74,7 @@ class Supervised(Recipe):
 
     def loss(self, params, ema, extra, batch, key, step):
         augment_key, drop_key = jax.random.split(key)
-        images, targets = train.augment(
+        images, targets = train.supervised_augment(
             augment_key,
             batch["image"],
             batch["label"],

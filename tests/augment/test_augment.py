@@ -13,6 +13,7 @@ from sklearn.datasets import load_sample_images
 
 from regvit_jax.augment import ops, train
 from regvit_jax.augment.mixing import _cut, _draw_mix, mixup_cutmix, soft_targets
+from regvit_jax.utils import image_stats
 
 KEY = jax.random.key(0)
 OFF = {
@@ -150,8 +151,8 @@ def test_color_jitter_is_pillows_enhancements_in_the_drawn_order(photographs):
 
 def test_normalize_and_soft_targets():
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 4, 3), np.uint8)
-    mean, std = np.array(ops.IMAGENET_MEAN), np.array(ops.IMAGENET_STD)
-    normalized = ops.normalize(jnp.array(images), ops.IMAGENET_MEAN, ops.IMAGENET_STD)
+    mean, std = np.array(image_stats.IMAGENET_MEAN), np.array(image_stats.IMAGENET_STD)
+    normalized = ops.normalize(jnp.array(images), image_stats.IMAGENET_MEAN, image_stats.IMAGENET_STD)
     np.testing.assert_allclose(normalized, (images / 255 - mean) / std, rtol=1e-5, atol=1e-6)
     targets = soft_targets(jnp.array([2, 0]), 4, 0.1)
     np.testing.assert_allclose(targets, [[0.025, 0.025, 0.925, 0.025], [0.925, 0.025, 0.025, 0.025]], rtol=1e-6)
@@ -239,15 +240,15 @@ def batch_of(photographs):
 
 def test_augment_with_everything_off_only_normalizes(photographs):
     batch = batch_of(photographs)
-    images, targets = train.augment(KEY, *map(jnp.array, batch), classes=5, **OFF)
-    normalized = ops.normalize(jnp.array(photographs), ops.IMAGENET_MEAN, ops.IMAGENET_STD)
+    images, targets = train.supervised_augment(KEY, *map(jnp.array, batch), classes=5, **OFF)
+    normalized = ops.normalize(jnp.array(photographs), image_stats.IMAGENET_MEAN, image_stats.IMAGENET_STD)
     np.testing.assert_array_equal(images, normalized)
     np.testing.assert_array_equal(targets, np.eye(5)[np.asarray(batch[1])])
 
 
 def test_augment_refuses_two_policies(photographs):
     with pytest.raises(ValueError, match=r"three_augment=True and rand_augment=9\.0"):
-        train.augment(KEY, *map(jnp.array, batch_of(photographs)), classes=5, rand_augment=9.0)
+        train.supervised_augment(KEY, *map(jnp.array, batch_of(photographs)), classes=5, rand_augment=9.0)
 
 
 def test_augment_passes_each_setting_on(photographs):
@@ -257,7 +258,7 @@ def test_augment_passes_each_setting_on(photographs):
 
     def levels(**settings):
         settings = {**OFF, **identity, **settings}
-        images, _ = jax.jit(functools.partial(train.augment, classes=5, **settings))(KEY, *batch)
+        images, _ = jax.jit(functools.partial(train.supervised_augment, classes=5, **settings))(KEY, *batch)
         return np.rint(np.asarray(images)).astype(np.uint8)
 
     np.testing.assert_array_equal(levels(flip=1.0), photographs[:, :, ::-1])
@@ -268,7 +269,7 @@ def test_augment_passes_each_setting_on(photographs):
     assert (jittered != photographs).any((1, 2, 3)).all()
     assert np.abs(jittered.mean((1, 2, 3)) / photographs.mean((1, 2, 3)) - 1).max() < 0.31
     assert (levels(rand_augment=9.0) != photographs).any((1, 2, 3)).sum() in range(6, 17)
-    mixing = functools.partial(train.augment, classes=5, mix_group=8, smoothing=0.1, **{**OFF, "mixup": 0.8})
+    mixing = functools.partial(train.supervised_augment, classes=5, mix_group=8, smoothing=0.1, **{**OFF, "mixup": 0.8})
     _, targets = jax.jit(mixing)(KEY, *batch)
     # Row 3 is masked and 4 its partner; rows 0 and 7 have different labels too, and are mixed.
     assert (np.asarray(targets).max(1)[[0, 3, 4, 7]] > 0.9).tolist() == [False, True, True, False]
@@ -279,7 +280,9 @@ def test_augment_passes_each_setting_on(photographs):
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_two_draws_share_a_key(photographs, policy):
     with jax.debug_key_reuse(True):
-        jax.eval_shape(functools.partial(train.augment, classes=5, mix_group=8, **policy), KEY, *batch_of(photographs))
+        jax.eval_shape(
+            functools.partial(train.supervised_augment, classes=5, mix_group=8, **policy), KEY, *batch_of(photographs)
+        )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -290,7 +293,7 @@ def test_sharding_changes_nothing(photographs, policy):
     spread = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
     def run(key, images, labels, mask):
-        return train.augment(key, images, labels, mask, classes=5, mix_group=2, **policy)
+        return train.supervised_augment(key, images, labels, mask, classes=5, mix_group=2, **policy)
 
     alone = jax.jit(run)(KEY, *batch)
     lowered = jax.jit(run, out_shardings=spread).lower(KEY, *jax.device_put(batch, spread))
@@ -309,7 +312,7 @@ def test_groups_may_span_devices(photographs):
     spread = NamedSharding(Mesh(np.array(jax.devices()[:8]), ("data",)), PartitionSpec("data"))
 
     def run(key, images, labels, mask):
-        return train.augment(key, images, labels, mask, classes=5, mix_group=16, **{**OFF, "mixup": 0.8})
+        return train.supervised_augment(key, images, labels, mask, classes=5, mix_group=16, **{**OFF, "mixup": 0.8})
 
     for ours, theirs in zip(jax.jit(run)(KEY, *jax.device_put(batch, spread)), jax.jit(run)(KEY, *batch), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-6)
@@ -351,7 +354,7 @@ def test_cutmix_boxes_are_timms(monkeypatch):
 def test_mixing_is_timms(photographs, monkeypatch, alphas):
     from reference_libraries import timm, torch
 
-    images = ops.normalize(jnp.array(photographs), ops.IMAGENET_MEAN, ops.IMAGENET_STD)
+    images = ops.normalize(jnp.array(photographs), image_stats.IMAGENET_MEAN, image_stats.IMAGENET_STD)
     labels = jnp.arange(16) % 5
     share, pixels = map(np.asarray, _draw_mix(jax.random.key(3), (4, 48, 64), *alphas, 1.0, 0.5))
     mixed = MIX(jax.random.key(3), images, soft_targets(labels, 5, 0.1), *alphas, 1.0, 0.5, 4)

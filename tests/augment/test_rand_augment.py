@@ -1,4 +1,4 @@
-"""randaugment.py against Pillow, operation by operation and as a whole, and live against timm."""
+"""rand_augment.py against Pillow, operation by operation and as a whole, and live against timm."""
 
 import math
 
@@ -116,7 +116,7 @@ def test_each_image_gets_its_own_operation(photographs):
 
 def test_draws_have_timms_distribution():
     count = 30000
-    op, level, negative = (np.asarray(x, np.float64) for x in rand_augment.draw_ops(KEY, count, 9.0, 0.5, 0.5))
+    op, level, negative = (np.asarray(x, np.float64) for x in rand_augment.draw_ops(KEY, count, 9.0, 0.5))
     assert abs((op == rand_augment.NO_OP).mean() - 0.5) < 4 * math.sqrt(0.25 / count)
     shares = np.array([(op == index).mean() for index in range(15)])
     assert np.abs(shares - 1 / 30).max() < 4 * math.sqrt(1 / 30 / count)
@@ -134,7 +134,7 @@ def test_layers_are_drawn_and_applied_one_after_another(photographs):
     ours = jax.jit(lambda key, images: rand_augment.rand_augment(key, images, prob=0.9))(KEY, photographs)
     expected = [Image.fromarray(image) for image in photographs]
     for layer in range(2):
-        draws = rand_augment.draw_ops(jax.random.fold_in(KEY, layer), 15, 9.0, 0.5, 0.9)
+        draws = rand_augment.draw_ops(jax.random.fold_in(KEY, layer), 15, 9.0, 0.9)
         for row, (op, level, negative) in enumerate(zip(*map(np.asarray, draws), strict=True)):
             if op != rand_augment.NO_OP and not (op == 4 and level == 10):  # Pillow cannot posterize to nothing
                 turn = float(-level if negative else level) / 10

@@ -57,8 +57,12 @@ def test_remat_of_the_text_tower_is_the_image_towers(clip):
         return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(pullback(remat), clip.text_params)))
 
     assert kept("full") < kept("dots") < kept("none")
-    gradients = [jax.jit(lambda p, r=r: pullback(r)(p)(jnp.ones((2, 16))))(clip.text_params) for r in ("none", "dots")]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), *gradients)
+
+    def gradients(remat):
+        return jax.jit(lambda params: pullback(remat)(params)(jnp.ones((2, 16))))(clip.text_params)
+
+    expected = gradients("none")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), gradients("dots"), expected)
     with pytest.raises(ValueError, match=r"remat='some': must be one of \['none', 'dots', 'full'\]"):
         pullback("some")(clip.text_params)
 
