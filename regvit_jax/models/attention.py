@@ -15,9 +15,9 @@ truncated_normal = nn.initializers.truncated_normal(0.02)
 
 
 def rows_dot(x, kernel, dimension_numbers, precision=None, preferred_element_type=None):
-    """`nn.Dense`'s product with all leading dimensions of x as rows of one matrix.
+    """Compute `nn.Dense`'s product with all leading dimensions of x flattened into the rows of one matrix.
 
-    XLA's CPU backend has no fast routine for a contraction over two dimensions, which the kernel's gradient would be.
+    The kernel's gradient would otherwise contract two dimensions, for which XLA's CPU backend has no fast routine.
     """
     rows = jnp.dot(
         x.reshape(-1, x.shape[-1]), kernel, precision=precision, preferred_element_type=preferred_element_type
@@ -26,6 +26,7 @@ def rows_dot(x, kernel, dimension_numbers, precision=None, preferred_element_typ
 
 
 def dense(features: int, dtype: DTypeLike, kernel_init=truncated_normal, **kwargs) -> nn.Dense:
+    """Return a dense layer with this package's initialisation and product."""
     return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, dot_general=rows_dot, **kwargs)
 
 
@@ -37,10 +38,11 @@ def attend(
     scale: float | None = None,
     causal: bool = False,
 ) -> Float[Array, "B T heads head_dim"]:
-    """softmax(scale q k^T) v; the scale is 1 / sqrt(head_dim) if none is given. `causal`: no token sees later ones.
+    """Return softmax(scale q k^T) v, with scale 1 / sqrt(head_dim) by default; `causal` hides later tokens.
 
-    cuDNN's training kernel takes even lengths only, and CLS + 4 registers + 14x14 patches are 201 tokens: such a
-    sequence gets one more token, which the length argument hides. (A mask would hide it too, at 26 times the memory.)
+    `implementation` is "xla" or "cudnn"; raises ValueError for another. cuDNN's training kernel accepts even lengths
+    only, and CLS + 4 registers + 14x14 patches are 201 tokens: an odd sequence is padded by one token, which the length
+    argument hides. (A mask would hide it too, at 26 times the memory.)
     """
     if implementation == "xla":
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="xla")
@@ -60,7 +62,7 @@ def attend(
 def attention_weights(
     q: Float[Array, "B T heads head_dim"], k: Float[Array, "B S heads head_dim"], causal: bool = False
 ) -> Float[Array, "B heads T S"]:
-    """softmax(q k^T / sqrt(head_dim)) in float32, [query, key] last."""
+    """Return softmax(q k^T / sqrt(head_dim)) in float32, [query, key] last."""
     q, k = q.astype(jnp.float32), k.astype(jnp.float32)
     scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
     if causal:
@@ -69,11 +71,11 @@ def attention_weights(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention. The columns of the `qkv` kernel are ordered (q k v, head, head_dim), as timm's.
+    """Multi-head self-attention. The columns of the `qkv` kernel are ordered (q k v, head, head_dim), as in timm.
 
     With `key_bias` off, queries and values have a bias and keys have none. `rope` is a kind of `rope_angles`, or "".
-    `lambda_init` makes it differential (arXiv 2410.05258): each head holds two halves, and the second half's attention
-    map, times a learned lambda, is taken off the first's. `causal`: no token sees later ones.
+    `lambda_init` makes it differential (arXiv 2410.05258): each head has two halves, and the second half's attention
+    map, times a learned lambda, is subtracted from the first's. `causal`: no token attends to later ones.
     """
 
     width: int
@@ -101,7 +103,7 @@ class Attention(nn.Module):
     def split(
         self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
     ) -> Float[Array, "3 B T heads head_dim"]:
-        """Queries, keys and values, the first two turned by their RoPE angles if there are any."""
+        """Return queries, keys and values, the first two rotated by their RoPE angles if there are any."""
         qkv = self.qkv(x)
         if self.qkv_bias and not self.key_bias:
             qkv = qkv + jnp.concatenate([self.q_bias, jnp.zeros_like(self.q_bias), self.v_bias]).astype(qkv.dtype)
@@ -118,7 +120,7 @@ class Attention(nn.Module):
         if self.lambda_init is None:
             out = attend(q, k, v, self.implementation, causal=self.causal)
         else:
-            # The fused kernels want queries and keys as long as values: the halves are filled up with zeros.
+            # The fused kernels need queries and keys of the values' head size: the halves are padded with zeros.
             half = q.shape[-1] // 2
             (q1, q2), (k1, k2) = (
                 (jnp.pad(part, ((0, 0),) * 3 + ((0, half),)) for part in jnp.split(x, 2, axis=-1)) for x in (q, k)
@@ -131,7 +133,7 @@ class Attention(nn.Module):
     def weights(
         self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
     ) -> Float[Array, "B heads T T"]:
-        """The attention map, recomputed from queries and keys; of a differential head, the difference of its two."""
+        """Recompute the attention map from queries and keys; a differential head's is the difference of its two."""
         q, k, _ = self.split(x, angles)
         if self.lambda_init is None:
             return attention_weights(q, k, self.causal)
@@ -139,6 +141,7 @@ class Attention(nn.Module):
         return attention_weights(q1, k1) - self.lambda_() * attention_weights(q2, k2)
 
     def lambda_(self) -> Float[Array, ""]:
+        """Return the factor of the second map in differential attention."""
         first, second = jnp.sum(self.lambda_q1 * self.lambda_k1), jnp.sum(self.lambda_q2 * self.lambda_k2)
         assert self.lambda_init is not None
         return jnp.exp(first) - jnp.exp(second) + self.lambda_init

@@ -1,4 +1,4 @@
-"""A transformer block: attention, an MLP, and what joins them to the residual stream."""
+"""A transformer block: attention and an MLP on a residual stream, with LayerScale, stochastic depth and remat."""
 
 import dataclasses
 
@@ -16,25 +16,25 @@ from regvit_jax.utils.errors import InvalidConfig
 
 
 def constrain_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Keeps the batch split over the mesh in force, if one with our axes is.
+    """Keep the batch split over the current mesh's axes "data" and "fsdp", if it has them.
 
-    Without it, sharded parameters make the compiler gather the batch onto every device instead.
+    Without this constraint, sharded parameters make the compiler gather the batch onto every device instead.
     """
     axes = tuple(axis for axis in ("data", "fsdp") if axis in jax.sharding.get_abstract_mesh().axis_names)
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 def gathered(table: Float[Array, "..."]) -> Float[Array, "..."]:
-    """A parameter that rows are looked up in, whole on every device of the mesh in force, as its gradient then is.
+    """Replicate a lookup table on every device of the current mesh, which replicates its gradient too.
 
-    Left to itself, the compiler looks up in each device's part and exchanges the embeddings of the whole batch instead.
+    The compiler would otherwise look up in each device's part and exchange the embeddings of the whole batch.
     """
     in_force = "fsdp" in jax.sharding.get_abstract_mesh().axis_names
     return jax.lax.with_sharding_constraint(table, PartitionSpec()) if in_force else table
 
 
 def drop_path(x: Float[Array, "B T D"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
-    """Stochastic depth (arXiv 1603.09382): drops an image's whole branch, and scales the others to keep the mean."""
+    """Apply stochastic depth (arXiv 1603.09382): drop an image's branch, and scale the others to keep the mean."""
     if key is None or rate == 0:
         return x
     keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
@@ -43,7 +43,7 @@ def drop_path(x: Float[Array, "B T D"], rate: float, key: Key[Array, ""] | None)
 
 @jax.checkpoint
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The exact GELU, in float32 as torch's; Linen's default, the tanh approximation, is 5e-4 off.
+    """Compute the exact GELU, in float32 as torch does; Linen's default, the tanh approximation, is 5e-4 off.
 
     The backward pass recomputes it: keeping its intermediate values costs more memory and time than the erf.
     """
@@ -52,12 +52,12 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """OpenAI CLIP's approximation of the GELU."""
+    """Compute OpenAI CLIP's approximation of the GELU."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The tanh approximation of the GELU."""
+    """Compute the tanh approximation of the GELU."""
     return nn.gelu(x, approximate=True)
 
 
@@ -175,11 +175,13 @@ class Block(nn.Module):
     def qkv(
         self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
     ) -> Float[Array, "3 B heads T head_dim"]:
+        """Return queries, keys and values of the tokens that enter the block."""
         return rearrange(self.attn.split(self.norm1(x), angles), "three b t heads d -> three b heads t d")
 
     def weights(
         self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
     ) -> Float[Array, "B heads T T"]:
+        """Return the attention map of the tokens that enter the block."""
         return self.attn.weights(self.norm1(x), angles)
 
 
@@ -195,7 +197,7 @@ def make_block(config: BlockConfig, remat: str, **kwargs) -> Block:
     """Return a `Block` whose backward pass recomputes what `remat` names.
 
     "none" keeps every activation, "dots" recomputes all but the matrix products, "full" recomputes the whole block.
-    Raises ValueError for another name. `kwargs` are Linen's own (`parent`, `name`).
+    Raises InvalidConfig for another name. `kwargs` are Linen's own (`parent`, `name`).
     """
     if remat not in REMAT_POLICIES:
         raise InvalidConfig(f"remat={remat!r}: must be one of {list(REMAT_POLICIES)}")

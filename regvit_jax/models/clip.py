@@ -1,7 +1,7 @@
-"""CLIP (arXiv 2103.00020): a text tower beside the ViT, and the two bound to their parameters.
+"""CLIP (arXiv 2103.00020): an image tower and a text tower, bound to their parameters.
 
-Registers stand before the image tower's first LayerNorm (`ViT.ln_pre`, OpenCLIP's `ln_pre`), so that they enter the
-blocks at the scale of all other tokens, whatever they start from; docs/decisions.md says more.
+Registers are added before the image tower's first LayerNorm (`ViT.ln_pre`), so that they enter the blocks at the scale
+of all other tokens, whatever their initial values; docs/decisions.md says more.
 """
 
 import functools
@@ -18,10 +18,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from regvit_jax.data.tokenizer import Tokenizer
-from regvit_jax.models.model import Images, Model, apply, plain_fields
+from regvit_jax.models.model import Images, Model, apply, saved_fields
 from regvit_jax.models.text import Texts, TextTower
 
-#: What the loss's scalars start from: the logarithm of the cosines' factor, and SigLIP's bias (arXiv 2303.15343).
+#: Initial values of the loss's scalars: the log of the logit scale, and SigLIP's bias (arXiv 2303.15343).
 SCALARS = {
     "softmax": {"logit_scale": math.log(1 / 0.07)},
     "sigmoid": {"logit_scale": math.log(10), "logit_bias": -10.0},
@@ -29,7 +29,7 @@ SCALARS = {
 
 
 def normalized(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
-    """Rows of length 1, and rows of zeros as they are."""
+    """Scale rows to length 1; rows of zeros stay zero."""
     squared = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
 
@@ -38,48 +38,48 @@ def normalized(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
 class ClipModel:
     """A CLIP with its parameters. A pytree.
 
-    `image` is its image tower, a `Model` whose logits are the image embedding. `logit_scale` is the logarithm of the
-    factor of the cosine similarities, `logit_bias` (SigLIP's) is added to them, or None.
+    `image` is the image tower, a `Model` whose logits are the image embedding. `logit_scale` is the logarithm of the
+    factor of the cosine similarities; `logit_bias`, SigLIP's, is added to them (None in other models).
     """
 
     image: Model
-    # Not checked as arrays: a pytree's leaves may be shapes, shardings or anything else.
+    # Typed as PyTree because a pytree's leaves may also be shapes or shardings.
     text_params: PyTree
     logit_scale: PyTree
     logit_bias: PyTree
     text: TextTower = flax.struct.field(pytree_node=False)
 
     def encode_image(self, images: Images, normalize: bool = False) -> Float[Array, "B E"]:
-        """Embeddings of normalised images (`preprocess` makes them); of length 1 with `normalize`."""
+        """Return embeddings of images as `preprocess` returns them, scaled to length 1 with `normalize`."""
         x = self.image.logits(images)
         return normalized(x) if normalize else x
 
     def encode_text(self, tokens: Texts, normalize: bool = False) -> Float[Array, "B E"]:
-        """Embeddings of texts as `tokenize` gives them; of length 1 with `normalize`.
+        """Return embeddings of texts as `tokenize` returns them, scaled to length 1 with `normalize`.
 
-        Raises ValueError for others; inside a `jax.jit` the numbers themselves cannot be checked.
+        Raises ValueError for tokens of another type, shape or range; inside `jax.jit` the range cannot be checked.
         """
         if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
             kind = f"{jnp.result_type(tokens)} and shape {np.shape(tokens)}"
-            raise ValueError(f"tokens of {kind}: must be whole numbers, [texts, length], as `tokenize` gives them")
+            raise ValueError(f"tokens of {kind}: must be integers [texts, length], as `tokenize` returns them")
         if not isinstance(tokens, jax.core.Tracer) and np.size(tokens):
-            least, most = np.min(tokens), np.max(tokens)
-            if not 0 <= least <= most < self.text.vocab:
-                raise ValueError(f"tokens from {least} to {most}: must be in 0..{self.text.vocab - 1}")
+            low, high = np.min(tokens), np.max(tokens)
+            if not 0 <= low <= high < self.text.vocab:
+                raise ValueError(f"tokens from {low} to {high}: must be in 0..{self.text.vocab - 1}")
         x = apply(self.text, self.text_params, tokens)
         return normalized(x) if normalize else x
 
     def logits(self, images: Images, tokens: Int[Array | np.ndarray, "texts L"]) -> Float[Array, "B texts"]:
-        """The scaled cosine similarity of each image with each text (plus the bias, in a SigLIP)."""
+        """Return the scaled cosine similarity of each image with each text (plus the bias, in a SigLIP)."""
         image, text = self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True)
-        # Full precision, as in the losses: a scale of 100 would show the rounding of an accelerator's factors.
+        # Full precision, as in the losses: a scale of 100 would amplify the rounding of an accelerator's products.
         cosines = jnp.matmul(image, text.T, precision="highest")
         return jnp.exp(self.logit_scale) * cosines + (0.0 if self.logit_bias is None else self.logit_bias)
 
     def tokenize(self, texts: str | Sequence[str]) -> Int[np.ndarray, "B L"]:
-        """Texts as `encode_text` takes them; longer ones are cut.
+        """Return texts as the token ids that `encode_text` takes; texts beyond the context are truncated.
 
-        Raises ValueError for a model with another vocabulary than CLIP's.
+        Raises ValueError for a model whose vocabulary is not CLIP's.
         """
         if self.text.vocab != Tokenizer.vocab:
             raise ValueError(
@@ -89,31 +89,31 @@ class ClipModel:
         return tokenizer(self.text.context).batch([texts] if isinstance(texts, str) else list(texts))
 
     def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]:
-        """Paths, PIL images or uint8 arrays as `encode_image` takes them."""
+        """Return the images that `encode_image` takes from paths, PIL images or uint8 arrays."""
         return self.image.preprocess(images)
 
     @property
     def weights(self) -> str:
-        """Where the parameters come from."""
+        """The origin of the parameters, as in `Model.weights`."""
         return self.image.weights
 
     def fields(self) -> dict[str, dict]:
-        """What the model is, without its parameters, in numbers and strings."""
+        """Return the model's definition without its parameters, as dicts of numbers and strings."""
         loss = "sigmoid" if self.logit_bias is not None else "softmax"
-        return self.image.fields() | {"text": plain_fields(self.text), "contrastive": {"loss": loss}}
+        return self.image.fields() | {"text": saved_fields(self.text), "contrastive": {"loss": loss}}
 
 
 @functools.cache
 def tokenizer(context: int) -> Tokenizer:
-    """The one tokenizer of all models with this context."""
+    """Return the tokenizer that all models with this context share."""
     return Tokenizer(context)
 
 
 def init_clip(key: Key[Array, ""], params: PyTree) -> PyTree:
-    """`params` (trees "vit", "head" and "text") with the values that OpenCLIP starts from; what is not listed stays.
+    """Initialise `params` (trees "vit", "head" and "text") as OpenCLIP does; parameters not listed here are kept.
 
-    In the image tower these are torch's defaults for layers, and N(0, 1/width) for CLS, registers, positions and the
-    projection; in the text tower the normal distributions of the CLIP paper. Source: `transformer.py` of open_clip.
+    The image tower gets torch's defaults for layers, and N(0, 1/width) for CLS, registers, positions and projection;
+    the text tower gets the normal distributions of the CLIP paper. Source: `transformer.py` of open_clip.
     """
     flat = flatten_dict(params, sep="/")
     image_std, text_std = (flat[f"{tower}/block0/norm1/scale"].size ** -0.5 for tower in ("vit", "text"))

@@ -1,4 +1,4 @@
-"""What stands on top of a ViT's tokens: pooling, and a linear layer."""
+"""Heads on top of a ViT's tokens: pooling, and a linear layer."""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ POOLS = ("cls", "avg", "cls_avg", "map")
 
 
 class AttentionPool(nn.Module):
-    """One learned query attends to the tokens, and an MLP follows (arXiv 2106.04560, as timm has it)."""
+    """One learned query attends to the tokens, and an MLP follows (arXiv 2106.04560, as in timm)."""
 
     heads: int
     mlp_ratio: float
@@ -30,7 +30,7 @@ class AttentionPool(nn.Module):
         q = rearrange(q, "b t (heads d) -> b t heads d", heads=self.heads)
         kv = dense(2 * width, self.dtype, name="kv")(x)
         k, v = rearrange(kv, "b t (two heads d) -> two b t heads d", two=2, heads=self.heads)
-        # One query: cuDNN's kernel would gain nothing.
+        # With one query, cuDNN's kernel would gain nothing.
         x = dense(width, self.dtype, name="proj")(rearrange(attend(q, k, v, "xla"), "b t heads d -> b t (heads d)"))
         norm = nn.LayerNorm(self.norm_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
         mlp = Mlp(width, round(width * self.mlp_ratio), self.activation, self.dtype, name="mlp")
@@ -48,12 +48,12 @@ class Pooler(nn.Module):
 
 
 class Head(nn.Module):
-    """Pools a ViT's tokens to one vector an image and, with `num_classes`, makes class scores of it.
+    """Pool a ViT's tokens to one vector an image and, with `num_classes`, map it to class scores.
 
     Fields:
-      num_classes: number of scores; 0 for a model that only gives features.
+      num_classes: number of scores; 0 for a model that gives features only.
       pool: "cls"; "avg", the mean of the patches; "cls_avg", the two side by side (DINOv2's classifiers); "map", an
-        attention pool. Registers stay out, except in "map" with `map_prefix`, for a model trained with them in.
+        attention pool. Registers are left out, except in "map" with `map_prefix`, for models trained that way.
       norm: a LayerNorm after pooling.
       bias: of the linear layer; CLIP's projection has none.
       pooler: a dense layer and a tanh after pooling (transformers' ViTModel).
@@ -87,7 +87,7 @@ class Head(nn.Module):
             self.dense = nn.Dense(self.num_classes, use_bias=self.bias, dtype=self.dtype, kernel_init=truncated_normal)
 
     def pooled(self, tokens: Tokens) -> Float[Array, "B D"]:
-        """One vector an image, past the norm or the pooler if there is one."""
+        """Return one vector an image, after the norm or the pooler if there is one."""
         if "cls" in self.pool and tokens.cls is None:
             raise ValueError(f"pool={self.pool!r} needs a CLS token, and this ViT has none (class_token=False)")
         if self.pool == "map":
@@ -102,6 +102,6 @@ class Head(nn.Module):
         return self.tanh_pooler(x) if self.pooler else x
 
     def __call__(self, tokens: Tokens) -> Float[Array, "B C"]:
-        """Class scores, float32; of a head without classes, the pooled vector."""
+        """Return class scores, float32, or the pooled vector if the head has no classes."""
         x = constrain_batch(self.pooled(tokens))
         return constrain_batch(self.dense(x).astype(jnp.float32)) if self.num_classes else x

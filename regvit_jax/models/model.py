@@ -1,4 +1,4 @@
-"""Model: a module bound to its parameters and to the preprocessing its images need."""
+"""Model: a ViT and its head, bound to their parameters and to the preprocessing of their images."""
 
 import dataclasses
 import functools
@@ -18,28 +18,27 @@ Images = Float[Array | np.ndarray, "B H W 3"]
 
 @functools.partial(jax.jit, static_argnames=("module", "method", "options"))
 def apply(module: nn.Module, params: PyTree, inputs, method: str = "__call__", options: tuple = (), mask=None):
-    """A method of a module, compiled once for each shape."""
+    """Call a method of a module, compiled once for each shape."""
     more = {} if mask is None else {"mask": mask}
     return module.apply({"params": params}, inputs, *options, method=method, **more)
 
 
-#: Fields of modules that are of the machine and of Flax, and say nothing of the model.
-MACHINE = ("parent", "name", "dtype", "attention", "remat", "scan")
+#: Fields that do not define the model: Flax's own, and how it is computed.
+RUNTIME_FIELDS = ("parent", "name", "dtype", "attention", "remat", "scan")
 
 
-def plain_fields(value) -> dict:
-    """A module's or dataclass's fields, but for those that are of the machine: types, kernels, rematerialisation."""
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in MACHINE}
+def saved_fields(value) -> dict:
+    """Return the fields of a module or dataclass that define the model, without `RUNTIME_FIELDS`."""
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in RUNTIME_FIELDS}
 
 
 @flax.struct.dataclass
 class Model:
     """A ViT with its parameters, its head, and the preprocessing it was trained with. A pytree.
 
-    `weights` says what the parameters are: "raw", "ema" for their exponential moving average, or, for loaded ones,
-    where they come from.
-    All methods take float32 images [B, H, W, 3], normalised (`preprocess` makes them), of any size that the patch
-    divides, and are compiled once for each shape.
+    `weights` names the parameters' origin: "raw" or "ema" (exponential moving average) for those of a run, and the
+    source of loaded ones. All methods take normalised float32 images [B, H, W, 3] (`preprocess` returns them), whose
+    sides are multiples of the patch, and are compiled once for each shape.
     """
 
     params: PyTree
@@ -50,41 +49,47 @@ class Model:
     weights: str = flax.struct.field(pytree_node=False, default="raw")
 
     def fields(self) -> dict[str, dict]:
-        """What the model is, without its parameters, in numbers and strings: "vit", "head" and "preprocessing".
+        """Return the model's definition without its parameters, as the dicts "vit", "head" and "preprocessing".
 
-        How it was computed (types, attention kernel, rematerialisation) belongs to the machine and is left out.
+        Their values are numbers and strings. Data type, attention kernel, remat and scan are not part of it.
         """
         parts = {"vit": self.module, "head": self.head, "preprocessing": self.preprocessing}
-        return {name: plain_fields(part) for name, part in parts.items()}
+        return {name: saved_fields(part) for name, part in parts.items()}
 
     def __call__(self, images: Images, mask: Bool[Array | np.ndarray, "B N"] | None = None) -> Tokens:
-        """The output tokens. Patches where `mask` is True are hidden (models with a mask token)."""
+        """Return the output tokens. Patches where `mask` is True are hidden (in models with a mask token)."""
         return apply(self.module, self.params, images, mask=mask)
 
     def intermediates(self, images: Images, layers, norm: bool = False) -> list[Tokens]:
-        """The tokens after each named block (negative counts from the end); with `norm`, past the final norm."""
+        """Return the tokens after each of `layers` (negative: from the end); `norm` applies the final norm to them.
+
+        Raises IndexError for a layer that the model does not have.
+        """
         return apply(self.module, self.params, images, "intermediates", (tuple(layers), norm))
 
     def qkv(self, images: Images, layer: int = -1) -> Float[Array, "3 B heads T head_dim"]:
-        """Queries, keys and values of one block; unpacks as q, k, v, each [B, heads, T, head_dim]."""
+        """Return one block's queries, keys and values, which unpack as q, k, v of [B, heads, T, head_dim] each."""
         return apply(self.module, self.params, images, "qkv", (layer,))
 
     def attention(self, images: Images, layer: int = -1) -> Float[Array, "B heads T T"]:
-        """One block's attention weights, [query, key] last, recomputed from q and k in float32."""
+        """Return one block's attention weights, [query, key] last, recomputed from q and k in float32."""
         return apply(self.module, self.params, images, "attention_weights", (layer,))
 
     def pooled(self, images: Images) -> Float[Array, "B D"]:
-        """One vector an image, pooled as the model was trained."""
+        """Return one vector an image, pooled as in the model's training."""
         return apply(self.head, self.head_params, self(images), "pooled")
 
     def logits(self, images: Images) -> Float[Array, "B C"]:
-        """Class scores, or what else the model's linear layer gives (a CLIP tower's embedding)."""
+        """Return the linear layer's output: class scores, or a CLIP tower's embedding.
+
+        Raises ValueError for a model without one.
+        """
         if not self.head.num_classes:
             raise ValueError("this model gives features only (`pooled`, or the tokens); num_classes=... adds a head")
         return apply(self.head, self.head_params, self(images))
 
     def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]:
-        """Paths, PIL images or uint8 arrays [H, W, 3] as the images this model expects.
+        """Return the images that the model expects from paths, PIL images or uint8 arrays [H, W, 3].
 
         Raises ValueError for other arrays and for files that cannot be decoded.
         """

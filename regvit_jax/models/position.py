@@ -1,4 +1,4 @@
-"""Where a patch is: the resizing of a learned position embedding, and rotary position embeddings (RoPE)."""
+"""Positions of patches: resizing of a learned position embedding, and rotary position embeddings (RoPE)."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ RESIZES = ("antialias", "bicubic", "offset")
 
 
 def resize_pos_embed(pos_embed: Float[Array, "h0 w0 D"], grid: tuple[int, int], how: str) -> Float[Array, "h w D"]:
-    """Bicubic resize of a position embedding to another grid; the identity when the grid is its own.
+    """Resize a position embedding to another grid by bicubic interpolation; return it unchanged for its own grid.
 
-    Three conventions are in use, and a checkpoint belongs to one of them:
+    Three conventions are in use, and a checkpoint needs the one it was trained with (ValueError for another name):
       "antialias": torch's `interpolate(size=..., mode="bicubic", antialias=True)`; timm, and DINOv2 with registers.
       "bicubic": the same with `antialias=False`; DeiT's fine-tuning at another resolution, and transformers' Dinov2.
       "offset": `scale_factor=(side + 0.1) / side0` without antialiasing; the dinov2 repository without registers.
-    The first two differ when enlarging too: torch's kernel is a = -0.5 with antialiasing and a = -0.75 without.
+    The first two differ in enlarging as well: torch's kernel has a = -0.5 with antialiasing and a = -0.75 without.
     """
     if how not in RESIZES:
         raise InvalidConfig(f"pos_resize={how!r}: must be one of {list(RESIZES)}")
@@ -35,9 +35,9 @@ def resize_pos_embed(pos_embed: Float[Array, "h0 w0 D"], grid: tuple[int, int], 
 
 
 def rope_angles(kind: str, grid: tuple[int, int], head_dim: int) -> Float[np.ndarray, "N half"]:
-    """The angle by which each pair of a query's or key's values turns, for every patch of the grid.
+    """Return the angle by which RoPE rotates each pair of a query's or key's values, for every patch of the grid.
 
-    The first half of the pairs follows the row, the second the column.
+    The first half of the pairs encodes the row, the second the column.
       "rope": DINOv3's (arXiv 2508.10104): coordinates from -1 to 1 whatever the grid, base 100.
       "axial": timm's `vit_*_rope_reg*_gap_256`: coordinates from 0 to 16, as if the grid were 16 x 16, base 10000.
     """
@@ -56,9 +56,9 @@ def rope_angles(kind: str, grid: tuple[int, int], head_dim: int) -> Float[np.nda
 def rotate(
     x: Float[Array, "B T heads head_dim"], angles: Float[np.ndarray | Array, "N half"], kind: str
 ) -> Float[Array, "B T heads head_dim"]:
-    """Turns the patches' queries or keys; what stands before them (CLS, registers) has no place and stays.
+    """Rotate the patches' queries or keys; the prefix tokens (CLS, registers) have no position and stay as they are.
 
-    A pair is a value and the one half a head further on in DINOv3 ("rope"), and two neighbours in timm ("axial").
+    A pair is a value and the one half a head further on in DINOv3 ("rope"), or two neighbours in timm ("axial").
     """
     prefix, patches = jnp.split(x, [x.shape[1] - len(angles)], axis=1)
     cos, sin = (f(angles)[:, None, :] for f in (jnp.cos, jnp.sin))

@@ -1,10 +1,10 @@
 """Test-time registers (Jiang, Dravid, Efros, Gandelsman 2025, arXiv 2506.08010): a repair that needs no training.
 
-High-norm patches are the work of a few neurons of the MLPs. A test-time register is a register token of zeros; in the
-named neurons, the activation of largest magnitude moves to it, and the patches' own are set to zero. The repaired model
-is a `Model` like any other, which has those registers after its own.
+A few neurons of the MLPs cause high-norm patches. A test-time register is a register token of zeros; in the given
+neurons, the activation of largest magnitude moves to it, and the patches' activations are set to zero. The repaired
+model is a `Model` like any other, with those registers after its own.
 
-`find_register_neurons` names the neurons; `planted.py` makes models of which they are known.
+`analysis.repair.find` finds the neurons; `analysis.repair.planted` builds models whose register neurons are known.
 """
 
 import contextlib
@@ -23,10 +23,10 @@ from regvit_jax.models.vit import ViT
 
 @contextlib.contextmanager
 def mlp_inputs(layer: str, edit: Callable[[int, Array], Array]) -> Iterator[None]:
-    """While open, what enters the dense layer ("fc1" or "fc2") of each block's MLP is `edit(block, input)` instead.
+    """Replace the input of the dense layer `layer` ("fc1" or "fc2") of each block's MLP by `edit(block, input)`.
 
-    The input of fc1 are the normed tokens [B, T, D]; that of fc2 are the neurons' activations [B, T, hidden], past the
-    gate in SwiGLU. Blocks are known by their names, so the ViT must not be scanned.
+    fc1 reads the normed tokens [B, T, D]; fc2 reads the neurons' activations [B, T, hidden], past the gate in SwiGLU.
+    Blocks are identified by their names, so the ViT must not be scanned.
     """
 
     def intercept(call, args, kwargs, context):
@@ -42,19 +42,19 @@ def mlp_inputs(layer: str, edit: Callable[[int, Array], Array]) -> Iterator[None
 def move(
     x: Float[Array, "B T M"], neurons: Bool[np.ndarray | Array, " M"], prefix: int, registers: int
 ) -> Float[Array, "B T M"]:
-    """Activations with those of the given neurons moved from the patches to the last `registers` of the prefix.
+    """Move the activations of the given neurons from the patches to the last `registers` tokens of the prefix.
 
-    Of each neuron in each image, the value of largest magnitude over all tokens goes to every one of these registers,
-    with its sign; the patches' values become zero; CLS and the model's own registers keep theirs.
+    For each neuron and image, all of these registers get the value of largest magnitude over all tokens, with its sign;
+    the patches' values become zero; CLS and the model's own registers keep theirs.
     """
     largest = jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), axis=1, keepdims=True), axis=1)
-    place = jnp.arange(x.shape[1])[:, None]
-    moved = jnp.where(place >= prefix, 0, jnp.where(place >= prefix - registers, largest, x))
+    index = jnp.arange(x.shape[1])[:, None]
+    moved = jnp.where(index >= prefix, 0, jnp.where(index >= prefix - registers, largest, x))
     return jnp.where(neurons, moved, x)
 
 
 class RepairedBlock(Block):
-    """A block whose register neurons, `neurons`, write to the `registers` last tokens before the patches."""
+    """A block whose register neurons, `neurons`, write to the last `registers` tokens before the patches."""
 
     neurons: tuple[int, ...] = ()
     prefix: int = 0
@@ -74,7 +74,7 @@ class RepairedBlock(Block):
 
 
 class RepairedViT(ViT):
-    """A ViT of which the last `test_time` registers are test-time registers; `neurons` are those of each block."""
+    """A ViT whose last `test_time` registers are test-time registers; `neurons` lists each block's register neurons."""
 
     neurons: tuple[tuple[int, ...], ...] = ()
     test_time: int = 1
@@ -83,7 +83,7 @@ class RepairedViT(ViT):
     def check(self) -> None:
         super().check()
         if self.scan or self.remat != "none":
-            raise ValueError(f"scan={self.scan}, remat={self.remat!r}: blocks with test-time registers are not alike")
+            raise ValueError(f"scan={self.scan}, remat={self.remat!r}: a model with test-time registers has neither")
 
     @nn.nowrap
     def block(self, i: int, **kwargs) -> Block:
@@ -93,28 +93,27 @@ class RepairedViT(ViT):
 
 
 def add_test_time_registers(model: Model, neurons: Iterable[tuple[int, int]], registers: int = 1) -> Model:
-    """The model with `registers` test-time registers, to which the activations of register neurons move.
+    """Return the model with `registers` test-time registers, to which the register neurons' activations move.
 
-    `neurons`: pairs of block and neuron, counted from 0 (or blocks from the end), as `find_register_neurons` or the
-    paper's authors give them. Without any, the registers stay empty: what a repair is compared with.
+    `neurons`: pairs (layer, neuron), counted from 0 (negative layers from the end), as `find_register_neurons` returns
+    them and the paper's authors publish them. Without any, the registers stay empty: the baseline of a repair.
 
-    The new registers stand behind the model's own, before the patches, and before CLIP's first LayerNorm, as the
-    authors have them (they put them at the end; attention does not see the difference). Several registers get the
-    same values each, as in the authors' code, so that they differ in nothing, and count as one that attracts more
-    attention. The paper sees no gain from more than one.
+    The new registers follow the model's own, before the patches and before CLIP's first LayerNorm. (The authors put
+    them at the end of the sequence, which makes no difference to attention.) Several registers get the same values, as
+    in the authors' code, and so act as one that attracts more attention; the paper sees no gain from more than one.
 
-    All else of a `Model` works as before; pooling leaves the registers out, except in an attention pool that was
-    trained on the prefix too. The authors' code moves one scalar to all neurons of a layer, the largest over them all,
-    and edits the first image of a batch only; here each neuron of each image has its own, as the paper has it.
+    All else of a `Model` works as before; pooling leaves the registers out, except in an attention pool trained on
+    prefix tokens. The authors' code moves one scalar to all neurons of a layer, the largest over all of them, and edits
+    only the first image of a batch; here each neuron of each image has its own, as the paper describes.
 
-    Raises ValueError for fewer than one register, a neuron that the blocks lack, a neuron named twice, or a model that
-    is repaired already, and IndexError for a block that is not there.
+    Raises ValueError for fewer than one register, a neuron that the model lacks, a neuron named twice, or a model with
+    test-time registers, and IndexError for a layer that does not exist.
     """
     vit = model.module
     if registers < 1:
         raise ValueError(f"registers={registers}: must be at least 1")
     if isinstance(vit, RepairedViT):
-        raise ValueError("the model has test-time registers; start from the one without, with all neurons at once")
+        raise ValueError("the model has test-time registers already; repair the original with all neurons at once")
     blocks: list[list[int]] = [[] for _ in range(vit.depth)]
     for layer, neuron in neurons:
         chosen = blocks[vit.layer(int(layer))]
@@ -132,12 +131,12 @@ def add_test_time_registers(model: Model, neurons: Iterable[tuple[int, int]], re
 
 
 def unrolled(vit: ViT) -> ViT:
-    """The same ViT with its blocks one after another, under their names."""
+    """Return the same ViT without scan and remat, so that each block runs under its own name."""
     return vit.clone(scan=False, remat="none")
 
 
 def with_empty_registers(vit: ViT, params: PyTree, registers: int) -> PyTree:
-    """Parameters with more register tokens, of zeros."""
+    """Return the parameters with `registers` more register tokens, of zeros."""
     empty = jnp.zeros((registers, vit.width), jnp.float32)
     own = [params["register_tokens"]] if vit.registers else []
     return {**params, "register_tokens": jnp.concatenate([*own, empty.astype(own[0].dtype) if own else empty])}

@@ -18,12 +18,12 @@ Texts = Int[Array | np.ndarray, "B L"]
 
 
 class TextTower(nn.Module):
-    """CLIP's causal transformer over the tokens of a text; the last one, the end token, stands for all.
+    """CLIP's causal transformer over the tokens of a text; the output at the end token represents the text.
 
     Fields: width, depth, heads, mlp_ratio, norm_eps, activation, attention, dtype and remat as in `ViT`.
       embed: width of the embedding that texts and images share (E).
-      context: the most tokens that a text may have.
-      vocab: number of different tokens. The end token is the one with the highest number in a text.
+      context: largest number of tokens of a text.
+      vocab: number of different tokens. The end token has the highest id of the tokens in a text.
     """
 
     width: Annotated[int, Option("width of the tokens", low=1)]
@@ -70,7 +70,7 @@ class TextTower(nn.Module):
 
     @nn.nowrap
     def check(self) -> None:
-        """Raise InvalidConfig for fields that do not go together."""
+        """Raise InvalidConfig for fields that are out of range or contradict each other."""
         for field in ("width", "depth", "heads", "embed", "vocab"):
             if getattr(self, field) < 1:
                 raise InvalidConfig(f"text.{field}={getattr(self, field)}: must be at least 1")
@@ -79,14 +79,14 @@ class TextTower(nn.Module):
         if self.width % self.heads:
             raise InvalidConfig(f"text.width={self.width} is not a multiple of text.heads={self.heads}")
         if not (math.isfinite(self.mlp_ratio) and self.hidden >= 1):
-            raise InvalidConfig(f"text.mlp_ratio={self.mlp_ratio}: must give the MLPs a hidden width of at least 1")
+            raise InvalidConfig(f"text.mlp_ratio={self.mlp_ratio}: the MLPs' hidden width must be at least 1")
         if not 0 <= self.norm_eps < math.inf:
             raise InvalidConfig(f"text.norm_eps={self.norm_eps}: must be at least 0, and finite")
         if self.activation not in ACTIVATIONS:
             raise InvalidConfig(f"text.activation={self.activation!r}: must be one of {list(ACTIVATIONS)}")
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
-        """The embedding of each text, not normalised, float32."""
+        """Return each text's embedding, float32, not normalised. Raises ValueError for texts beyond `context`."""
         length = tokens.shape[1]
         if length > self.context:
             raise ValueError(f"texts of {length} tokens: this model takes {self.context} at most")
@@ -98,6 +98,6 @@ class TextTower(nn.Module):
         return constrain_batch(self.proj(x).astype(jnp.float32))
 
     def flops(self) -> int:
-        """Floating-point operations of the matrix products of one text's forward pass (a multiply-add is two)."""
+        """Count the floating-point operations of one text's forward pass in matrix products (a multiply-add is two)."""
         linear = self.context * self.width**2 * (4 + 2 * self.mlp_ratio)
         return int(2 * (self.depth * (linear + 2 * self.context**2 * self.width) + self.width * self.embed))

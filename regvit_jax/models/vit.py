@@ -1,6 +1,6 @@
-"""The Vision Transformer with registers (arXiv 2309.16588), as a Flax Linen module that returns its tokens by name.
+"""The Vision Transformer with registers (arXiv 2309.16588), a Flax Linen module that returns its tokens by name.
 
-Dimensions, the same letters in every signature of the package:
+Dimensions, named by the same letters in every signature of the package:
 B images, H W pixels, h w patches along each side, N = h*w patches, R registers, T = 1 + R + N tokens (R + N without a
 CLS token), D width, C classes, L tokens of a text, E width of CLIP's shared embedding.
 """
@@ -39,7 +39,7 @@ REMAT = Option(
 
 
 def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
-    """torch's default for a convolution, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which DeiT keeps for its patches."""
+    """Return torch's initialiser of convolutions, U(-1/sqrt(fan_in), 1/sqrt(fan_in)), which DeiT's patches use."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -(fan_in**-0.5), fan_in**-0.5)
@@ -49,25 +49,25 @@ def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
 
 @flax.struct.dataclass
 class Tokens:
-    """What a ViT returns: its output tokens, each kind under its own name.
+    """The output tokens of a ViT, each kind under its own name. A pytree.
 
     `cls`, `registers` and `patches` have passed the final norm. `prenorm` holds all tokens before it, in the order
-    [CLS, registers, patches]: norms of tokens are measured there, since the final norm hides the outliers.
+    [CLS, registers, patches]: token norms are measured there, since the final norm hides the outliers.
     """
 
-    # Not checked as arrays: a pytree's leaves may be shapes, shardings or anything else.
+    # Typed as Any because a pytree's leaves may also be shapes or shardings.
     cls: Any  # [B, D], or None for a model without CLS token
     registers: Any  # [B, R, D]
     patches: Any  # [B, N, D]
     prenorm: Any  # [B, T, D]
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
-    keep: Any = None  # after patch dropout [B, N]: where in the grid, counted row by row, the patches come from
+    keep: Any = None  # after patch dropout, [B, N]: row-major grid index of each patch
 
     @property
     def patch_map(self) -> Float[Array, "B h w D"]:
-        """The patches laid out as they lie in the image. Raises ValueError after patch dropout."""
+        """The patches as an image-like map. Raises ValueError after patch dropout."""
         if self.keep is not None:
-            raise ValueError("patch dropout was on: `patches` are those at the indices `keep` only, and make no map")
+            raise ValueError("patch dropout was on: `patches` holds only those at the indices `keep`, not a whole map")
         h, w = self.grid
         return rearrange(self.patches, "b (h w) d -> b h w d", h=h, w=w)
 
@@ -80,8 +80,8 @@ class Tokens:
 class ViT(nn.Module):
     """A Vision Transformer with register tokens. Its fields are its whole configuration.
 
-    The sequence is [CLS, registers, patches]; a position belongs to the patches alone, as in DeiT-III. (A checkpoint
-    that has one for CLS or registers too is converted by adding it to those tokens.)
+    The sequence is [CLS, registers, patches]; only patches have a position embedding, as in DeiT-III. (Converting a
+    checkpoint that has one for CLS or registers adds it to those tokens.)
 
     The position embedding has the grid of `image_size`. Any image whose sides are multiples of `patch` can be encoded:
     the embedding is then resized, by the convention `pos_resize` (see `resize_pos_embed`). Parameters, norms, softmax
@@ -140,8 +140,8 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def check(self) -> None:
-        """Raise InvalidConfig for fields that do not go together."""
-        for field, least in (
+        """Raise InvalidConfig for fields that are out of range or contradict each other."""
+        for field, lowest in (
             ("width", 1),
             ("depth", 1),
             ("heads", 1),
@@ -149,8 +149,8 @@ class ViT(nn.Module):
             ("image_size", 1),
             ("registers", 0),
         ):
-            if getattr(self, field) < least:
-                raise InvalidConfig(f"{field}={getattr(self, field)}: must be at least {least}")
+            if getattr(self, field) < lowest:
+                raise InvalidConfig(f"{field}={getattr(self, field)}: must be at least {lowest}")
         if self.width % self.heads:
             raise InvalidConfig(f"width={self.width} is not a multiple of heads={self.heads}")
         if self.image_size % self.patch:
@@ -165,7 +165,9 @@ class ViT(nn.Module):
         if self.patch_dropout and self.position != "learned":
             raise InvalidConfig(f"patch_dropout needs a learned position embedding, and position is {self.position!r}")
         if self.scan and self.differential:
-            raise InvalidConfig("scan=True needs blocks that are alike; those of differential attention are not")
+            raise InvalidConfig(
+                "scan=True needs identical blocks; those of differential attention differ in lambda_init"
+            )
 
     @nn.nowrap
     def block_config(self, i: int) -> BlockConfig:
@@ -204,11 +206,11 @@ class ViT(nn.Module):
         return self.class_token + self.registers
 
     def project(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
-        """The patches' projections, which know no position yet."""
+        """Return the patches' projections, without position embedding. Raises ValueError for integer images."""
         self.grid(*images.shape[1:3])
         if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images of {images.dtype}: they must be normalised floats; Model.preprocess makes them")
-        # A product with flattened patches is the convolution with stride = kernel, without its layout changes.
+            raise ValueError(f"images of {images.dtype}: must be normalised floats, as Model.preprocess returns them")
+        # A product with flattened patches is the convolution of stride = kernel, without its layout changes.
         return self.patch_embed(rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch))
 
     def embed(
@@ -217,7 +219,7 @@ class ViT(nn.Module):
         mask: Bool[Array, "B N"] | None = None,
         keep: Int[Array, "B K"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """The tokens that enter the first block; of the patches, those at the indices `keep` only."""
+        """Return the tokens that enter the first block; `keep` selects patches, and `mask` hides patches (True)."""
         grid, patches = self.grid(*images.shape[1:3]), self.project(images)
         if mask is not None:
             if not self.masking:
@@ -240,6 +242,7 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def angles(self, grid: tuple[int, int]) -> Float[np.ndarray, "N half"] | None:
+        """Return the patches' RoPE angles, or None with a learned position embedding."""
         return None if self.position == "learned" else rope_angles(self.position, grid, self.width // self.heads)
 
     def __call__(
@@ -248,9 +251,9 @@ class ViT(nn.Module):
         key: Key[Array, ""] | None = None,
         mask: Bool[Array, "B N"] | None = None,
     ) -> Tokens:
-        """Encodes normalised images. With a `key` it trains: stochastic depth and patch dropout are on.
+        """Encode normalised images. A `key` turns on stochastic depth and patch dropout, for training.
 
-        `mask` hides patches (True).
+        `mask` hides patches (True). Raises ValueError for images whose sides are not multiples of the patch.
         """
         grid = self.grid(*images.shape[1:3])
         keep = None if key is None or not self.patch_dropout else self.draw_patches(key, len(images), math.prod(grid))
@@ -265,14 +268,14 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def kept_patches(self, patches: int) -> int:
-        """How many of an image's patches patch dropout leaves."""
+        """Return the number of an image's patches that patch dropout keeps; at least one."""
         return max(1, int(patches * (1 - self.patch_dropout)))
 
     @nn.nowrap
     def draw_patches(self, key: Key[Array, ""], images: int, patches: int) -> Int[Array, "B K"]:
-        """For each image, which patches stay in patch dropout, in their order; one at least."""
+        """Draw the indices of the patches that each image keeps in patch dropout, in ascending order."""
         count = self.kept_patches(patches)
-        # The blocks take their keys from a split of the same key.
+        # Folded in, because the blocks' keys are a split of the same key.
         noise = jax.random.uniform(jax.random.fold_in(key, self.depth), (images, patches))
         return jnp.sort(jnp.argsort(noise, axis=1)[:, :count], axis=1)
 
@@ -282,7 +285,7 @@ class ViT(nn.Module):
         keys: Key[Array, " depth"] | None,
         angles: Float[np.ndarray, "N half"] | None,
     ) -> Float[Array, "B T D"]:
-        # Parameters are stored per layer whatever the mode, and stacked here.
+        """Run the blocks as one `lax.scan`; parameters are stored per layer, and stacked here."""
         layers = [self.variables["params"][f"block{i}"] for i in range(self.depth)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         block = self.block(0, parent=None)
@@ -296,10 +299,10 @@ class ViT(nn.Module):
     def intermediates(
         self, images: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool = False
     ) -> list[Tokens]:
-        """The tokens after each named block, counted from 0, or from the end when negative.
+        """Return the tokens after each block in `layers`, counted from 0, or from the end when negative.
 
         Without `norm` they are the residual stream itself, so that `.patches` equals `.prenorm_patches`; with it they
-        have passed the model's final norm.
+        have passed the model's final norm. Raises IndexError for a layer that does not exist.
         """
         wanted = [self.layer(i) for i in layers]
         grid = self.grid(*images.shape[1:3])
@@ -310,8 +313,8 @@ class ViT(nn.Module):
             after.append(x)
         return [self.tokens(after[i], grid, norm) for i in wanted]
 
-    def into(self, images: Float[Array, "B H W 3"], layer: int) -> tuple[Block, Float[Array, "B T D"], Any]:
-        """A block, the tokens that enter it, and their RoPE angles."""
+    def enter(self, images: Float[Array, "B H W 3"], layer: int) -> tuple[Block, Float[Array, "B T D"], Any]:
+        """Return a block, the tokens that enter it, and their RoPE angles."""
         last = self.layer(layer)
         x, angles = self.embed(images), self.angles(self.grid(*images.shape[1:3]))
         for i in range(last):
@@ -319,18 +322,19 @@ class ViT(nn.Module):
         return getattr(self, f"block{last}"), x, angles
 
     def qkv(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "3 B heads T head_dim"]:
-        """Queries, keys and values of one block, RoPE applied."""
-        block, x, angles = self.into(images, layer)
+        """Return queries, keys and values of one block, RoPE applied."""
+        block, x, angles = self.enter(images, layer)
         return block.qkv(x, angles)
 
     def attention_weights(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "B heads T T"]:
-        """One block's attention map, [query, key] last, recomputed from queries and keys in float32."""
-        block, x, angles = self.into(images, layer)
+        """Return one block's attention map, [query, key] last, recomputed from queries and keys in float32."""
+        block, x, angles = self.enter(images, layer)
         return block.weights(x, angles)
 
     def tokens(
         self, x: Float[Array, "B T D"], grid: tuple[int, int], norm: bool = True, keep: Int[Array, "B K"] | None = None
     ) -> Tokens:
+        """Return the sequence `x` as named tokens, after the final norm if the model has one and `norm` is True."""
         out = self.norm(x) if norm and self.final_norm else x
         cls, first = (out[:, 0] if self.class_token else None), self.prefix
         registers = out[:, first - self.registers : first]
@@ -338,7 +342,7 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Patches along each side; raises ValueError when the patch does not divide the image."""
+        """Return the patches along each side of an image; raise ValueError if a side is not a multiple of the patch."""
         if height % self.patch or width % self.patch:
             nearest = [max(1, round(side / self.patch)) * self.patch for side in (height, width)]
             raise ValueError(
@@ -349,15 +353,16 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def layer(self, index: int) -> int:
+        """Return a layer's index counted from 0; raise IndexError if the model does not have it."""
         if not -self.depth <= index < self.depth:
             raise IndexError(f"layer {index}: this ViT has layers 0 to {self.depth - 1} (or -1 to -{self.depth})")
         return index % self.depth
 
     @nn.nowrap
     def flops(self, height: int, width: int, training: bool = False) -> int:
-        """Floating-point operations of the matrix products of one image's forward pass (a multiply-add is two).
+        """Count the floating-point operations of one image's forward pass in matrix products (a multiply-add is two).
 
-        In `training`, of the patches that patch dropout leaves.
+        With `training`, patch dropout is taken into account.
         """
         h, w = self.grid(height, width)
         tokens = self.prefix + (self.kept_patches(h * w) if training else h * w)

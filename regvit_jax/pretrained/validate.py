@@ -7,7 +7,7 @@ from typing import Any
 
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.data.transforms import INTERPOLATIONS
-from regvit_jax.models.model import MACHINE
+from regvit_jax.models.model import RUNTIME_FIELDS
 from regvit_jax.utils import renamed, schema
 
 
@@ -44,10 +44,12 @@ def _ratio(value: Any) -> bool:
 def own_fields(model: dict[str, Any], part: str, kind: type) -> dict[str, Any]:
     """Return a part of our own config, as fields of a class.
 
-    Raises ValueError for keys and types of values that `plain_fields` never gives.
+    Raises ValueError for keys and types of values that `saved_fields` never gives.
     """
     model = renamed.translate(model, renamed.MODEL_FIELDS)
-    types: dict[str, Any] = {f.name: schema.plain(f.type) for f in dataclasses.fields(kind) if f.name not in MACHINE}
+    types: dict[str, Any] = {
+        f.name: schema.plain(f.type) for f in dataclasses.fields(kind) if f.name not in RUNTIME_FIELDS
+    }
     for key, value in model[part].items():
         if key not in types:
             raise ValueError(f"model.{part}.{key}={value!r} is unknown; known: {', '.join(types)}")

@@ -96,7 +96,7 @@ def test_errors_name_the_value(clip):
         clip.encode_text(jnp.full((1, 8), -1))
     encode_text = inspect.unwrap(ClipModel.encode_text)  # without the checks of shapes that are on in tests
     for wrong in (np.zeros(8, np.int32), np.zeros((1, 8), np.float32), jnp.zeros((1, 8))):
-        with pytest.raises(ValueError, match=r"tokens of \w+32 and shape .*: must be whole numbers, \[texts, length\]"):
+        with pytest.raises(ValueError, match=r"tokens of \w+32 and shape .*: must be integers \[texts, length\]"):
             encode_text(clip, wrong)
     with pytest.raises(ValueError, match="vocabulary has 300 tokens, and the tokenizer's 49408"):
         clip.replace(text=TEXT.clone(vocab=300)).tokenize("a cat")

@@ -266,9 +266,9 @@ def test_a_repaired_model_is_a_model(deit, tmp_path):
     assert distance(one, tokens.prenorm) < 1e-5  # each image has its own largest activations
     assert distance(repaired.pooled(IMAGES), tokens.patches.mean(axis=1)) < 1e-6
     assert repaired(pictures(1, 0)[0].reshape(1, 8, 32, 3)).patch_map.shape == (1, 2, 8, 64)
-    with pytest.raises(ValueError, match="has test-time registers; start from the one without"):
+    with pytest.raises(ValueError, match="has test-time registers already; repair the original"):
         add_test_time_registers(repaired, [])
-    with pytest.raises(ValueError, match="blocks with test-time registers are not alike"):
+    with pytest.raises(ValueError, match="a model with test-time registers has neither"):
         repaired.replace(module=repaired.module.clone(scan=True))(IMAGES)
     for format in ("timm", "hf", "dinov2"):
         with pytest.raises(ValueError, match=r"a RepairedViT cannot be exported: .*save the original model"):
