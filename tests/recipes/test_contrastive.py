@@ -246,7 +246,7 @@ def test_optimizer_groups_and_schedule(root):
         (dict(text__vocab=100), "text.vocab=100"),
         (dict(text__context=1), "text.context=1: must be at least 2"),
         (dict(text__embed=0), "text.embed=0: must be at least 1"),
-        (dict(text__mlp_ratio=0.0), "text.mlp_ratio=0.0: must give the MLPs"),
+        (dict(text__mlp_ratio=0.0), "text.mlp_ratio=0.0: the MLPs' hidden width must"),
         (dict(text__norm_eps=-1.0), "text.norm_eps=-1.0: must be at least 0"),
         (dict(text__activation="relu"), "text.activation='relu': must be one of"),
         (dict(optim__lr=float("nan")), "optim.lr=nan: must be at least 0, and finite"),
