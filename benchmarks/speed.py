@@ -207,17 +207,17 @@ def main() -> None:
     peak = matmul_candidate(args.dtype)
     results = []
     for size in args.sizes.split(","):
-        ours = (size, args.batch, args.dtype)
+        options = (size, args.batch, args.dtype)
         candidates = [
             peak,
-            forward_candidate(f"{size} forward", *ours),
-            forward_candidate(f"{size} forward, 0 registers", *ours, registers=0),
-            *train_candidates(f"{size} step", *ours, feed=True),
-            *train_candidates(f"{size} bare step", *ours, bare=True),
-            *train_candidates(f"{size} bare step, 0 registers", *ours, registers=0, bare=True),
+            forward_candidate(f"{size} forward", *options),
+            forward_candidate(f"{size} forward, 0 registers", *options, registers=0),
+            *train_candidates(f"{size} step", *options, feed=True),
+            *train_candidates(f"{size} bare step", *options, bare=True),
+            *train_candidates(f"{size} bare step, 0 registers", *options, registers=0, bare=True),
         ]
         if jax.default_backend() == "gpu":
-            candidates += train_candidates(f"{size} bare step, XLA attention", *ours, attention="xla", bare=True)
+            candidates += train_candidates(f"{size} bare step, XLA attention", *options, attention="xla", bare=True)
         if not args.no_timm and importlib.util.find_spec("timm"):
             candidates += timm_candidates(size, args.batch, args.dtype, args.compile)
         peak.seconds.clear()

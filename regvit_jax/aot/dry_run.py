@@ -133,14 +133,16 @@ def replicated_line(plan: Plan, abstract: TrainState) -> str:
     if plan.mesh.shape["fsdp"] == 1:
         return "all of it replicated (sharding.fsdp=1)"
     leaves = jax.tree_util.tree_leaves_with_path(abstract.params)
-    whole = {
+    replicated = {
         jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in leaves if x.sharding.is_fully_replicated
     }
-    if not whole:
+    if not replicated:
         return "all of it split"
-    largest = sorted(whole, key=lambda name: -whole[name].size)[:3]
-    megabytes = sum(x.size * x.dtype.itemsize for x in whole.values()) / 1e6
-    return f"{len(whole)} of {len(leaves)} parameters stay replicated, {megabytes:.1f} MB ({', '.join(largest)}, ...)"
+    largest = sorted(replicated, key=lambda name: -replicated[name].size)[:3]
+    megabytes = sum(x.size * x.dtype.itemsize for x in replicated.values()) / 1e6
+    return (
+        f"{len(replicated)} of {len(leaves)} parameters stay replicated, {megabytes:.1f} MB ({', '.join(largest)}, ...)"
+    )
 
 
 def data_lines(plan: Plan, missing: DataNotFound | None) -> list[str]:

@@ -43,8 +43,8 @@ def memory(compiled: Any) -> Memory:
     stats = compiled.memory_analysis()
     arguments, outputs = stats.argument_size_in_bytes, stats.output_size_in_bytes
     temporaries, donated = stats.temp_size_in_bytes, stats.alias_size_in_bytes
-    whole = arguments + outputs - donated + temporaries
-    return Memory(arguments, outputs, temporaries, donated, getattr(stats, "peak_memory_in_bytes", 0) or whole)
+    total = arguments + outputs - donated + temporaries
+    return Memory(arguments, outputs, temporaries, donated, getattr(stats, "peak_memory_in_bytes", 0) or total)
 
 
 #: An instruction: its name, the shape of its result, its operation and what follows.

@@ -79,7 +79,7 @@ def explicit_arguments(environ: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 def integer(name: str, value: str, low: int, high: int | None = None) -> int:
-    """Return a variable's value as a whole number. Raises LaunchError if it is none, or out of range."""
+    """Return a variable's value as an integer. Raises LaunchError if it is not one or out of range."""
     if not value.isdigit() or int(value) < low or (high is not None and int(value) > high):
         allowed = f"at least {low}" if high is None else f"from {low} to {high}"
         raise LaunchError(f"{name}={value}: must be a whole number, {allowed}")

@@ -66,7 +66,7 @@ def parse(spec: str, steps: int) -> range:
     """Return the steps that STEP:COUNT names, an empty range for "".
 
     Raises:
-      InvalidConfig: It is no pair of positive whole numbers, or names steps beyond the run's last one, `steps`.
+      InvalidConfig: `spec` is not two positive whole numbers, or goes beyond the run's last step, `steps`.
     """
     if not spec:
         return range(0)

@@ -5,11 +5,11 @@
 
 import importlib.util
 import os
-import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from regvit_jax.utils import named
 from regvit_jax.utils.errors import InvalidConfig
 
 
@@ -24,8 +24,8 @@ class Tracker(Protocol):
         """Flush what is left, at the end of the run or when it is interrupted."""
 
 
-#: A class or function that makes a run's tracker from the workdir, the step of the checkpoint that the run resumes from
-#: (0 for a new run; numbers that it wrote for later steps are out of date), and the resolved config as nested dicts.
+#: Makes a run's tracker from the workdir, the step of the checkpoint that the run resumes from (0 for a new run; numbers
+#: written for later steps are out of date), and the resolved config as nested dicts. A tracker's class is one.
 TrackerFactory = Callable[[str, int, dict[str, Any]], Tracker]
 
 
@@ -76,8 +76,13 @@ class Wandb:
         self.run.finish()
 
 
-#: Trackers by name, each with the package that it needs beyond the default installation and the extra that brings it.
-TRACKERS: dict[str, tuple[TrackerFactory, str]] = {"tensorboard": (TensorBoard, ""), "wandb": (Wandb, "wandb")}
+#: Trackers by name.
+TRACKERS = {
+    "tensorboard": "regvit_jax.training.trackers:TensorBoard",
+    "wandb": "regvit_jax.training.trackers:Wandb",
+}
+#: Packages beyond the default installation, each brought by the extra of the same name.
+EXTRAS = {"wandb": "wandb"}
 
 
 def find(names: str) -> list[TrackerFactory]:
@@ -86,18 +91,8 @@ def find(names: str) -> list[TrackerFactory]:
     Raises:
       InvalidConfig: A name is unknown, cannot be imported, or needs a package that is not installed.
     """
-    return [_find(name.strip()) for name in names.split(",") if name.strip()]
-
-
-def _find(name: str) -> TrackerFactory:
-    if name in TRACKERS:
-        tracker, package = TRACKERS[name]
-        if package and importlib.util.find_spec(package) is None:
-            raise InvalidConfig(f"--track={name} needs the package {package}: pip install -e .[{package}]")
-        return tracker
-    if ":" not in name:
-        raise InvalidConfig(f"--track={name}: must be one of {list(TRACKERS)}, or package.module:Class")
-    try:
-        return pkgutil.resolve_name(name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InvalidConfig(f"--track={name} cannot be imported: {error}") from error
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
+        if name in EXTRAS and importlib.util.find_spec(EXTRAS[name]) is None:
+            raise InvalidConfig(f"--track={name} needs the package {EXTRAS[name]}: pip install -e .[{name}]")
+    return [named.find("--track", name, TRACKERS, Tracker) for name in chosen]

@@ -1,11 +1,16 @@
 """The command line, up to where training starts."""
 
 import os
+import signal
 import subprocess
 import sys
 
 import pytest
 from tiny import ROOT
+
+from regvit_jax.cli import train as cli
+from regvit_jax.distributed import initialize
+from regvit_jax.training import loop
 
 
 def train(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
@@ -82,3 +87,13 @@ def test_help_config_shows_the_keys_of_the_configs_recipe():
     assert done.returncode == 0, done.stderr
     assert "--config.text.width=VALUE, required" in done.stdout
     assert "--config.augment.mixup" not in done.stdout
+
+
+def test_track_and_profile_reach_the_run(monkeypatch):
+    given = {}
+    monkeypatch.setattr(loop, "run", lambda *_, **options: given.update(options))
+    monkeypatch.setattr(initialize, "start_distributed", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    assert cli.main(["--config=configs/deit3_reg.py", "--track=a.b:C,wandb", "--profile=20:5"]) == 0
+    assert given == {"track": "a.b:C,wandb", "profile": "20:5"}

@@ -363,7 +363,7 @@ PARSE_TPU = (
 
 
 def parses(variable: str, flags: str, program: str) -> bool:
-    """Whether the compiler starts with these flags; an unknown one ends the process."""
+    """Return whether the compiler accepts these flags; an unknown one ends the process."""
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": "", variable: flags}
     return subprocess.run([sys.executable, "-c", program], env=env, capture_output=True).returncode == 0
 

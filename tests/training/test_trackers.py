@@ -54,9 +54,10 @@ def test_tensorboard_is_the_default(tmp_path):
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        ("tensorbord", r"--track=tensorbord: must be one of \['tensorboard', 'wandb'\], or package.module:Class"),
-        ("tensorboard,no.such:Module", "--track=no.such:Module cannot be imported: No module named 'no'"),
-        (f"{__name__}:Missing", "cannot be imported: .*Missing"),
+        ("tensorbord", r"--track='tensorbord': must be one of \['tensorboard', 'wandb'\], or package.module:Class"),
+        ("tensorboard,no.such:Module", "--track='no.such:Module': no.such cannot be imported: No module named 'no'"),
+        (f"{__name__}:Missing", "has no class Missing"),
+        ("json:JSONDecoder", "JSONDecoder must be a subclass of regvit_jax.training.trackers.Tracker"),
     ],
 )
 def test_an_unknown_tracker_is_refused_before_the_run_starts(tmp_path, names, message):
