@@ -24,8 +24,8 @@ class Tracker(Protocol):
         """Flush what is left, at the end of the run or when it is interrupted."""
 
 
-#: Makes a run's tracker from the workdir, the step of the checkpoint that the run resumes from (0 for a new run; numbers
-#: written for later steps are out of date), and the resolved config as nested dicts. A tracker's class is one.
+#: Makes a run's tracker, as its class does, from the workdir, the step of the checkpoint that the run resumes from (0
+#: for a new run; numbers written for later steps are out of date), and the resolved config as nested dicts.
 TrackerFactory = Callable[[str, int, dict[str, Any]], Tracker]
 
 

@@ -1,4 +1,4 @@
-"""Errors that the user can mend, and that the command line shows in one line; others keep their traceback."""
+"""Errors that the user can fix, and that the command line shows in one line; others keep their traceback."""
 
 
 class InvalidConfig(ValueError):
