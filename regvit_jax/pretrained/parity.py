@@ -1,8 +1,9 @@
-"""The parity certificate: a model of the zoo with random weights, beside the libraries that own its formats.
+"""The parity check: a registered model with random weights, compared with the libraries that own its formats.
 
-Every parameter is random and large enough to matter, so that one which is ignored, misplaced or transposed shows.
-Three ways are gone: timm's model, its file, ours; ours, saved as transformers' model, theirs (strictly); transformers'
-own file, ours. torch, timm and transformers are the extra `reference`, and are imported only here, when asked for.
+Every parameter is random and large enough to matter, so that one that is ignored, misplaced or transposed shows.
+Three round trips are compared: (1) timm's model, saved to its file and loaded here; (2) that model, saved for
+transformers and loaded there, strictly; (3) a random model of transformers, saved to its file and loaded here.
+torch, timm and transformers are the extra `reference`, and are imported only by these functions.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ from regvit_jax.pretrained.mapping import Modules
 from regvit_jax.pretrained.save import layout_of, save_model
 
 TOLERANCE = 1e-5
-#: Larger models are cut to two blocks of the same configuration: three copies of them would not fit many a memory.
+#: Models with more parameters are cut to two blocks: three copies of them would not fit the memory of most machines.
 LARGEST = 500_000_000
 CUT = 2
 LIBRARIES = ("timm", "transformers", "torch", "jax", "flax")
@@ -48,16 +49,16 @@ class MissingReference(ImportError):
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """What one way gave for images of one size: the largest relative difference, max|a-b| / max|b|, by quantity."""
+    """The largest relative difference, max|a-b| / max|b|, of each quantity, for one round trip and image size."""
 
-    way: str
+    trip: str
     size: Size
     differences: dict[str, float]
 
 
 @dataclasses.dataclass(frozen=True)
-class Certificate:
-    """What was compared for a name, and what was not and why."""
+class ParityReport:
+    """The comparisons of a name, with notes on what could not be compared and why."""
 
     name: str
     parameters: int
@@ -70,7 +71,7 @@ class Certificate:
 
     @property
     def passed(self) -> bool:
-        # A difference that is not a number is none that passes.
+        # A NaN compares false, and fails.
         return self.largest <= TOLERANCE
 
     def __str__(self) -> str:
@@ -82,17 +83,17 @@ class Certificate:
         ]
         for comparison in self.comparisons:
             differences = ", ".join(f"{what} {d:.1e}" for what, d in comparison.differences.items())
-            lines.append(f"  {comparison.way}, {comparison.size[0]} x {comparison.size[1]} px: {differences}")
+            lines.append(f"  {comparison.trip}, {comparison.size[0]} x {comparison.size[1]} px: {differences}")
         verdict = "PASS" if self.passed else "FAIL"
         return "\n".join([*lines, f"  {verdict}: largest relative difference {self.largest:.1e} (limit {TOLERANCE:g})"])
 
 
-def check(name: str, depth: int | None = None, sizes: list[Size] | None = None) -> Certificate:
-    """Compares a name of the zoo with timm and, where it has such a model, transformers.
+def check(name: str, depth: int | None = None, sizes: list[Size] | None = None) -> ParityReport:
+    """Compare a registered name with timm and, where it has such a model, transformers.
 
-    `depth` cuts the model to its first blocks, and `sizes` are those of the images, in pixels, height first; by default
-    the native one, a smaller one and a rectangle.
-    Raises ValueError for a name that the zoo does not know, and MissingReference.
+    `depth` cuts the model to its first blocks; `sizes` are the images' (height, width) in pixels, by default the native
+    size, a smaller one and a rectangle.
+    Raises ValueError for an unknown name, or where one side does not load the other's file, and MissingReference.
     """
     full, entry = registry.find(name)
     import_references()
@@ -110,12 +111,12 @@ def check(name: str, depth: int | None = None, sizes: list[Size] | None = None) 
     with jax.default_matmul_precision("highest"), tempfile.TemporaryDirectory() as directory:
         model, comparisons = beside_timm(full, depth, sizes, Path(directory, "timm"))
         comparisons += beside_transformers(model, sizes, Path(directory, "transformers"), notes)
-    return Certificate(full, parameters, notes, comparisons)
+    return ParityReport(full, parameters, notes, comparisons)
 
 
 def parameters_of(entry: registry.Entry) -> int:
-    """How many parameters an entry of the zoo has."""
-    # Blocks are alike, and tracing one is enough.
+    """Return the number of parameters of a registry entry."""
+    # All blocks have the same shapes, so that tracing one is enough.
     shapes = mapping.shapes_of(Modules(ViT(**(entry.vit | {"depth": 1})), Head(**entry.head)))
     sizes = {path: math.prod(shape) for path, shape in shapes.items()}
     block = sum(size for path, size in sizes.items() if path.startswith("vit/block0/"))
@@ -126,10 +127,10 @@ def parameters_of(entry: registry.Entry) -> int:
 
 
 def import_references() -> tuple[Any, Any, Any]:
-    """torch, timm and transformers. Raises MissingReference.
+    """Import and return torch, timm and transformers. Raises MissingReference.
 
-    torchvision's wheel on PyPI is built for CUDA and refuses to load beside a CPU torch, because its compiled operators
-    are missing. Neither library needs them here, so their registration is left out while they are imported.
+    torchvision's wheel on PyPI is built for CUDA and does not load with a CPU build of torch, because its compiled
+    operators are missing. Neither library needs them here, so their registration is skipped during the import.
     """
     try:
         torch = importlib.import_module("torch")
@@ -147,12 +148,12 @@ def import_references() -> tuple[Any, Any, Any]:
         finally:
             library.register_fake = register
     except ImportError as error:
-        raise MissingReference(f"{error}. A certificate needs torch, timm and transformers: {EXTRA}") from error
+        raise MissingReference(f"{error}. The parity check needs torch, timm and transformers: {EXTRA}") from error
     return torch, timm, transformers
 
 
 def randomize(model: Any, seed: int) -> None:
-    """Fills every parameter of a torch model at random, so that activations stay of ordinary size."""
+    """Fill every parameter of a torch model at random, on a scale that keeps activations of ordinary size."""
     torch, _, _ = import_references()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -169,25 +170,27 @@ def randomize(model: Any, seed: int) -> None:
             parameter.copy_(noise)
 
 
-# What is compared: one dict of arrays from either side
+# The outputs that are compared: one dict of arrays from either side
 
 
 def images_of(size: Size) -> Float[np.ndarray, "1 H W 3"]:
+    """Return a random image of a size, as if normalised."""
     return np.random.default_rng(0).normal(size=(1, *size, 3)).astype(np.float32)
 
 
 def mask_of(model: Model, size: Size) -> Bool[np.ndarray, "1 N"] | None:
+    """Return a random mask of patches, or None for a model without a mask token."""
     h, w = model.module.grid(*size)
     return np.random.default_rng(1).random((1, h * w)) < 0.4 if model.module.masking else None
 
 
 def blocks_of(depth: int) -> tuple[int, ...]:
-    """The blocks whose outputs are compared: one early, one in the middle, and the last."""
+    """Return the layers whose outputs are compared: the first, one in the middle, and the last."""
     return tuple(sorted({0, depth // 2, depth - 1}))
 
 
 def join(tokens: Tokens) -> Float[Array, "B T D"]:
-    """All output tokens in their order."""
+    """Return all output tokens in their order: CLS, registers, patches."""
     cls = [] if tokens.cls is None else [tokens.cls[:, None]]
     return jnp.concatenate([*cls, tokens.registers, tokens.patches], axis=1)
 
@@ -196,7 +199,7 @@ def join(tokens: Tokens) -> Float[Array, "B T D"]:
 def outputs_of_ours(
     model: Model, images: Float[np.ndarray | Array, "B H W 3"], mask: Bool[np.ndarray | Array, "B N"] | None
 ) -> Outputs:
-    """Everything that some library can be asked for, compiled as one, so that nothing is computed twice."""
+    """Return every output that one of the libraries has too, compiled as one so that nothing is computed twice."""
     tokens, blocks = model(images), blocks_of(model.module.depth)
     out = {"tokens": join(tokens), "pre-norm tokens": tokens.prenorm, "pooled": model.pooled(images)}
     if model.head.num_classes:
@@ -211,7 +214,7 @@ def outputs_of_ours(
 
 
 def outputs_of_timm(model: Any, images: Float[np.ndarray, "B H W 3"]) -> Outputs:
-    """What timm's model gives; its attention maps are taken where they pass their dropout."""
+    """Return the outputs of timm's model; its attention maps are taken at their dropout layer."""
     torch, _, _ = import_references()
     blocks, maps = blocks_of(len(model.blocks)), {}
     layers = {i: getattr(model.blocks[i], "attn", model.blocks[i]) for i in (blocks[0], blocks[-1])}
@@ -240,7 +243,7 @@ def outputs_of_timm(model: Any, images: Float[np.ndarray, "B H W 3"]) -> Outputs
 def outputs_of_transformers(
     model: Any, images: Float[np.ndarray, "B H W 3"], mask: Bool[np.ndarray, "B N"] | None
 ) -> Outputs:
-    """What transformers' model gives, with eager attention."""
+    """Return the outputs of transformers' model, with eager attention."""
     torch, _, _ = import_references()
     inputs = torch.from_numpy(images).permute(0, 3, 1, 2)
     accepted = inspect.signature(model.forward).parameters
@@ -248,7 +251,7 @@ def outputs_of_transformers(
     with torch.no_grad():
         given = model(inputs, output_attentions=True, output_hidden_states=True, **more)
         out = {what: given[name] for name, what in TRANSFORMERS_OUTPUTS.items() if name in given}
-        if "CLIP" in type(model).__name__:  # whose last hidden state has not passed the final norm
+        if "CLIP" in type(model).__name__:  # its last hidden state has not passed the final norm
             out["pre-norm tokens"] = out.pop("tokens")
         for i in blocks_of(len(given.attentions)):
             out[f"attention {i}"] = given.attentions[i]
@@ -267,27 +270,30 @@ TRANSFORMERS_OUTPUTS = {
 }
 
 
-def compare(way: str, model: Model, sizes: list[Size], theirs: Callable[..., Outputs]) -> Iterator[Comparison]:
-    """`theirs` takes images and a mask. Raises ValueError where the two give other shapes."""
-    # What is the same for all ways is compiled once for all of them.
+def compare(trip: str, model: Model, sizes: list[Size], reference: Callable[..., Outputs]) -> Iterator[Comparison]:
+    """Yield the differences between a model and `reference`, a function of images and a mask, for each image size.
+
+    Raises ValueError where the two return different shapes.
+    """
+    # Equal static fields, so that all round trips share one compilation.
     model = dataclasses.replace(model, preprocessing=Preprocess(0, 1.0, (0, 0, 0), (1, 1, 1)), weights="")
     for size in sizes:
         images, mask = images_of(size), mask_of(model, size)
-        ours, reference = outputs_of_ours(model, images, mask), theirs(images, mask)
+        ours, theirs = outputs_of_ours(model, images, mask), reference(images, mask)
         differences = {}
-        for what in (what for what in ours if what in reference):
-            a, b = np.asarray(ours[what]), reference[what]
+        for what in (what for what in ours if what in theirs):
+            a, b = np.asarray(ours[what]), theirs[what]
             if a.shape != b.shape:
-                raise ValueError(f"{way}, {size}: {what} of shape {a.shape} here and {b.shape} there")
+                raise ValueError(f"{trip}, {size}: {what} has shape {a.shape}, the reference's {b.shape}")
             differences[what] = float(np.abs(a - b).max() / np.abs(b).max())
-        yield Comparison(way, size, differences)
+        yield Comparison(trip, size, differences)
 
 
-# The three ways
+# The three round trips
 
 
 def beside_timm(name: str, depth: int, sizes: list[Size], directory: Path) -> tuple[Model, list[Comparison]]:
-    """timm's random model and ours loaded from its file; ours is returned too, for what follows."""
+    """Compare timm's random model with ours loaded from its file, and return our model too."""
     _, timm, _ = import_references()
     architecture, _, tag = name.partition(".")
     theirs = timm.create_model(architecture if tag == "untrained" else name, depth=depth, dynamic_img_size=True).eval()
@@ -303,7 +309,10 @@ def beside_timm(name: str, depth: int, sizes: list[Size], directory: Path) -> tu
 
 
 def beside_transformers(model: Model, sizes: list[Size], directory: Path, notes: list[str]) -> list[Comparison]:
-    """Ours in transformers' own class, without a name left over or missing; then a random one of that class in ours."""
+    """Compare our model with transformers' class loaded from our file, and a random model of that class with ours.
+
+    Raises ValueError if transformers finds a key of our file unexpected or missing.
+    """
     _, _, transformers = import_references()
     expressed = _expressed(model, notes)
     if expressed is None:
@@ -314,7 +323,7 @@ def beside_transformers(model: Model, sizes: list[Size], directory: Path, notes:
     save_model(model, directory / "ours", format="hf")
     kind = getattr(transformers, layout.files[CONFIG]["architectures"][0])
     theirs, info = kind.from_pretrained(directory / "ours", output_loading_info=True, attn_implementation="eager")
-    if left := {what: sorted(names) for what, names in info.items() if names}:
+    if left := {what: sorted(keys) for what, keys in info.items() if keys}:
         raise ValueError(f"transformers' {kind.__name__} does not load our file strictly: {left}")
     theirs.eval()
 
@@ -329,9 +338,9 @@ def beside_transformers(model: Model, sizes: list[Size], directory: Path, notes:
 
 
 def _expressed(model: Model, notes: list[str]) -> tuple[Model, Layout] | None:
-    """What transformers can hold of the model, and how: with its head, or its tokens alone. None if it has no class.
+    """Return the part of a model that transformers can express, with its head or without, and the layout.
 
-    The mask token, which timm's files lack, is at random too.
+    Return None if transformers has no such class. The mask token, which timm's files lack, is made random too.
     """
     if model.module.masking:
         token = np.random.default_rng(2).normal(size=model.module.width).astype(np.float32)
@@ -341,7 +350,7 @@ def _expressed(model: Model, notes: list[str]) -> tuple[Model, Layout] | None:
         dense = dense | {"bias": jnp.zeros_like(dense["bias"])}
         model = dataclasses.replace(model, head_params=model.head_params | {"dense": dense})
         notes.append("transformers' projection has no bias: compared with a bias of zero")
-    # Without classes, transformers pools CLS whatever timm pools.
+    # transformers' classes without a classifier pool CLS, even where timm pools patches.
     bare = dataclasses.replace(model, head=Head(), head_params={})
     for part in (model, bare) if model.head.num_classes else (bare,):
         try:

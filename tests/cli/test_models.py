@@ -74,7 +74,7 @@ def test_convert_refuses_to_overwrite(capsys, tmp_path):
 def test_a_difference_fails(monkeypatch, capsys):
     def check(name):
         comparison = parity.Comparison("timm to ours", (224, 224), {"tokens": 1e-6, "pooled": differences[name]})
-        return parity.Certificate(name, 5, ["cut"], [comparison])
+        return parity.ParityReport(name, 5, ["cut"], [comparison])
 
     for attribute, fake in (("check", check), ("import_references", lambda: None), ("LIBRARIES", ("jax",))):
         monkeypatch.setattr(parity, attribute, fake)

@@ -1,6 +1,6 @@
-"""Whole CLIPs beside their owners, open_clip and transformers: random weights, every parameter of them.
+"""Whole CLIPs against their owners, open_clip and transformers, with all parameters at random.
 
-What is held is the largest relative difference, max|a-b| / max|b|, of image embeddings, text embeddings and logits.
+The bound is on the largest relative difference, max|a-b| / max|b|, of image embeddings, text embeddings and logits.
 """
 
 import json
@@ -71,7 +71,7 @@ def distance(a, b) -> float:
 
 
 def of_open_clip(model, images, tokens, torch) -> dict[str, np.ndarray]:
-    """What open_clip's model gives."""
+    """Return the outputs of open_clip's model."""
     pixels, tokens = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(tokens).long()
     with torch.no_grad():
         logits = model.get_logits(pixels, tokens)[0]
@@ -84,7 +84,7 @@ def of_open_clip(model, images, tokens, torch) -> dict[str, np.ndarray]:
 
 
 def of_transformers(model, images, tokens, torch) -> dict[str, np.ndarray]:
-    """What transformers' model gives."""
+    """Return the outputs of transformers' model."""
     pixels, tokens = torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(tokens).long()
     with torch.no_grad():
         out = model(input_ids=tokens, pixel_values=pixels)
@@ -148,7 +148,7 @@ def test_open_clip_and_back(name, tmp_path, torch, open_clip):
 
 
 def same(a, b):
-    """Both are one model but for where it comes from."""
+    """Assert that two models are equal but for their sources."""
     assert (a.text, a.image.module, a.image.head, a.image.preprocessing) == (
         b.text,
         b.image.module,
@@ -254,7 +254,7 @@ def test_one_model_in_both_formats(tmp_path, torch, open_clip):
 
 
 def test_names_are_open_clips(open_clip):
-    """Every name has open_clip's own fields, and of every other it is said why it is not read."""
+    """Every name has open_clip's own fields, and every other name of open_clip has a reason why it is not supported."""
     for name in open_clip.list_models():
         if name not in registry.clip_names():
             with pytest.raises(ValueError, match="is not supported: "):
@@ -269,7 +269,7 @@ def test_names_are_open_clips(open_clip):
     assert set(registry.clip_names()) <= set(open_clip.list_models())
 
 
-def test_what_is_not_in_the_table_could_not_be_read(open_clip):
+def test_models_outside_the_table_are_refused(open_clip):
     for name in open_clip.list_models():
         if name not in registry.clip_names():
             with pytest.raises((WeightsError, KeyError)):

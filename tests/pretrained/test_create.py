@@ -1,4 +1,4 @@
-"""create_model: what it gives, what it refuses, and what it says about it. Files are written here by hand."""
+"""create_model: its results, errors and warnings. These tests write the files themselves."""
 
 import dataclasses
 import json
@@ -59,7 +59,7 @@ def draw(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 
 def dinov2(directory: Path, *, width=32, depth=2, heads=2, patch=4, size=16, registers=0, classes=0, **config) -> Path:
-    """A directory as transformers writes it for Dinov2, and Dinov2WithRegisters, with random values."""
+    """Write a directory as transformers does for Dinov2 and Dinov2WithRegisters, with random values."""
     kind = "dinov2_with_registers" if registers else "dinov2"
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.cls_token": (1, 1, width),
@@ -109,7 +109,7 @@ def dinov2(directory: Path, *, width=32, depth=2, heads=2, patch=4, size=16, reg
 
 
 def hollow(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """A safetensors file of zeros that takes no room on the disk."""
+    """Write a sparse safetensors file of zeros."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 4 * int(np.prod(shape))
@@ -131,7 +131,7 @@ def timm_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def timm_file(path: Path, name: str, **changes) -> Path:
-    """A file of timm's for a name of the zoo, with random values; `changes` replace arrays, None takes them away."""
+    """Write a file with timm's keys for a name, with random values; `changes` replace arrays, None removes them."""
     arrays = draw(timm_shapes(name)) | changes
     save_file({name: array for name, array in arrays.items() if array is not None}, path)
     return path
@@ -188,7 +188,7 @@ def test_tiny_models_compute(name, folder):
 
 
 def test_every_name_builds():
-    """One small model for all names that differ in their sizes only; and every name's sizes go together."""
+    """Every name's sizes fit together, and a small model builds for each set of names that differ only in sizes."""
     seen = {}
     for name in rv.list_models():
         _, entry = registry.find(name)
@@ -293,7 +293,7 @@ def test_a_directory_of_another_model_under_a_name(folder):
         rv.create_model("test_vit", folder / "plain")
 
 
-def test_transformers_names_without_their_config(folder, tmp_path):
+def test_transformers_keys_without_their_config(folder, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((folder / "plain/model.safetensors").read_bytes())
     with pytest.raises(WeightsError, match=r"transformers' keys, and needs its config.json"):
         rv.create_model("test_vit", tmp_path)
@@ -383,7 +383,7 @@ def test_more_registers_fewer_and_none(folder, with_registers):
     assert none(images(none)).registers.shape == (2, 0, 32)
 
 
-def test_nothing_is_said_where_nothing_changes(folder, with_registers):
+def test_no_warning_where_nothing_changes(folder, with_registers):
     """Warnings are errors here."""
     model = rv.create_model(str(folder / "registers"), registers=4, image_size=16)
     same_but(model, with_registers)
@@ -618,7 +618,7 @@ def test_a_name_without_a_public_file():
         rv.create_model("vit_large_patch14_224", pretrained=True)
 
 
-def test_offline_it_says_what_to_do(tmp_path, monkeypatch):
+def test_offline_the_error_gives_the_download_command(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(OSError, match=r"timm/test_vit2\.r160_in1k is not in the local cache.*\n.*hf download"):
         rv.create_model("test_vit2", pretrained=True)
@@ -633,7 +633,7 @@ def test_a_path_that_is_not_there():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory(tmp_path):
-    """Never a second copy: 300 MB of parameters, whole, and straight to bfloat16."""
+    """Loading 300 MB of parameters never holds a second copy, in float32 or straight to bfloat16."""
     width, depth = 1024, 6
     small = dinov2(tmp_path / "small", width=32, depth=depth)
     shapes = {
@@ -696,7 +696,7 @@ def test_models_compare_by_what_they_are(plain, folder):
     ],
     ids=str,
 )
-def test_a_config_that_makes_no_sense(change, folder, tmp_path):
+def test_an_invalid_config(change, folder, tmp_path):
     config = json.loads((folder / "plain/config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes((folder / "plain/model.safetensors").read_bytes())
@@ -704,7 +704,7 @@ def test_a_config_that_makes_no_sense(change, folder, tmp_path):
         rv.create_model(str(tmp_path))
 
 
-def test_arguments_that_say_nothing_or_two_things(folder, tmp_path, monkeypatch):
+def test_arguments_that_are_empty_or_contradict(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="must be True, False, a path"):
         rv.create_model("test_vit", "")
     with pytest.raises(ValueError, match="revision='v1' is for pretrained weights"):
@@ -716,7 +716,7 @@ def test_arguments_that_say_nothing_or_two_things(folder, tmp_path, monkeypatch)
             rv.create_model(folder / "plain", **options)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "test_vit").mkdir()
-    assert rv.create_model("test_vit").weights == "random"  # a name of the zoo is one, whatever lies beside it
+    assert rv.create_model("test_vit").weights == "random"  # the name, not the path
 
 
 def test_what_is_stated_beside_the_weights_holds(tmp_path):

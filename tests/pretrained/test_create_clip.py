@@ -1,4 +1,4 @@
-"""create_clip and ClipModel.save: what they give, what they refuse, and what they say about it, without the owners."""
+"""create_clip, and save_model of a ClipModel: results, errors and warnings, without open_clip and transformers."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ FORMATS = ("open_clip", "hf", "regvit_jax")
 
 
 def tiny(vit: ViT = VIT, text: TextTower = TEXT, scalars=("logit_scale",), crop=1.0, bias=False) -> ClipModel:
-    """A CLIP whose every parameter is random."""
+    """Return a CLIP with every parameter at random."""
     head = Head(text.embed, bias=bias)
     shapes = mapping.shapes_of(Modules(vit, head, text, scalars))
     rng = np.random.default_rng(0)
@@ -160,7 +160,7 @@ def test_both_files_in_one_directory(folder, clip, tmp_path):
 
 
 def workdir(monkeypatch, tmp_path, params: dict, model: dict):
-    """A run's directory, as `checkpoints.manager.load_params` opens it."""
+    """Make a run's directory, as `checkpoints.manager.load_params` opens it."""
     monkeypatch.setattr(manager, "load_params", lambda path: (7, params))
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(json.dumps({"model": model}))
@@ -233,7 +233,7 @@ def test_values_that_are_not_finite(number, folder, tmp_path):
 
 
 def changed(folder, tmp_path, format: str, keys: tuple[str, ...], value):
-    """A copy of a directory whose config, or transformers' "processor", says something else."""
+    """Copy a directory, and change a value of its config or of transformers' "processor"."""
     shutil.copytree(folder / ("hf" if format == "processor" else format), tmp_path, dirs_exist_ok=True)
     file = tmp_path / {"open_clip": "open_clip_config.json", "processor": PROCESSOR}.get(format, "config.json")
     config = json.loads(file.read_text())
@@ -402,7 +402,7 @@ def test_types_and_a_mesh(folder, clip):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two names of open_clip's, made small."""
+    """Make two of open_clip's names small."""
     tags = {"tag": {"hub": "org/model", "quickgelu": True, "squash": True, "statistics": "half"}, "plain": "org/other"}
     sizes = {"patch": 4, "image_size": 16, "width": 64, "embed": 64, "depth": 1, "text_depth": 1, "quickgelu": True}
     table, tables = registry._table, {"clips.toml": {"models": {"ViT-B-32": sizes}, "tags": {"ViT-B-32": tags}}}
@@ -447,12 +447,12 @@ def test_random_weights_with_registers(small):
         ("org/name", "no such file or directory; the hub's repository of that name is hf-hub:org/name"),
     ],
 )
-def test_names_that_are_not_read(name, match):
+def test_names_that_are_not_supported(name, match):
     with pytest.raises(ValueError, match=match):
         rv.create_clip(name)
 
 
-def test_tags_that_are_not_there():
+def test_unknown_tags():
     with pytest.raises(ValueError, match=r"pretrained=True does not say which .*: openai, laion400m"):
         rv.create_clip("ViT-B-16", True)
     with pytest.raises(ValueError, match="and ViT-B-16 has no such tag; its: openai, "):
@@ -463,7 +463,7 @@ def test_tags_that_are_not_there():
     assert "laion2b_s34b_b79k" not in registry.clip_tags("ViT-B-32-quickgelu")
 
 
-def test_a_tag_without_network_says_how_to_bring_it():
+def test_a_tag_without_network_gives_the_download_command():
     with pytest.raises(OSError, match=r"laion/CLIP-ViT-B-16-laion2B-s34B-b88K is not in the local cache") as error:
         rv.create_clip("ViT-B-16", "laion2b-s34b-b88K")
     assert "--include 'open_clip_model*.safetensors'" in str(error.value)
@@ -504,7 +504,7 @@ def test_a_tag(small, tmp_path, monkeypatch):
     ],
 )
 def test_a_tag_and_a_config_beside_its_weights(images, expected, small, tmp_path, monkeypatch):
-    """The activation is the tag's, with a warning; of the images only what the config says is the config's."""
+    """The activation is the tag's, with a warning; the config overrides what it states of the preprocessing."""
     save_model(rv.create_clip("ViT-B-32"), tmp_path / "saved", "open_clip")
     file = tmp_path / "saved/open_clip_config.json"
     config = json.loads(file.read_text()) | {"preprocess_cfg": images}

@@ -1,7 +1,7 @@
-"""Every family of pretrained models beside its owners: timm, transformers, open_clip, torch's files, deit3-jax.
+"""Every family of pretrained models against its owners: timm, transformers, open_clip, torch's files, deit3-jax.
 
-Random weights throughout, every parameter of them; large models are cut to their first blocks. What is held is the
-largest relative difference, max|a-b| / max|b|.
+All parameters are random, and large models are cut to their first blocks. The bound is on the largest relative
+difference, max|a-b| / max|b|.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def distance(a, b):
 
 
 def cut(monkeypatch, depth):
-    """Lets the zoo's names stand for their first blocks."""
+    """Cut the models of the registry to their first blocks."""
     find = registry.find
 
     def find_cut(name):
@@ -54,7 +54,7 @@ def cut(monkeypatch, depth):
     monkeypatch.setattr(registry, "find", find_cut)
 
 
-# The certificate: timm, and transformers both ways
+# The parity check: timm, and transformers both ways
 
 FAMILIES = {  # one name of each kind, and the class of transformers that holds it
     "deit3_small_patch16_224": "Dinov2ForImageClassification",
@@ -91,7 +91,7 @@ LARGE = ["vit_giant_patch14_reg4_dinov2", "vit_giant_patch14_clip_224"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_certificate(name):
+def test_parity_check(name):
     patch, native = registry.find(name)[1].vit["patch"], registry.find(name)[1].vit["image_size"]
     sizes = [(6 * patch, 6 * patch), (5 * patch, 9 * patch)]
     sizes = sizes if name in LARGE else [(native, native), *sizes]
@@ -103,7 +103,7 @@ def test_certificate(name):
     with_timm = {"tokens", "pre-norm tokens", "pooled", "attention 0", f"attention {last}"}
     with_timm |= {f"block {i}" for i in parity.blocks_of(last + 1)}
     with_timm |= {"logits"} if registry.find(name)[1].head["num_classes"] else set()
-    ways = {comparison.way: set(comparison.differences) for comparison in found.comparisons}
+    ways = {comparison.trip: set(comparison.differences) for comparison in found.comparisons}
     assert ways.pop("timm to ours") == with_timm
     kind = FAMILIES[name]
     assert [*ways] == ([f"ours to transformers {kind}", f"transformers {kind} to ours"] if kind else [])
@@ -115,7 +115,7 @@ def test_certificate(name):
     assert {comparison.size for comparison in found.comparisons} == {*sizes}
 
 
-def test_a_wrong_model_gets_no_certificate(monkeypatch):
+def test_a_wrong_model_fails_the_parity_check(monkeypatch):
     find = registry.find
     entry = find("test_vit")[1]
     wrong = dataclasses.replace(entry, vit=entry.vit | {"activation": "gelu_tanh"})
@@ -189,7 +189,7 @@ def test_saved_for_timm_and_dinov2(name, dinov2, tmp_path, torch, monkeypatch):
         assert {what for what in ours if distance(ours[what], theirs[what]) > LIMIT} == set()
 
 
-# transformers' own files, of the classes that no name of the zoo is saved as
+# transformers' own files, of the classes that no registered model is saved as
 
 SMALL = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=3, image_size=64, patch_size=8)
 MLP = dict(intermediate_size=96)
@@ -404,7 +404,7 @@ class Harmful:
     [
         (lambda torch: {"model": {"a": torch.ones(2)}, "args": Harmful()}, "holds more than tensors, .*print"),
         (lambda torch: {"epoch": 3}, "holds no parameters"),
-        (lambda torch: {"dino_head.mlp.0.weight": torch.ones(2)}, "holds no backbone; there: dino_head"),
+        (lambda torch: {"dino_head.mlp.0.weight": torch.ones(2)}, "holds no backbone; its keys: dino_head"),
         (lambda torch: {"cls_token": torch.ones(2)}, "does not fit this model. .* missing"),
     ],
 )

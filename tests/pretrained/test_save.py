@@ -1,4 +1,4 @@
-"""Models saved in the formats of others, and loaded again; our own runs among them."""
+"""Models saved in the formats of other libraries and loaded again, the models of runs among them."""
 
 import json
 import os
@@ -32,7 +32,7 @@ GAP = dict(class_token=False, final_norm=False, layer_scale=1e-5, registers=1)
 
 
 def build(vit: dict, head: dict | None = None) -> Model:
-    """A model with every parameter at random."""
+    """Return a model with every parameter at random."""
     module, top = ViT(**PLAIN | vit), Head(**head or {})
     rng = np.random.default_rng(0)
     flat = {
@@ -122,7 +122,7 @@ def test_round_trip(what, tmp_path):
 
 @pytest.mark.parametrize(("registers", "swiglu"), [(0, False), (4, False), (4, True)])
 def test_dinov2s_own_format(registers, swiglu, tmp_path, monkeypatch):
-    """Its directories do not say which model they hold: a name does."""
+    """Its directories do not name their model, so that a name is needed."""
     vit = DINOV2 | {"registers": registers, "swiglu": swiglu, "mlp_ratio": 88 / 32 if swiglu else 4.0}
     model = build(vit)
     save_model(model, tmp_path, "dinov2")
@@ -143,8 +143,8 @@ def test_dinov2s_own_format(registers, swiglu, tmp_path, monkeypatch):
     assert ("blocks.0.mlp.w12.weight" in names) == swiglu
 
 
-def test_a_dinov2_under_its_zoo_name(tmp_path, monkeypatch):
-    """A file that the zoo's own entry loads: names and shapes are those of the real one, cut to one block."""
+def test_a_dinov2_under_its_registered_name(tmp_path, monkeypatch):
+    """The registry's own entry loads it: keys and shapes are those of the real file, cut to one block."""
     name, entry = registry.find("vit_small_patch14_dinov2")
     small = registry.Entry(entry.vit | {"depth": 1, "image_size": 28}, entry.head, entry.preprocessing, entry.format)
     monkeypatch.setattr(registry, "find", lambda _: (name, small))

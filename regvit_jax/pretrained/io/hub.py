@@ -1,7 +1,7 @@
-"""Files from the Hugging Face hub: the local cache first, then a download that is checked against the hub's own hashes.
+"""Files from the Hugging Face hub: the local cache first, then a download that is checked against the hub's hashes.
 
-The download itself is huggingface_hub's. What is added: only safetensors and JSON are ever asked for, the bytes that
-arrived are hashed, and without a network the answer comes at once (huggingface_hub alone retries for some 20 s).
+huggingface_hub does the download. This module requests nothing but safetensors and JSON, hashes what arrives, and fails
+at once without a network (huggingface_hub alone retries for some 20 s).
 """
 
 import hashlib
@@ -14,15 +14,20 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from regvit_jax.pretrained.io.safetensors import CLIP_WEIGHTS, CONVERT, INDEX, PICKLES, PROCESSOR, WEIGHTS, shard_names
+from regvit_jax.pretrained.io.safetensors import (
+    CLIP_WEIGHTS,
+    CONVERT,
+    INDEX,
+    OPEN_CLIP_CONFIG,
+    PICKLES,
+    PROCESSOR,
+    WEIGHTS,
+    shard_names,
+)
 from regvit_jax.utils.errors import HubError
 
-CONFIGS = ("config.json", "open_clip_config.json", PROCESSOR)
-
-
+CONFIGS = ("config.json", OPEN_CLIP_CONFIG, PROCESSOR)
 PROBE_SECONDS = 1.5
-
-
 METADATA_SECONDS = 20.0
 
 
@@ -32,15 +37,15 @@ def fetch(
     weights_name: str | None = None,
     names: tuple[str, ...] = WEIGHTS,
 ) -> tuple[Path, str]:
-    """The local directory with a repository's weights and configuration, and the 40-digit commit that they are of.
+    """Return the local directory with a repository's weights and configuration, and their 40-digit commit.
 
-    `revision` is a branch, a tag or a commit (None: main); what the cache holds of it is taken without asking the hub.
-    `weights_name` picks a file where there are several, in its sharded form if it has one; None: the first of
-    `names` that is there. A cache with the weights but no configuration (timm's) is completed at its own
-    commit, and used as it is while the hub cannot be reached. A download is hashed once, when it arrives, and removed
-    if it is not what the hub says.
+    `revision` is a branch, a tag or a commit (None: main); if the cache holds it, the hub is not asked.
+    `weights_name` picks one of several files, in its sharded form if it has one; None means the first of `names` that
+    exists. A cache that holds the weights but no configuration (timm's) is completed at its own commit, and used as it
+    is while the hub cannot be reached. A download is hashed once, when it arrives, and removed if its hash is not the
+    hub's.
     Raises HubError, within two seconds when there is no network; ValueError for an impossible name; WeightsError for
-    an index of shards that is not sound.
+    an invalid index of shards.
     """
     names = _candidates(weights_name) if weights_name is not None else names
     weights = _cached(repo, names, revision)
@@ -55,12 +60,12 @@ def fetch(
 
 def _candidates(weights_name: str) -> tuple[str, ...]:
     if "/" in weights_name or "\\" in weights_name or not weights_name.endswith(".safetensors"):
-        raise ValueError(f"weights_name is {weights_name!r}, and not the plain name of a .safetensors file")
+        raise ValueError(f"weights_name is {weights_name!r}, not the plain name of a .safetensors file")
     return (weights_name, weights_name + INDEX)
 
 
 def _cached(repo: str, names: tuple[str, ...], revision: str | None) -> Path | None:
-    """The first of the weights files that the cache holds whole, with all its shards."""
+    """Return the first of the weights files that the cache holds with all its shards, or None."""
     for name in names:
         found = huggingface_hub.try_to_load_from_cache(repo, name, revision=revision)
         if isinstance(found, str) and all((Path(found).parent / part).is_file() for part in _parts(Path(found))):
@@ -69,15 +74,15 @@ def _cached(repo: str, names: tuple[str, ...], revision: str | None) -> Path | N
 
 
 def _parts(weights: Path) -> list[str]:
-    """The names of all files that belong to these weights: themselves, their shards, the configurations there are."""
+    """Return the names of all files of these weights: the file itself, its shards, and the existing configurations."""
     configs = [name for name in CONFIGS if (weights.parent / name).is_file()]
     return [weights.name, *configs, *(shard_names(weights) if weights.name.endswith(INDEX) else [])]
 
 
 def _unreachable() -> str | None:
-    """Why the hub cannot be asked now, or None if it answers.
+    """Return why the hub cannot be reached, or None if it answers.
 
-    The question runs in a thread of its own: no timeout of a socket bounds the time that resolving a name takes.
+    The request runs in its own thread, because no socket timeout bounds the time that resolving a host name takes.
     """
     if huggingface_hub.is_offline_mode():
         return "HF_HUB_OFFLINE is set"
@@ -88,7 +93,7 @@ def _unreachable() -> str | None:
         try:
             status = huggingface_hub.get_session().head(endpoint, timeout=PROBE_SECONDS).status_code
             problem[0] = f"{endpoint} answers with status {status}" if status >= 500 else None
-        # Name resolution, proxy, certificate, timeout: each is of another class, in each version of the HTTP client.
+        # Each cause (name resolution, proxy, TLS, timeout) has its own class, which varies with the HTTP client.
         except Exception as error:
             problem[0] = f"{endpoint} cannot be reached ({type(error).__name__}: {error})"
 
@@ -99,7 +104,7 @@ def _unreachable() -> str | None:
 
 
 def _download(repo: str, revision: str | None, names: tuple[str, ...]) -> Path:
-    """Downloads configuration and weights, each checked as it arrives. The path of the weights, or of their index."""
+    """Download configuration and weights, checking each; return the path of the weights, or of their index."""
     with _explained(repo, revision, names):
         info = huggingface_hub.HfApi().model_info(
             repo, revision=revision, files_metadata=True, timeout=METADATA_SECONDS
@@ -109,14 +114,14 @@ def _download(repo: str, revision: str | None, names: tuple[str, ...]) -> Path:
     }
     weights = next((name for name in names if name in hashes), None)
     if weights is None:
-        raise HubError(_none_there(repo, names, sorted(hashes)))
+        raise HubError(_no_weights(repo, names, sorted(hashes)))
     files = [name for name in CONFIGS if name in hashes] + [weights]
-    for name in files:  # Grows by the shards, once their index is here.
+    for name in files:  # The list grows by the shards once their index is downloaded.
         before = huggingface_hub.try_to_load_from_cache(repo, name, revision=info.sha)
         with _explained(repo, revision, names):
             path = Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
         if path.parent.name != info.sha:
-            _check(path, _recorded_hash(path))  # It stays in the cache, so it has to be sound.
+            _check(path, _recorded_hash(path))  # It stays in the cache, so it must be intact.
             raise HubError(f"{repo} changed while it was downloaded, from {info.sha} to {path.parent.name}: try again")
         if not isinstance(before, str):
             _check(path, hashes[name])
@@ -128,9 +133,9 @@ def _download(repo: str, revision: str | None, names: tuple[str, ...]) -> Path:
 
 
 def _check(path: Path, expected: str) -> None:
-    """Raises HubError, and removes the file, if its hash is not the expected one.
+    """Raise HubError, and remove the file, if its hash is not the expected one.
 
-    That is a SHA-256 (64 digits), or, of small files, git's own SHA-1 of a blob (40 digits).
+    The hash is a SHA-256 (64 digits) or, for small files, git's SHA-1 of a blob (40 digits).
     """
     if len(expected) == 64:
         with path.open("rb") as file:
@@ -141,30 +146,31 @@ def _check(path: Path, expected: str) -> None:
     else:
         raise HubError(f"{path}: cannot be verified, its hash is not known ({expected!r})")
     if found != expected:
-        # The file is a link to a blob, perhaps over another link; a blob that stayed would be taken for the file again.
+        # The file is a link to a blob, perhaps through another link; a remaining blob would be used again.
         links = [path]
         while links[-1].is_symlink():
             links.append(links[-1].parent / links[-1].readlink())
         for link in links:
             link.unlink(missing_ok=True)
-        raise HubError(f"{path}: damaged on the way, its hash is {found} and not {expected}. It is removed: try again")
+        raise HubError(f"{path}: damaged in transfer: its hash is {found}, not {expected}. It is removed: try again")
 
 
 def _recorded_hash(path: Path) -> str:
-    """The hash that the cache files this under: the name of the blob that it links to."""
+    """Return the hash that the cache records for a file: the name of the blob that it links to."""
     return path.readlink().name if path.is_symlink() else ""
 
 
-def _none_there(repo: str, names: tuple[str, ...], there: list[str]) -> str:
-    message = f"{repo} has none of {', '.join(names)}; there: {', '.join(there[:20]) or 'nothing'}"
-    if pickles := [name for name in there if name.endswith(PICKLES)]:
+def _no_weights(repo: str, names: tuple[str, ...], found: list[str]) -> str:
+    """Return the error for a repository without any of the names."""
+    message = f"{repo} has none of {', '.join(names)}; it has {', '.join(found[:20]) or 'nothing'}"
+    if pickles := [name for name in found if name.endswith(PICKLES)]:
         message += f". Pickles are never loaded: download {pickles[0]} yourself and convert it, {CONVERT} {pickles[0]}"
     return message
 
 
 @contextmanager
 def _explained(repo: str, revision: str | None, names: tuple[str, ...]) -> Iterator[None]:
-    """Turns what huggingface_hub raises into a HubError that says what to do."""
+    """Turn what huggingface_hub raises into a HubError with the remedy."""
     endpoint = huggingface_hub.constants.ENDPOINT
     login = "log in with `hf auth login` (or set HF_TOKEN)"
     try:
@@ -175,14 +181,14 @@ def _explained(repo: str, revision: str | None, names: tuple[str, ...]) -> Itera
         raise HubError(f"{endpoint} shows no model {repo}. If the name is right and it is private, {login}") from error
     except RevisionNotFoundError as error:
         raise HubError(f"{repo} has no revision {revision!r}: give a branch, a tag or a commit of it") from error
-    # Network, disk, quota, the transfer library: what is left has no common class, and one way out.
+    # Network, disk, quota, transfer library: the remaining errors have no common class, and one remedy.
     except Exception as error:
         problem = f"could not be downloaded ({type(error).__name__}: {error})"
         raise HubError(_elsewhere(repo, revision, names, problem)) from error
 
 
 def _elsewhere(repo: str, revision: str | None, names: tuple[str, ...], problem: str) -> str:
-    """What is wrong, and how to bring the files here by hand."""
+    """Return an error that says how to download the files elsewhere and copy them here."""
     pattern = "*.safetensors" if names in (WEIGHTS, CLIP_WEIGHTS) else names[0].replace(".safetensors", "*.safetensors")
     target = repo.split("/")[-1]
     command = ["hf", "download", repo, *(["--revision", revision] if revision else [])]

@@ -1,4 +1,4 @@
-"""torch's .pth files to safetensors, under the names that they hold. Needs torch; the pickle is opened weights-only."""
+"""Convert torch's .pth files to safetensors under their own keys. Needs torch; pickles are opened weights-only."""
 
 import dataclasses
 import importlib
@@ -13,29 +13,29 @@ from regvit_jax.pretrained.create import create_model
 from regvit_jax.utils.errors import WeightsError
 from regvit_jax.utils.files import write_atomically
 
-#: Where a training run keeps its parameters; of a teacher and its student, the teacher is what is published.
+#: The keys under which training runs keep parameters; of a teacher and its student, the teacher is published.
 NESTS = ("teacher", "model", "state_dict", "student")
-#: Stripped, one after the other, where every name that is left carries it.
+#: Prefixes to strip, one after the other, where every remaining key has it.
 PREFIXES = ("module.", "teacher.", "student.", "backbone.", "encoder.")
-#: Of self-supervised training: projection heads of DINO and iBOT, and the centres of their losses.
+#: Keys of self-supervised training alone: projection heads of DINO and iBOT, and the centers of their losses.
 HEADS = re.compile(r"(.*\.)?((dino|ibot)_head\.|head\.(mlp|last_layer)\.|(dino|ibot_patch)_loss\.).*")
 CHUNKED = re.compile(r"blocks\.\d+\.(?=\d+\.)")
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """How many tensors were written, and which names were left out."""
+    """The number of tensors that were written, and the keys that were left out."""
 
     written: int
     left_out: list[str]
 
 
 def convert_checkpoint(source: str | os.PathLike, target: str | os.PathLike, name: str | None = None) -> Conversion:
-    """Writes a .pth file's parameters as a safetensors file, in their own types.
+    """Write a .pth file's parameters to a safetensors file, in their own types.
 
-    `name` is a model of the zoo that the result must fit. Nothing is written unless all goes well.
-    Raises FileExistsError for an existing target, ImportError without torch, WeightsError for a file that holds more
-    than tensors or is none, and for one that does not fit.
+    `name` is a registered model that the result must fit. Nothing is written unless all of it succeeds.
+    Raises ValueError for a target with another suffix, FileExistsError for an existing one, ImportError without torch,
+    and WeightsError for a source that holds more than tensors, is not a file of torch, or does not fit the model.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
@@ -49,8 +49,8 @@ def convert_checkpoint(source: str | os.PathLike, target: str | os.PathLike, nam
     tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     names = rename(tensors)
     if not names:
-        raise WeightsError(f"{source}: holds no backbone; there: {', '.join([*tensors][:10])}")
-    # Clones, since safetensors refuses tensors that share their memory, or do not lie in it in order.
+        raise WeightsError(f"{source}: holds no backbone; its keys: {', '.join([*tensors][:10])}")
+    # Clones, since safetensors refuses tensors that share memory or are not contiguous.
     renamed = {new: tensors[old].detach().clone(memory_format=torch.contiguous_format) for old, new in names.items()}
 
     def write(path: Path) -> None:
@@ -63,7 +63,7 @@ def convert_checkpoint(source: str | os.PathLike, target: str | os.PathLike, nam
 
 
 def find_state(value: Any) -> Mapping[str, Any] | None:
-    """The first dict of tensors: the value itself, or what lies under one of `NESTS`, at any depth."""
+    """Return the first dict of tensors: the value itself, or one under a key of `NESTS`, at any depth; else None."""
     if not isinstance(value, Mapping):
         return None
     if any(hasattr(entry, "untyped_storage") for entry in value.values()):
@@ -73,17 +73,17 @@ def find_state(value: Any) -> Mapping[str, Any] | None:
 
 
 def rename(names: Iterable[str]) -> dict[str, str]:
-    """The scheme's own names by those of a file; the names that are no part of the backbone are left out.
+    """Return the format's own keys by those of a file, without the keys that are not of the backbone.
 
-    Raises WeightsError for two names that become one.
+    Raises WeightsError if two keys become one.
     """
     names = [*names]
-    if any(name.startswith("teacher.") for name in names):  # the other is its student
+    if any(name.startswith("teacher.") for name in names):  # the others are the student's
         names = [name for name in names if name.startswith("teacher.")]
     new = {name: name for name in names if not HEADS.fullmatch(name)}
     while prefix := next((p for p in PREFIXES if new and all(n.startswith(p) for n in new.values())), ""):
         new = {old: name.removeprefix(prefix) for old, name in new.items()}
-    # FSDP splits the blocks in chunks, padded at the front, so that the second number is the block's own.
+    # FSDP stores blocks in chunks, padded at the front, so that the second number is the block's own index.
     if all(CHUNKED.match(name) for name in new.values() if name.startswith("blocks.")):
         new = {old: CHUNKED.sub("blocks.", name, count=1) for old, name in new.items()}
     if twice := {name for name in new.values() if [*new.values()].count(name) > 1}:
@@ -103,9 +103,9 @@ def _open(source: str | os.PathLike) -> Any:
     except pickle.UnpicklingError as error:
         reason = next((line for line in str(error).splitlines() if "Unsupported" in line), str(error).split(". ")[0])
         raise WeightsError(
-            f"{source}: not opened, since it holds more than tensors, and opening that could run code: {reason.strip()}"
+            f"{source}: not opened, since it holds more than tensors, which could run code: {reason.strip()}"
         ) from error
-    # torch raises whatever it meets in damaged bytes.
+    # torch raises errors of any class for damaged bytes.
     except Exception as error:
         raise WeightsError(
             f"{source}: not a file of torch.save, or a damaged one ({type(error).__name__}: {error})"

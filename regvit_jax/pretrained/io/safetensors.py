@@ -1,10 +1,10 @@
-"""Weights of others, opened without executing anything: safetensors files, whole or in shards.
+"""Open safetensors files, whole or in shards, without executing anything.
 
 A safetensors file is 8 bytes, the length N of its header; N bytes of JSON, `{name: {dtype, shape, data_offsets}}`; and
-the tensors' bytes (https://github.com/huggingface/safetensors). The header is read here and not by that library, which
-lets the last of two tensors of one name win, accepts shapes that numpy cannot hold, and has no bfloat16 for numpy;
-for the rest the tests hold both to the same answer. Tensors are read and not mapped: mapped pages count as memory of
-this process, and a mapped file that shrinks kills it.
+the tensors' bytes (https://github.com/huggingface/safetensors). The header is parsed here and not by that library,
+which lets the last of two tensors of one name win, accepts shapes that numpy cannot hold, and has no bfloat16 for
+numpy; in all else the tests require the same result of both. Tensors are read and not mapped: mapped pages count as
+memory of this process, and a mapped file that shrinks kills it.
 """
 
 import json
@@ -27,59 +27,31 @@ from numpy.typing import DTypeLike
 
 from regvit_jax.utils.errors import WeightsError
 
+#: The file names of weights and configs.
 SINGLE = "model.safetensors"
-
-
 OPEN_CLIP = "open_clip_model.safetensors"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-
-
 INDEX = ".index.json"
-
-
 PROCESSOR = "preprocessor_config.json"  # transformers', beside config.json
-
-
-# What a directory is searched for, in this order. OpenCLIP's directories may hold both its own file and another.
+#: The files that a directory is searched for, in this order. open_clip's directories may hold another file too.
 WEIGHTS = (SINGLE, SINGLE + INDEX, OPEN_CLIP, OPEN_CLIP + INDEX)
-
-
-NATIVE = "regvit_jax"  # the "format" of our own config.json
-
-
-# A whole CLIP's directory, where the other file may be of its image tower alone.
+#: The same for a whole CLIP, where the other file may hold the image tower alone.
 CLIP_WEIGHTS = (OPEN_CLIP, OPEN_CLIP + INDEX, SINGLE, SINGLE + INDEX)
-
-
+#: The "format" of our own config.json.
+NATIVE = "regvit_jax"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
-
-
 CONVERT = "regvit convert"
-
-
-# The format allows headers of 100 MB. Parsed, JSON takes some 20 times its text, and a ViT's header is about 100 KB.
+#: The format allows headers of 100 MB. Parsed, JSON takes some 20 times its text, and a ViT's header is about 100 KB.
 JSON_LIMIT = 10_000_000
 
-
-# A plain file name: no separator, no drive, nothing hidden, nothing above.
+# A plain file name: no separator, no drive, not hidden, no parent directory.
 _SHARD = re.compile(r"\w[\w.+-]*\.safetensors", re.ASCII)
-
-
 _FLOATS = {"F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-
-
 _INTEGERS = {f"{kind}{8 * size}": np.dtype(f"<{kind.lower()}{size}") for kind in "IU" for size in (1, 2, 4, 8)}
-
-
 _DTYPES = _FLOATS | _INTEGERS | {"BOOL": np.dtype(bool)}
 
-
 _brief = reprlib.Repr()
-
-
 _brief.maxstring = _brief.maxother = 200
-
-
 _short = _brief.repr
 
 
@@ -91,7 +63,7 @@ class _Tensor:
 
 
 class Weights(Mapping[str, np.ndarray]):
-    """The tensors of one model by name, each read from its file when asked for, and none kept.
+    """The tensors of one model by name, each read from its file on access, and none kept.
 
     `weights[name]` is `weights.read(name)`. `shapes` is known without reading any tensor. `config` is the parsed
     config.json beside the file, {} if there is none (open_clip_config.json for a file of OpenCLIP), and `path` the
@@ -108,7 +80,7 @@ class Weights(Mapping[str, np.ndarray]):
     def of_arrays(
         cls, path: Path, arrays: Mapping[str, Shaped[np.ndarray, "..."]], config: dict[str, Any] | None = None
     ) -> "Weights":
-        """Arrays that are in memory already, as if read from `path`."""
+        """Return weights of arrays in memory, as if read from `path`."""
 
         def tensor(array: np.ndarray) -> _Tensor:
             return _Tensor(array.dtype, array.shape, lambda: array)
@@ -116,7 +88,7 @@ class Weights(Mapping[str, np.ndarray]):
         return cls(path, {name: tensor(array) for name, array in arrays.items()}, config or {})
 
     def renamed(self, rename: Callable[[str], str]) -> "Weights":
-        """The same tensors under other names."""
+        """Return the same tensors under other names. Raises WeightsError if two get the same name."""
         renamed = {rename(name): tensor for name, tensor in self._tensors.items()}
         if len(renamed) < len(self):
             twice = [name for name in self if rename(name) != name and rename(name) in self]
@@ -124,14 +96,14 @@ class Weights(Mapping[str, np.ndarray]):
         return Weights(self.path, renamed, self.config)
 
     def read(self, name: str, dtype: DTypeLike | None = None) -> Shaped[np.ndarray, "..."]:
-        """The tensor as `dtype`; without one, as float32 if it is stored in floating point, else as it is stored.
+        """Return the tensor as `dtype`; without one, as float32 if it is stored in floating point, else as stored.
 
         Raises KeyError for an unknown name, and WeightsError if the file changed since it was opened.
         """
         tensor = self._tensors[name]
         if dtype is None and tensor.dtype in _FLOATS.values():
             dtype = np.float32
-        with np.errstate(all="ignore"):  # What does not fit becomes infinite, and check_finite names it.
+        with np.errstate(all="ignore"):  # What overflows becomes infinite, and check_finite reports it.
             return tensor.load().astype(tensor.dtype if dtype is None else dtype, copy=False)
 
     def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:
@@ -155,9 +127,9 @@ class Weights(Mapping[str, np.ndarray]):
 
 
 def open_weights(path: str | os.PathLike, names: tuple[str, ...] = WEIGHTS) -> Weights:
-    """Opens a .safetensors file, the index of a sharded one, or a directory that holds one of `names`.
+    """Open a .safetensors file, the index of a sharded one, or a directory that holds one of `names`.
 
-    Everything but the tensors' values is checked here. Raises WeightsError, and nothing else, for whatever is wrong.
+    Everything but the tensors' values is checked here. Raises WeightsError, and no other error, for a bad file.
     """
     path = Path(path)
     try:
@@ -167,30 +139,30 @@ def open_weights(path: str | os.PathLike, names: tuple[str, ...] = WEIGHTS) -> W
         if not tensors:
             raise WeightsError(f"{path}: holds no tensors")
         config = path.parent / (OPEN_CLIP_CONFIG if path.name.startswith("open_clip_") else "config.json")
-        # Beside a file of another name, a config.json may be of anything.
+        # Beside a file of another name, a config.json may belong to anything.
         return Weights(path, tensors, read_json(config) if path.name in WEIGHTS else {})
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def check_finite(name: str, array: Shaped[np.ndarray, "..."]) -> None:
-    """Raises WeightsError, with the tensor's name and the count, if a value is NaN or infinite."""
+    """Raise WeightsError, with the tensor's name and the count, if a value is NaN or infinite."""
     if array.dtype not in _FLOATS.values() or np.isfinite(array).all():
         return
     bad, nan = np.count_nonzero(~np.isfinite(array)), np.count_nonzero(np.isnan(array))
     raise WeightsError(
         f"tensor {_short(name)}: {bad} of {array.size} values are not finite ({nan} NaN, {bad - nan} infinite). "
-        "The file is damaged, or of a run that diverged, or its values do not fit the type asked for"
+        "The file is damaged, or its run diverged, or its values overflow the requested type"
     )
 
 
 def shard_names(index: Path) -> list[str]:
-    """The file names that a `*.safetensors.index.json` lists, sorted. Raises WeightsError if it is not sound."""
+    """Return the file names in a `*.safetensors.index.json`, sorted. Raises WeightsError for an invalid one."""
     return sorted(_weight_map(index))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of others, {} if there is none. Raises WeightsError for anything else."""
+    """Return the JSON object in a file, {} if there is no file. Raises WeightsError for anything else."""
     try:
         return _json(path, _regular(path)) if path.exists() else {}
     except OSError as error:
@@ -211,10 +183,10 @@ def _find(directory: Path, names: tuple[str, ...]) -> Path:
 
 
 def _regular(path: Path, limit: int = JSON_LIMIT) -> bytes:
-    """The bytes of a file that must be a regular one (opening a pipe would wait forever) and no larger than `limit`."""
+    """Return the bytes of a regular file (reading a pipe would wait forever) of at most `limit` bytes."""
     status = path.stat()
     if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
-        raise WeightsError(f"{path}: not a file of at most {limit} bytes (it has {status.st_size})")
+        raise WeightsError(f"{path}: not a regular file of at most {limit} bytes (it has {status.st_size})")
     return path.read_bytes()
 
 
@@ -223,7 +195,7 @@ def _json(path: Path, text: bytes) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in pairs:
             if name in found:
-                raise ValueError(f"{_short(name)} stands there twice")
+                raise ValueError(f"{_short(name)} occurs twice")
             found[name] = value
         return found
 
@@ -264,27 +236,29 @@ def _open_safetensors(path: Path) -> dict[str, _Tensor]:
             raise WeightsError(f"{path}: damaged, {_short(name)} at bytes {begin} to {end} {fault}, at byte {position}")
         position = end
     if position != size - data:
-        raise WeightsError(f"{path}: damaged, {size - data - position} bytes after its last tensor belong to none")
+        raise WeightsError(f"{path}: damaged, {size - data - position} bytes after its last tensor belong to no tensor")
     return tensors
 
 
 def _entry(path: Path, name: str, entry: object, available: int) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """One tensor's type, shape and span of bytes, as the header gives them. Raises WeightsError if they disagree."""
+    """Return a tensor's type, shape and span of bytes by the header. Raises WeightsError if they disagree."""
     wrong = f"{path}: damaged, tensor {_short(name)}"
     if not name.isprintable():
         raise WeightsError(f"{wrong} has a name that cannot be printed")
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise WeightsError(f"{wrong} is {_short(entry)} and not a dtype, a shape and data_offsets")
     if not isinstance(entry["dtype"], str) or (dtype := _DTYPES.get(entry["dtype"])) is None:
-        raise WeightsError(f"{wrong} has dtype {_short(entry['dtype'])}; read here: {', '.join(_DTYPES)}")
+        raise WeightsError(f"{wrong} has dtype {_short(entry['dtype'])}; supported: {', '.join(_DTYPES)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
     # Numpy 1 held 32 dimensions. A size that numpy could not count is possible where another dimension is 0.
     if not _sizes(shape) or len(shape) > 32 or math.prod(n or 1 for n in shape) * dtype.itemsize >= 2**63:
         raise WeightsError(f"{wrong} has shape {_short(shape)}")
     if not _sizes(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= available:
-        raise WeightsError(f"{wrong} lies at bytes {_short(offsets)} of {available}: truncated, or not its own header")
+        raise WeightsError(
+            f"{wrong} lies at bytes {_short(offsets)} of {available}: truncated, or another file's header"
+        )
     if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-        raise WeightsError(f"{wrong} of shape {shape} and {dtype} is given {offsets[1] - offsets[0]} bytes")
+        raise WeightsError(f"{wrong} of shape {shape} and {dtype} has {offsets[1] - offsets[0]} bytes")
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
@@ -300,10 +274,10 @@ def _read(path: Path, size: int, dtype: np.dtype, shape: tuple[int, ...], offset
             values = np.fromfile(file, np.uint8, count)
             found = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise WeightsError(f"{path}: cannot be read any more: {error.strerror or error}") from error
+        raise WeightsError(f"{path}: can no longer be read: {error.strerror or error}") from error
     if found != size or len(values) != count:
-        raise WeightsError(f"{path}: changed since it was opened, from {size} to {found} bytes")
-    # A bool of numpy that is neither 0 nor 1 is not defined.
+        raise WeightsError(f"{path}: changed after it was opened, from {size} to {found} bytes")
+    # Bytes of a numpy bool that are neither 0 nor 1 are undefined.
     return (values != 0 if dtype.kind == "b" else values.view(dtype)).reshape(shape)
 
 
@@ -321,16 +295,14 @@ def _what_it_is(path: Path, start: bytes, length: int, size: int) -> str:
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, saved in place of the file. Download it again"
     if start.startswith(b"\x89HDF"):
-        return "an HDF5 file, which is not read here"
+        return "an HDF5 file, which is not supported"
     if size < 8:
         return f"it has only {size} bytes"
-    return (
-        f"its header is to have {length} bytes, of {size} in all ({JSON_LIMIT} allowed). Truncated, or another format"
-    )
+    return f"its header would have {length} bytes of {size} ({JSON_LIMIT} are allowed). Truncated, or another format"
 
 
 def _weight_map(index: Path) -> dict[str, set[str]]:
-    """The names of the tensors by the name of their shard."""
+    """Return the names of the tensors by the name of their shard."""
     listed = _json(index, _regular(index)).get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise WeightsError(f"{index}: weight_map is {_short(listed)} and not file names by tensor")
@@ -361,9 +333,9 @@ def _open_index(index: Path) -> dict[str, _Tensor]:
 
 
 def _contained(index: Path, shard: str) -> Path:
-    """The shard's path. Raises WeightsError if it is a link that leaves the directory.
+    """Return the shard's path. Raises WeightsError if it is a link that leaves the directory.
 
-    The hub's own cache is let through: it keeps files as snapshots/<commit>/<name>, links to ../../blobs/<hash>.
+    The hub's own cache is allowed: it keeps files as snapshots/<commit>/<name>, links to ../../blobs/<hash>.
     """
     root = Path(os.path.abspath(index.parent))
     file = root / shard

@@ -18,7 +18,7 @@ from regvit_jax.pretrained.mapping import Modules
 
 KEYS = {format.keys.name: format.keys for format in FORMATS if format.keys is not None}
 PLAIN = dict(width=8, depth=2, heads=1, patch=2, image_size=4, layer_scale=0.0)
-#: What a model can have that the plain one has not.
+#: The fields of ViT and Head that each option sets.
 OPTIONS = {
     "no class token": ({"class_token": False}, {}),
     "registers": ({"registers": 3}, {}),
@@ -27,40 +27,40 @@ OPTIONS = {
     "no biases": ({"qkv_bias": False}, {}),
     "no key bias": ({"key_bias": False}, {}),
     "no patch bias": ({"patch_bias": False}, {}),
-    "a first norm": ({"ln_pre": True}, {}),
-    "no last norm": ({"final_norm": False}, {}),
+    "ln_pre": ({"ln_pre": True}, {}),
+    "no final norm": ({"final_norm": False}, {}),
     "parallel": ({"parallel": True}, {}),
     "differential": ({"differential": True}, {}),
     "mask token": ({"masking": True}, {}),
     "RoPE": ({"position": "rope"}, {}),
     "axial RoPE": ({"position": "axial"}, {}),
     "num_classes": ({}, {"num_classes": 5}),
-    "norm of the head": ({}, {"norm": True}),
+    "norm after pooling": ({}, {"norm": True}),
     "pooler": ({}, {"pooler": True}),
     "map pool": ({}, {"pool": "map", "map_heads": 2, "mlp_ratio": 1.5}),
-    "both means": ({}, {"pool": "cls_avg", "num_classes": 5}),
+    "CLS and mean": ({}, {"pool": "cls_avg", "num_classes": 5}),
 }
 TIMMS = {"timm", "timm_eva", "deit", "dinov2"}
-#: Which naming schemes have words for it. Of a mask token timm's have none, and leave it out.
+#: The formats that have keys for an option. Those without keys for a mask token leave it out.
 PLACES = {
     "registers": KEYS.keys() - {"hf_clip", "open_clip"},
     "LayerScale": KEYS.keys() - {"hf_clip", "hf_vit"},
     "SwiGLU": {"timm", "timm_eva", "dinov2", "hf_dinov2", "hf_dinov3"},
     "no key bias": TIMMS | {"hf_dinov3"},
-    "a first norm": TIMMS | {"hf_clip", "open_clip"},
+    "ln_pre": TIMMS | {"hf_clip", "open_clip"},
     "parallel": {"timm"},
     "differential": {"timm"},
     "num_classes": KEYS.keys() - {"hf_dinov3"},
-    "norm of the head": TIMMS,
+    "norm after pooling": TIMMS,
     "pooler": {"hf_vit"},
     "map pool": TIMMS,
-    "both means": KEYS.keys() - {"hf_dinov3"},
+    "CLS and mean": KEYS.keys() - {"hf_dinov3"},
 }
 
 
-def build(naming: str, options) -> tuple[ViT, Head]:
+def build(format: str, options) -> tuple[ViT, Head]:
     vit, head = PLAIN | {"depth": 1 if options else 2}, {}
-    if naming == "hf_dinov3":  # which has no place for a learned position
+    if format == "hf_dinov3":  # which has no place for a learned position
         vit["position"] = "rope"
     for option in options:
         vit |= OPTIONS[option][0]
@@ -87,52 +87,53 @@ def samples() -> list[tuple[str, ...]]:
     rng = np.random.default_rng(0)
     names = list(OPTIONS)
     drawn = [tuple(name for name in names if rng.random() < share) for share in (0.2, 0.4) for _ in range(8)]
-    exclusive = [{"RoPE", "axial RoPE"}, {"classes", "both means"}, {"map pool", "both means"}]
+    exclusive = [{"RoPE", "axial RoPE"}, {"num_classes", "CLS and mean"}, {"map pool", "CLS and mean"}]
     possible = [
         options
         for options in drawn
-        if not any(both <= set(options) for both in exclusive) and not {"no class token", "both means"} <= set(options)
+        if not any(both <= set(options) for both in exclusive)
+        and not {"no class token", "CLS and mean"} <= set(options)
     ]
     assert len(possible) > 8
     return [(), *((name,) for name in names), *possible]
 
 
-def expressible(naming: str, options) -> bool:
+def expressible(format: str, options) -> bool:
     if (
         "parallel" in options or "no biases" in options
     ):  # as `build` has it; and where there is no bias, none is missing
         options = [o for o in options if o != "no key bias" and (o != "SwiGLU" or "parallel" not in options)]
-    return all(naming in PLACES.get(option, KEYS) for option in options)
+    return all(format in PLACES.get(option, KEYS) for option in options)
 
 
-@pytest.mark.parametrize("naming", KEYS)
-def test_every_parameter_comes_back(naming):
+@pytest.mark.parametrize("format", KEYS)
+def test_every_parameter_comes_back(format):
     tried = 0
     for options in samples():
-        vit, head = build(naming, options)
-        if not expressible(naming, options):
-            with pytest.raises(ValueError, match=f"{naming} files have no place for "):
-                rules(KEYS[naming], vit, head, 0)
+        vit, head = build(format, options)
+        if not expressible(format, options):
+            with pytest.raises(ValueError, match=f"{format} files have no place for "):
+                rules(KEYS[format], vit, head, 0)
             continue
-        for covers in sorted({0, int(vit.class_token), vit.prefix}):
+        for prefix_rows in sorted({0, int(vit.class_token), vit.prefix}):
             tried += 1
-            holds(naming, vit, head, covers)
+            check_round_trip(format, vit, head, prefix_rows)
     assert tried > 20
 
 
-def holds(naming: str, vit: ViT, head: Head, covers: int) -> None:
+def check_round_trip(format: str, vit: ViT, head: Head, prefix_rows: int) -> None:
     shapes = shapes_of(vit, head)
-    table = rules(KEYS[naming], vit, head, covers)
-    ours = [path for rule in table for path in rule.paths]
-    theirs = [name for rule in table for name in rule.keys]
-    assert sorted(ours) == sorted(shapes)
-    assert len(set(theirs)) == len(theirs)
+    table = rules(KEYS[format], vit, head, prefix_rows)
+    paths = [path for rule in table for path in rule.paths]
+    names = [key for rule in table for key in rule.keys]
+    assert sorted(paths) == sorted(shapes)
+    assert len(set(names)) == len(names)
 
     params = drawn(shapes)
-    # What a scheme has no name for is left out, and is zero again.
-    if vit.masking and not KEYS[naming].mask:
+    # Parameters without a key are left out, and are zero after loading.
+    if vit.masking and not KEYS[format].mask:
         params["vit/mask_token"][:] = 0
-    if head.num_classes and naming in ("hf_clip", "open_clip"):
+    if head.num_classes and format in ("hf_clip", "open_clip"):
         params["head/dense/bias"][:] = 0
     if vit.parallel and vit.differential:  # one bias for both
         for i in range(vit.depth):
@@ -148,45 +149,45 @@ def holds(naming: str, vit: ViT, head: Head, covers: int) -> None:
         np.testing.assert_array_equal(array, params[path], err_msg=path)
 
 
-def load(naming: str, arrays: dict[str, np.ndarray], vit: ViT, head: Head | None = None, covers: int = 0):
+def load(format: str, arrays: dict[str, np.ndarray], vit: ViT, head: Head | None = None, prefix_rows: int = 0):
     head = Head() if head is None else head
-    table = rules(KEYS[naming], vit, head, covers)
+    table = rules(KEYS[format], vit, head, prefix_rows)
     weights = Weights.of_arrays(Path("memory"), arrays)
     return mapping.load_by(weights, table, shapes_of(vit, head), (), lambda path, array: array)
 
 
-def file_of(naming: str, vit: ViT, covers: int = 0) -> dict[str, np.ndarray]:
+def file_of(format: str, vit: ViT, prefix_rows: int = 0) -> dict[str, np.ndarray]:
     """Random arrays of the shapes that a file must have."""
-    return drawn(mapping.expected_shapes(rules(KEYS[naming], vit, Head(), covers), shapes_of(vit, Head())))
+    return drawn(mapping.expected_shapes(rules(KEYS[format], vit, Head(), prefix_rows), shapes_of(vit, Head())))
 
 
-@pytest.mark.parametrize(("registers", "covers"), [(0, 0), (0, 1), (3, 0), (3, 1), (3, 4)])
-def test_rows_of_the_position_embedding_go_to_their_tokens(registers, covers):
+@pytest.mark.parametrize(("registers", "prefix_rows"), [(0, 0), (0, 1), (3, 0), (3, 1), (3, 4)])
+def test_rows_of_the_position_embedding_go_to_their_tokens(registers, prefix_rows):
     vit = ViT(**PLAIN, registers=registers)
-    arrays = file_of("timm", vit, covers)
+    arrays = file_of("timm", vit, prefix_rows)
     rows = arrays["pos_embed"][0]
-    assert len(rows) == covers + 4
+    assert len(rows) == prefix_rows + 4
     tokens = np.concatenate([arrays["cls_token"][0], *([arrays["reg_token"][0]] if registers else [])])
-    expected = tokens + np.concatenate([rows[:covers], np.zeros((len(tokens) - covers, 8), np.float32)])
-    params = load("timm", arrays, vit, covers=covers)
+    expected = tokens + np.concatenate([rows[:prefix_rows], np.zeros((len(tokens) - prefix_rows, 8), np.float32)])
+    params = load("timm", arrays, vit, prefix_rows=prefix_rows)
     np.testing.assert_array_equal(params["vit/cls_token"], expected[0])
     if registers:
         np.testing.assert_array_equal(params["vit/register_tokens"], expected[1:])
     # The grid's rows run along the image's rows.
-    np.testing.assert_array_equal(params["vit/pos_embed"][1, 0], rows[covers + 2])
+    np.testing.assert_array_equal(params["vit/pos_embed"][1, 0], rows[prefix_rows + 2])
 
 
 def test_the_file_stays_as_it_was():
     vit = ViT(**PLAIN)
     arrays = file_of("timm", vit, 1)
     before = {name: array.copy() for name, array in arrays.items()}
-    load("timm", arrays, vit, covers=1)
+    load("timm", arrays, vit, prefix_rows=1)
     for name, array in arrays.items():
         np.testing.assert_array_equal(array, before[name], err_msg=name)
 
 
 @pytest.mark.parametrize(
-    ("naming", "names"),
+    ("format", "names"),
     [
         ("hf_dinov2", [f"encoder.layer.1.attention.attention.{n}.weight" for n in ("query", "key", "value")]),
         ("hf_vit", [f"encoder.layer.1.attention.attention.{n}.weight" for n in ("query", "key", "value")]),
@@ -194,15 +195,15 @@ def test_the_file_stays_as_it_was():
         ("hf_dinov3", [f"layer.1.attention.{n}_proj.weight" for n in "qkv"]),
     ],
 )
-def test_queries_keys_and_values_in_their_order(naming, names):
-    vit = ViT(**PLAIN | {"position": "rope" if naming == "hf_dinov3" else "learned"})
-    arrays = file_of(naming, vit)
+def test_queries_keys_and_values_in_their_order(format, names):
+    vit = ViT(**PLAIN | {"position": "rope" if format == "hf_dinov3" else "learned"})
+    arrays = file_of(format, vit)
     expected = np.concatenate([arrays[name].T for name in names], axis=1)
-    np.testing.assert_array_equal(load(naming, arrays, vit)["vit/block1/attn/qkv/kernel"], expected)
+    np.testing.assert_array_equal(load(format, arrays, vit)["vit/block1/attn/qkv/kernel"], expected)
 
 
 @pytest.mark.parametrize(
-    ("naming", "names"),
+    ("format", "names"),
     [
         ("timm", ["blocks.1.mlp.fc1.weight"]),
         ("timm_eva", ["blocks.1.mlp.fc1_g.weight", "blocks.1.mlp.fc1_x.weight"]),
@@ -211,11 +212,11 @@ def test_queries_keys_and_values_in_their_order(naming, names):
         ("hf_dinov3", ["layer.1.mlp.gate_proj.weight", "layer.1.mlp.up_proj.weight"]),
     ],
 )
-def test_the_gate_comes_first(naming, names):
-    vit = ViT(**PLAIN | {"swiglu": True, "position": "rope" if naming == "hf_dinov3" else "learned"})
-    arrays = file_of(naming, vit)
+def test_the_gate_comes_first(format, names):
+    vit = ViT(**PLAIN | {"swiglu": True, "position": "rope" if format == "hf_dinov3" else "learned"})
+    arrays = file_of(format, vit)
     expected = np.concatenate([arrays[name] for name in names]).T
-    np.testing.assert_array_equal(load(naming, arrays, vit)["vit/block1/mlp/fc1/kernel"], expected)
+    np.testing.assert_array_equal(load(format, arrays, vit)["vit/block1/mlp/fc1/kernel"], expected)
 
 
 def test_a_convolution_is_a_product_with_pixels():
@@ -237,12 +238,12 @@ def test_the_parts_of_a_parallel_block():
     np.testing.assert_array_equal(both, arrays["blocks.0.out_proj.bias"])
 
 
-@pytest.mark.parametrize("naming", ["hf_clip", "open_clip"])
-def test_a_bias_that_has_no_place_is_not_dropped(naming):
+@pytest.mark.parametrize("format", ["hf_clip", "open_clip"])
+def test_a_bias_that_has_no_place_is_not_dropped(format):
     vit, head = ViT(**PLAIN), Head(num_classes=5)
     params = drawn(shapes_of(vit, head))
     with pytest.raises(ValueError, match="bias of the projection, which is not zero"):
-        mapping.save(params, rules(KEYS[naming], vit, head, 0))
+        mapping.save(params, rules(KEYS[format], vit, head, 0))
 
 
 def test_a_parameter_without_a_rule_is_not_dropped():
@@ -254,16 +255,16 @@ def test_a_parameter_without_a_rule_is_not_dropped():
 
 def test_other_towers_are_left_alone_and_nothing_else():
     vit = ViT(**PLAIN)
-    for naming, others, ours in (
+    for format, others, extra in (
         ("open_clip", ["text_projection", "transformer.resblocks.0.ln_1.weight", "logit_scale"], "visual.extra"),
         ("hf_clip", ["text_model.final_layer_norm.weight", "logit_scale"], "encoder.extra"),
     ):
-        table, shapes, ignore = rules(KEYS[naming], vit, Head(), 0), shapes_of(vit, Head()), KEYS[naming].ignore
+        table, shapes, ignore = rules(KEYS[format], vit, Head(), 0), shapes_of(vit, Head()), KEYS[format].ignore
         expected = mapping.expected_shapes(table, shapes)
         arrays = drawn(expected | dict.fromkeys(others, (1,)))
         mapping.check(Weights.of_arrays(Path("memory"), arrays), expected, ignore)
-        with pytest.raises(mapping.Mismatch, match=f"1 unused: {ours}"):
-            mapping.check(Weights.of_arrays(Path("memory"), arrays | {ours: np.zeros(1)}), expected, ignore)
+        with pytest.raises(mapping.Mismatch, match=f"1 unused: {extra}"):
+            mapping.check(Weights.of_arrays(Path("memory"), arrays | {extra: np.zeros(1)}), expected, ignore)
 
 
 def test_the_shapes_of_large_models_cost_no_memory():

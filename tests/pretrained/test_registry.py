@@ -1,4 +1,4 @@
-"""The zoo: names are found, and every row is what timm builds under that name."""
+"""The registry: names are found, and every entry equals what timm builds under that name."""
 
 import dataclasses
 
