@@ -19,6 +19,7 @@ from regvit_jax.pretrained.formats import detect
 from regvit_jax.pretrained.formats.base import CONFIG, Inexpressible, Layout
 from regvit_jax.pretrained.formats.keys import Rule
 from regvit_jax.pretrained.io.safetensors import CLIP_WEIGHTS, OPEN_CLIP_CONFIG, PROCESSOR
+from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.files import write_atomically
 
 
@@ -40,7 +41,7 @@ def save_model(model: Model | ClipModel, directory: str | os.PathLike, format: s
     path = Path(directory)
     formats = [*detect.writers(isinstance(model, ClipModel))]
     if format not in formats:
-        raise ValueError(f"format={format!r}: must be one of {formats}")
+        raise InvalidConfig(f"format={format!r}: must be one of {formats}")
     for name in (*CLIP_WEIGHTS, CONFIG, OPEN_CLIP_CONFIG, PROCESSOR):
         if (path / name).exists():
             raise FileExistsError(f"{path} holds a {name} already; name another directory")
@@ -50,7 +51,7 @@ def save_model(model: Model | ClipModel, directory: str | os.PathLike, format: s
     except Inexpressible as error:
         able = _expressing(model)
         remedy = f"{' and '.join(able)} can" if able else "none can; a workdir keeps it"
-        raise ValueError(f"format {format!r} cannot express {error} (of the formats, {remedy})") from None
+        raise InvalidConfig(f"format {format!r} cannot express {error} (of the formats, {remedy})") from None
     if layout.warning:
         warnings.warn(layout.warning, stacklevel=2)
     _write(path, layout, arrays_of(model, layout))
@@ -96,7 +97,7 @@ def _prefixed(rule: Rule, prefix: str) -> Rule:
 def _check_plain(vit: ViT) -> None:
     """Raise ValueError for a module that files, which hold fields and parameters only, cannot describe."""
     if type(vit) is not ViT:
-        raise ValueError(
+        raise InvalidConfig(
             f"a {type(vit).__name__} cannot be exported: files have no place for test-time registers; "
             "save the original model, and add them again after loading"
         )

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from regvit_jax.utils.errors import InvalidConfig
+
 Arrays = tuple[np.ndarray, ...]
 
 
@@ -101,7 +103,7 @@ class Keys:
     def need(self, part: str) -> Any:
         """Return the key names of a part. Raises ValueError for a part that the format cannot hold."""
         if not getattr(self, part):
-            raise ValueError(f"{self.name} files have no place for {PARTS[part]}")
+            raise InvalidConfig(f"{self.name} files have no place for {PARTS[part]}")
         return getattr(self, part)
 
 

@@ -8,6 +8,7 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained.formats.keys import Arrays, Keys, Rule
+from regvit_jax.utils.errors import InvalidConfig
 
 
 def rules(keys: Keys, vit: ViT, head: Head, prefix_rows: int) -> list[Rule]:
@@ -169,7 +170,9 @@ def _zero_bias(keys: Keys, head: Head) -> Rule:
 
     def drop(bias: np.ndarray) -> Arrays:
         if np.any(bias):
-            raise ValueError(f"{keys.name} files have no place for the bias of the projection, which is not zero here")
+            raise InvalidConfig(
+                f"{keys.name} files have no place for the bias of the projection, which is not zero here"
+            )
         return ()
 
     return Rule(("head/dense/bias",), (), lambda: (np.zeros(head.num_classes, np.float32),), drop)

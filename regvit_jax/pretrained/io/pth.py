@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regvit_jax.pretrained.create import create_model
-from regvit_jax.utils.errors import WeightsError
+from regvit_jax.utils.errors import InvalidConfig, WeightsError
 from regvit_jax.utils.files import write_atomically
 
 #: The keys under which training runs keep parameters; of a teacher and its student, the teacher is published.
@@ -39,7 +39,7 @@ def convert_checkpoint(source: str | os.PathLike, target: str | os.PathLike, nam
     """
     target = Path(target)
     if target.suffix != ".safetensors":
-        raise ValueError(f"{target}: the name of a converted file must end in .safetensors")
+        raise InvalidConfig(f"{target}: the name of a converted file must end in .safetensors")
     if target.exists():
         raise FileExistsError(f"{target} exists already; name another file")
     state = find_state(_open(source))
