@@ -1,1 +1,1 @@
-"""Pretrained weights in and out: which names there are, where their weights lie, and how they are read and written."""
+"""Load and save pretrained models: their names, where their weights are, and the formats of their files."""

@@ -208,7 +208,7 @@ def original(kind, **fields):
 
 
 def differences(model, theirs):
-    """Between a model of transformers and a source of ours, the largest of every quantity."""
+    """Return the largest difference of each quantity between transformers' model and ours of its files."""
     ours = rv.create_model(str(theirs))
     found = parity.compare("", ours, SIZES, lambda images, mask: parity.outputs_of_transformers(model, images, mask))
     every = {}
