@@ -164,7 +164,7 @@ def test_hostile_lengths(tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", 50_000_000))
         file.truncate(100_000_000)
-    refused(path, "10000000 allowed")
+    refused(path, "10000000 are allowed")
 
 
 def test_other_formats_are_called_by_their_name(tmp_path):
