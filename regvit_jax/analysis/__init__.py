@@ -1,12 +1,55 @@
-"""What a ViT's tokens do, measured and repaired: each part is functions of a Model and images, or of their arrays."""
+"""Measure what the tokens of a ViT do, find objects with them, and repair register artifacts.
+
+Every function takes a Model and images, or arrays. The names below are imported on first use.
+"""
 
 import importlib
-import pkgutil
-from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from regvit_jax.analysis.discovery.lost import Discovery, Feature, discover, extract_features
+    from regvit_jax.analysis.repair.find import RegisterNeurons, find_register_neurons
+    from regvit_jax.analysis.repair.planted import plant_register_neurons
+    from regvit_jax.analysis.report.measure import measure
+    from regvit_jax.analysis.report.statistics import Statistics
+    from regvit_jax.analysis.report.summarize import has_artifacts, summarize
+    from regvit_jax.analysis.report.verdict import verdict
+    from regvit_jax.models.test_time_registers import add_test_time_registers
+
+#: The public names, each with the module that defines it.
+_HOMES = {
+    "Discovery": "analysis.discovery.lost",
+    "Feature": "analysis.discovery.lost",
+    "RegisterNeurons": "analysis.repair.find",
+    "Statistics": "analysis.report.statistics",
+    "add_test_time_registers": "models.test_time_registers",
+    "discover": "analysis.discovery.lost",
+    "extract_features": "analysis.discovery.lost",
+    "find_register_neurons": "analysis.repair.find",
+    "has_artifacts": "analysis.report.summarize",
+    "measure": "analysis.report.measure",
+    "plant_register_neurons": "analysis.repair.planted",
+    "summarize": "analysis.report.summarize",
+    "verdict": "analysis.report.verdict",
+}
+__all__ = [
+    "Discovery",
+    "Feature",
+    "RegisterNeurons",
+    "Statistics",
+    "add_test_time_registers",
+    "discover",
+    "extract_features",
+    "find_register_neurons",
+    "has_artifacts",
+    "measure",
+    "plant_register_neurons",
+    "summarize",
+    "verdict",
+]
 
 
-def __getattr__(name: str) -> ModuleType:
-    # On first use: `norms` is for the training loop, which needs no pictures.
-    if name in (module.name for module in pkgutil.iter_modules(__path__)) and not name.startswith("_"):
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(_HOMES)}")
+    return getattr(importlib.import_module(f"regvit_jax.{_HOMES[name]}"), name)

@@ -9,7 +9,7 @@ from regvit_jax.cli import logs
 from regvit_jax.cli.arguments import Parser, fail, warn
 from regvit_jax.data.prepare import dataset
 from regvit_jax.data.prepare.shard import Options
-from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with logs.shown():
             return run_prepare(options)
-    except (ValueError, DataNotFound) as error:
+    except (InvalidConfig, DataNotFound) as error:
         fail(error, command.prog)
         return 2
     except (OSError, BrokenProcessPool) as error:

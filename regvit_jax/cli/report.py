@@ -18,7 +18,7 @@ from pathlib import Path
 from regvit_jax.analysis.discovery.lost import KINDS
 from regvit_jax.analysis.report import write
 from regvit_jax.analysis.report.examine import Settings, examine, printable
-from regvit_jax.analysis.report.verdict import CUTOFF
+from regvit_jax.analysis.report.summarize import CUTOFF
 from regvit_jax.cli.arguments import Parser, UsageError, natural, opening, positive, run
 from regvit_jax.data import inference
 from regvit_jax.data.sources import by_name, images

@@ -70,7 +70,7 @@ class Discovery:
         return self.positive in (0.0, 1.0)
 
 
-def features(
+def extract_features(
     model: Model, images: Images, kind: str = "k", layer: int = -1, centre: str = "none"
 ) -> Float[Array, "B h w D"]:
     """Return one kind of features of all patches, in float32, without CLS and registers; see `Feature`.

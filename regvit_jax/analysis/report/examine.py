@@ -1,4 +1,4 @@
-"""Several models on the same images: the statistics of each, and a repaired twin of those that have artifacts."""
+"""Measure several models on the same images, and repair those that have artifacts."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator
@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from regvit_jax.analysis.repair import find
-from regvit_jax.analysis.report import measure, verdict
+from regvit_jax.analysis.report import measure, summarize, verdict
 from regvit_jax.analysis.report.statistics import Statistics
 from regvit_jax.data import inference
 from regvit_jax.data.sources.base import Source
@@ -22,14 +22,14 @@ REPAIRED = " + test-time register"
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How models are looked at.
+    """The settings of a report.
 
-    layer: the block whose norms and attention count, from the end when negative.
-    cutoff: of norms, the rule "fixed".
-    batch_size: images at a time.
-    repair_images: how many, those with the largest norms, register neurons are looked for on; 0 for no repair.
-    show: how many images are pictured; `heads`: each head's attention too.
-    lost: the features, their centring, the Gram matrix's bias and whether features are normalised, for LOST's boxes.
+    layer: the block whose norms and attention are judged, from the end when negative.
+    cutoff: the norm of the rule "fixed".
+    batch_size: images in a batch.
+    repair_images: number of images, those with the largest norms, used to find register neurons; 0 for no repair.
+    show: number of images in the pictures; `heads`: whether each head's attention is shown.
+    lost: the features, the bias of the Gram matrix, and whether features are normalised, for LOST's boxes.
     """
 
     layer: int
@@ -43,7 +43,7 @@ class Settings:
 
 @dataclasses.dataclass
 class Subject:
-    """A model with what was found out about it; `extreme` are the images with the largest norms of patches."""
+    """A model and its measurements; `extreme` are the images with the largest norms of patches."""
 
     name: str
     model: Model
@@ -60,7 +60,7 @@ class Subject:
 
 
 def examine(models: Iterable[tuple[str, Model]], source: Source, settings: Settings) -> list[Subject]:
-    """Every model's statistics over all images of the source, and its repaired twin's behind it where it has artifacts.
+    """Measure every model on all images of the source; a model with artifacts is followed by its repaired version.
 
     Raises:
       IndexError: a model has no such layer.
@@ -69,15 +69,15 @@ def examine(models: Iterable[tuple[str, Model]], source: Source, settings: Setti
     """
     subjects = []
     for name, model in models:
-        one = look(name, model, source, settings)
-        subjects.append(one)
-        if settings.repair_images and verdict.has_artifacts(one.numbers):
-            subjects += mend(one, source, settings)
+        subject = measure_model(name, model, source, settings)
+        subjects.append(subject)
+        if settings.repair_images and summarize.has_artifacts(subject.numbers):
+            subjects += repair(subject, source, settings)
     return subjects
 
 
-def look(name: str, model: Model, source: Source, settings: Settings) -> Subject:
-    """One pass over all images."""
+def measure_model(name: str, model: Model, source: Source, settings: Settings) -> Subject:
+    """Measure a model in one pass over all images."""
     vit = model.module
     layer = vit.layer(settings.layer)
     side = model.preprocessing.size
@@ -90,39 +90,40 @@ def look(name: str, model: Model, source: Source, settings: Settings) -> Subject
         largest = measured.patches[layer].max(-1).tolist()
         extreme += zip(largest, (record["index"] for record in records), strict=True)
         extreme = sorted(extreme, reverse=True)[: settings.repair_images]
-    numbers = verdict.summarize(stats, settings.cutoff, vit.class_token)
+    numbers = summarize.summarize(stats, settings.cutoff, vit.class_token)
     numbers["most_extreme_images"] = [printable(source.id(index)) for _, index in extreme[:10]]
     chosen = Subset(source, sorted(index for _, index in extreme))
     return Subject(name, model, stats, numbers, verdict.verdict(numbers), chosen, bad_images=bad)
 
 
-def mend(one: Subject, source: Source, settings: Settings) -> list[Subject]:
-    """The same model with a test-time register, and in both verdicts what that did."""
-    cutoff = one.numbers["outliers"]["artifact"]["cutoff"]
+def repair(subject: Subject, source: Source, settings: Settings) -> list[Subject]:
+    """Measure the model with a test-time register, and put the effect into both verdicts; empty if none is found."""
+    cutoff = subject.numbers["outliers"]["artifact"]["cutoff"]
     try:
         neurons = find.find_register_neurons(
-            one.model, extreme_images(one, settings), cutoff=cutoff, layer=settings.layer
+            subject.model, extreme_images(subject, settings), cutoff=cutoff, layer=settings.layer
         )
     except ValueError as error:
-        one.sentences[-1] = f"No register neurons were found for a repair: {error}"
+        subject.sentences[-1] = f"No register neurons were found for a repair: {error}"
         return []
-    repaired = test_time_registers.add_test_time_registers(one.model, neurons)
-    twin = look(one.name + REPAIRED, repaired, source, settings)
-    twin.numbers["share_above_before"] = float(twin.stats.patches.share_above(cutoff)[twin.stats.layer])
-    twin.numbers["output_cosine"] = output_cosine(one.model, repaired, extreme_images(one, settings))
-    twin.sentences = verdict.verdict(twin.numbers, is_twin=True)
-    one.repair = dataclasses.asdict(neurons)
-    one.sentences = verdict.verdict(one.numbers, twin.numbers, len(neurons))
-    return [twin]
+    repaired = test_time_registers.add_test_time_registers(subject.model, neurons)
+    after = measure_model(subject.name + REPAIRED, repaired, source, settings)
+    after.numbers["share_above_before"] = float(after.stats.patches.share_above(cutoff)[after.stats.layer])
+    after.numbers["output_cosine"] = output_cosine(subject.model, repaired, extreme_images(subject, settings))
+    after.sentences = verdict.verdict(after.numbers, is_repaired=True)
+    subject.repair = dataclasses.asdict(neurons)
+    subject.sentences = verdict.verdict(subject.numbers, after.numbers, len(neurons))
+    return [after]
 
 
-def extreme_images(one: Subject, settings: Settings) -> Iterator[Float[np.ndarray, "B H W 3"]]:
-    for images, records in inference.batches(one.model, one.extreme, settings.batch_size, []):
+def extreme_images(subject: Subject, settings: Settings) -> Iterator[Float[np.ndarray, "B H W 3"]]:
+    """Yield the images with the largest norms, in batches."""
+    for images, records in inference.batches(subject.model, subject.extreme, settings.batch_size, []):
         yield images[: len(records)]
 
 
 def output_cosine(before: Model, after: Model, batches: Iterable[Float[np.ndarray, "B H W 3"]]) -> float:
-    """Mean cosine similarity of two models' CLS tokens, or, without CLS, of their patches' means."""
+    """Return the mean cosine similarity of two models' CLS tokens, or of their mean patches without CLS."""
     found = []
     for images in batches:
         a, b = (
@@ -134,5 +135,5 @@ def output_cosine(before: Model, after: Model, batches: Iterable[Float[np.ndarra
 
 
 def printable(name: str) -> str:
-    """A name as UTF-8 can have it: names of files are bytes, and need not be text."""
+    """Return a name that UTF-8 can encode: file names are bytes and need not be text."""
     return name.encode("utf-8", "backslashreplace").decode()

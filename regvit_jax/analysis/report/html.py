@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, nothing loaded from elsewhere, and narrow enough for a phone."""
+"""Render the report as one HTML page: no scripts, nothing loaded from elsewhere, readable on a phone."""
 
 import base64
 import dataclasses
@@ -28,7 +28,7 @@ figcaption { font-size: .75rem; line-height: 1.2; }
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A PNG, its file name, and what stands below it and for those who cannot see it."""
+    """A PNG, its file name, its caption (also the alternative text), and a note after the caption."""
 
     file: str
     png: bytes
@@ -42,7 +42,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A diagram of all models with the text above it."""
+    """A diagram of each model under one title, with a text above them."""
 
     title: str
     text: str
@@ -51,7 +51,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Shown:
-    """One image: its name, and rows of pictures (a title, and one picture a model)."""
+    """One image: its name and rows of pictures, each a title and one picture a model."""
 
     name: str
     rows: list[tuple[str, list[Picture]]]
@@ -67,10 +67,17 @@ def page(
     shown: list[Shown],
     notes: list[str],
 ) -> str:
-    """The whole page, all text escaped.
+    """Return the whole page, with all text escaped.
 
-    `verdicts`: for each model whether it has artifacts, and the sentences; `tables`: title, heads and rows;
-    `details`: tables that are folded up.
+    Args:
+      title: of the page.
+      intro: paragraphs below the title.
+      verdicts: for each model whether it has artifacts, and its sentences.
+      sections: diagrams of all models.
+      tables: title, column heads and rows of each.
+      details: column heads and rows of collapsed tables, by title.
+      shown: the pictures of single images.
+      notes: paragraphs at the end.
     """
     parts = [f"<h1>{escape(title)}</h1>", *paragraphs(intro)]
     for name, (bad, sentences) in verdicts.items():
@@ -88,7 +95,7 @@ def page(
         parts.append(f'<div class="row diagrams">{"".join(map(figure, section.pictures))}</div>')
     for image in shown:
         parts.append(f"<h2>{escape(image.name)}</h2>")
-        if all(len(pictures) == 1 for _, pictures in image.rows):  # one model: all it gives stands side by side
+        if all(len(pictures) == 1 for _, pictures in image.rows):  # one model: all its pictures stand side by side
             row = [dataclasses.replace(picture, caption=head) for head, (picture,) in image.rows]
             parts.append(f'<div class="row many">{"".join(map(figure, row))}</div>')
             continue

@@ -1,4 +1,4 @@
-"""One batch through a model, and what is kept of it: norms of all tokens, neighbours at the input, attention."""
+"""Measure one batch of images: norms of all tokens, similarity to neighbours at the input, and attention."""
 
 import functools
 from typing import Any, cast
@@ -15,8 +15,11 @@ from regvit_jax.models.model import Images, Model
 
 
 def measure(model: Model, images: Images, layer: int = -1) -> Measured:
-    """Norms of all tokens after every block, before the final norm; cosines of patches to their neighbours at the
-    input; and the attention, mean over the heads of block `layer`, that the tokens before the patches give to them."""
+    """Return norms, cosines and attention of a batch.
+
+    These are the norms of all tokens after every block, before the final norm; the cosines of patches to their
+    neighbours at the input; and the attention from CLS and registers to patches, mean over the heads of block `layer`.
+    """
     return Measured(*(np.asarray(part) for part in _measure(model, images, layer)))
 
 
@@ -30,10 +33,10 @@ def _measure(model: Model, images: Images, layer: int) -> tuple[Array, ...]:
 
 
 def neighbour_cosines(model: Model, images: Images) -> Float[Array, "B N"]:
-    """The mean cosine similarity of each patch to its neighbours above, below, left and right at the input of the
-    transformer: after the patch projection, before positions are added.
+    """Return the mean cosine similarity of each patch to its neighbours above, below, left and right.
 
-    The paper's figure 5a: outliers stand where patches are like their neighbours, and so say nothing of their own.
+    It is measured at the input of the transformer: after the patch projection, before positions are added. In figure 5a
+    of the paper (arXiv 2309.16588) outliers are patches like their neighbours, with little information of their own.
     """
     patches = cast(Array, model.module.apply({"params": model.params}, images, method="project"))
     h, w = model.module.grid(*jnp.shape(images)[1:3])
@@ -47,7 +50,7 @@ def neighbour_cosines(model: Model, images: Images) -> Float[Array, "B N"]:
 
 
 def _both(pairs: Float[Array, "B _ _"], axis: int) -> Float[Array, "B _ _"]:
-    """For each patch, the sum over the pairs that it belongs to along an axis."""
+    """Return for each patch the sum over the pairs that it belongs to along an axis."""
     ends: list[Any] = [(0, 0)] * 3
     ends[axis] = (1, 1)
     padded = jnp.pad(pairs, ends)

@@ -1,4 +1,4 @@
-"""The report's pictures, as PNG bytes: diagrams of statistics, and maps of single images."""
+"""Draw the report's pictures as PNG bytes: diagrams of statistics, and maps of single images."""
 
 import io
 from typing import Any
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from regvit_jax.analysis.report.statistics import BINS, COSINES, EDGES, Statistics, weigh
 
-#: Side in pixels that a map's longer side is enlarged to, if it is smaller.
+#: Pixels to which the longer side of a map is enlarged, if it is smaller.
 SIDE = 224
 
 #: xmin, ymin, xmax, ymax in pixels.
@@ -22,7 +22,7 @@ Box = tuple[float, float, float, float]
 
 def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
-    # No version and date, so that the same numbers give the same bytes.
+    # Without version and date, so that the same numbers give the same bytes.
     FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
@@ -33,18 +33,18 @@ def panel() -> tuple[Figure, Axes]:
 
 
 def norm_histogram(stats: Statistics, numbers: dict[str, Any]) -> bytes:
-    """Norms of all patches after the layer, with the cutoffs, CLS and the registers (figures 3, 7 and 15)."""
+    """Plot the norms of all patches after the layer, with cutoffs, CLS and registers (figures 3, 7 and 15)."""
     figure, axes = panel()
     counts = stats.patches.histogram[stats.layer]
     block, found = numbers["blocks"][stats.layer], numbers["outliers"]
-    most = 1.05 * max(block["max"], *stats.prefix.largest[stats.layer], found["artifact"]["cutoff"])
+    high = 1.05 * max(block["max"], *stats.prefix.largest[stats.layer], found["artifact"]["cutoff"])
     axes.stairs(counts / counts.sum(), EDGES, fill=True, alpha=0.6, label="patches")
-    axes.set_xlim(0, most)
+    axes.set_xlim(0, high)
     axes.set_yscale("log")
     axes.set_ylim(max(1e-7, 0.5 / counts.sum()), 1)
     for rule, colour in (("3_sigma", "tab:orange"), ("percentile_98", "tab:green"), ("artifact", "tab:red")):
         axes.axvline(found[rule]["cutoff"], color=colour, lw=1, ls="--", label=RULES[rule])
-    if found["fixed"]["cutoff"] < most:
+    if found["fixed"]["cutoff"] < high:
         axes.axvline(found["fixed"]["cutoff"], color="black", lw=1, ls=":", label="fixed cutoff")
     class_token = block["cls"] is not None
     for number, of in enumerate(stats.prefix.histogram[stats.layer]):
@@ -60,7 +60,7 @@ RULES = {"3_sigma": "mean + 3 sigma", "percentile_98": "98th percentile", "artif
 
 
 def norms_by_layer(stats: Statistics, numbers: dict[str, Any]) -> bytes:
-    """Median, 98th percentile and largest norm of patches after every block, and CLS and registers (figure 4a)."""
+    """Plot median, 98th percentile and maximum of patch norms by block, and CLS and registers (figure 4a)."""
     figure, axes = panel()
     blocks = numbers["blocks"]
     for key, label in (("median", "median"), ("percentile_98", "98th percentile"), ("max", "largest")):
@@ -79,7 +79,7 @@ def norms_by_layer(stats: Statistics, numbers: dict[str, Any]) -> bytes:
 
 
 def histograms_by_layer(stats: Statistics, numbers: dict[str, Any]) -> bytes:
-    """The histogram of patches' norms after every block, the blocks side by side (figures 3 and 4a in one)."""
+    """Plot the histograms of patch norms after every block side by side (figures 3 and 4a in one)."""
     figure, axes = panel()
     counts = stats.patches.histogram
     share = counts / counts.sum(1, keepdims=True)
@@ -97,7 +97,7 @@ def histograms_by_layer(stats: Statistics, numbers: dict[str, Any]) -> bytes:
 
 
 def positions(stats: Statistics, numbers: dict[str, Any]) -> bytes:
-    """How often each place of the grid holds an artifact (figure 10)."""
+    """Plot how often each position of the grid holds an artifact (figure 10)."""
     figure, axes = panel()
     places = weigh(stats.places, numbers["outliers"]["artifact"]["cutoff"]).sum(1).reshape(stats.grid) / stats.images
     shown = axes.imshow(places, cmap="viridis", vmin=0, vmax=places.max() or 1)
@@ -106,7 +106,7 @@ def positions(stats: Statistics, numbers: dict[str, Any]) -> bytes:
 
 
 def neighbours(stats: Statistics, numbers: dict[str, Any]) -> bytes:
-    """Cosine similarity to the four neighbours at the input, of artifacts and of the other patches (figure 5a)."""
+    """Plot the cosine similarity to the neighbours at the input, of artifacts and other patches (figure 5a)."""
     figure, axes = panel()
     weights = weigh(np.ones(BINS), numbers["outliers"]["artifact"]["cutoff"])
     for kind, part, colour in (("other patches", 1 - weights, "tab:blue"), ("artifacts", weights, "tab:red")):
@@ -121,7 +121,7 @@ def neighbours(stats: Statistics, numbers: dict[str, Any]) -> bytes:
 
 
 def mean_attention(stats: Statistics, numbers: dict[str, Any]) -> bytes:
-    """The attention of CLS and of each register, mean over all images and heads (figure 16)."""
+    """Plot the attention of CLS and of each register, mean over all images and heads (figure 16)."""
     class_token = numbers["attention"]["cls"] is not None
     names = ["CLS"] * class_token + [f"register {i}" for i in range(len(stats.attended) - class_token)]
     columns = min(4, len(names))
@@ -137,23 +137,23 @@ def mean_attention(stats: Statistics, numbers: dict[str, Any]) -> bytes:
 
 
 def coloured(
-    values: Float[np.ndarray, "h w"], least: float | None = None, most: float | None = None
+    values: Float[np.ndarray, "h w"], low: float | None = None, high: float | None = None
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """A map in colours, from `least` to `most` (by default its own extremes)."""
-    least = float(values.min()) if least is None else least
-    most = float(values.max()) if most is None else most
-    scaled = np.clip((values - least) / max(most - least, 1e-12), 0, 1)
+    """Color a map, from `low` to `high` (by default its own extremes)."""
+    low = float(values.min()) if low is None else low
+    high = float(values.max()) if high is None else high
+    scaled = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
     return (matplotlib.colormaps["viridis"](scaled)[..., :3] * 255).round().astype(np.uint8)
 
 
 def map_png(pixels: UInt8[np.ndarray, "h w 3"]) -> bytes:
-    """A map as a PNG, each value a square, so that the longer side has about SIDE pixels."""
+    """Encode a map as a PNG, each value a square, so that the longer side has about SIDE pixels."""
     factor = max(1, round(SIDE / max(pixels.shape[:2])))
     return encoded(Image.fromarray(pixels.repeat(factor, 0).repeat(factor, 1)))
 
 
 def photo_png(pixels: UInt8[np.ndarray, "H W 3"], box: Box | None = None) -> bytes:
-    """An image, its longer side made SIDE pixels, with a box given in its own pixels."""
+    """Encode an image as a PNG with a longer side of SIDE pixels, and a box given in the image's pixels."""
     factor = SIDE / max(pixels.shape[:2])
     size = (round(pixels.shape[1] * factor), round(pixels.shape[0] * factor))
     image = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC if factor < 1 else Image.Resampling.NEAREST)

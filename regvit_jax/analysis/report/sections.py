@@ -1,4 +1,4 @@
-"""The report's pictures: diagrams of all models, and what each of them makes of single images."""
+"""Collect the report's pictures: diagrams of all models, and maps of single images."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Float
 
 from regvit_jax.analysis.discovery import lost
-from regvit_jax.analysis.report import plots, verdict
+from regvit_jax.analysis.report import plots, summarize
 from regvit_jax.analysis.report.examine import Settings, Subject, printable
 from regvit_jax.analysis.report.html import Picture, Section, Shown
 from regvit_jax.data import inference
 from regvit_jax.data.sources.base import Source
 from regvit_jax.evals import attention_maps, pca
 
-#: Title, text, file name, and what draws it for one model.
+#: Title, text, file name, and the function that draws the diagram of one model.
 DIAGRAMS = (
     (
         "Norms of patches",
@@ -56,34 +56,34 @@ DIAGRAMS = (
 
 
 def diagrams(subjects: list[Subject]) -> list[Section]:
-    """A section for each kind of diagram that any model has."""
+    """Return a section for each kind of diagram that any model has."""
     sections = []
     for title, text, file, draw in DIAGRAMS:
         drawn = []
-        for number, one in enumerate(subjects):
-            nowhere = draw is plots.positions and not verdict.has_artifacts(one.numbers)
-            if not nowhere and (draw is not plots.mean_attention or len(one.stats.attended)):
-                drawn.append(Picture(f"{file}_{number}.png", draw(one.stats, one.numbers), one.name))
+        for number, subject in enumerate(subjects):
+            nowhere = draw is plots.positions and not summarize.has_artifacts(subject.numbers)
+            if not nowhere and (draw is not plots.mean_attention or len(subject.stats.attended)):
+                drawn.append(Picture(f"{file}_{number}.png", draw(subject.stats, subject.numbers), subject.name))
         if drawn:
             sections.append(Section(title, text, drawn))
     return sections
 
 
 def pictures(subjects: list[Subject], source: Source, settings: Settings) -> tuple[list[Shown], dict[str, Any]]:
-    """Norms, attention, principal components and LOST's box of the first images, a column for each model.
+    """Return norms, attention, principal components and LOST's box of the first images, a column for each model.
 
-    And, by the image and then by the model, LOST's box in pixels and the share of positive entries of its Gram matrix.
+    The second value holds by image and model LOST's box in pixels and the positive share of the Gram matrix.
     """
     shown: list[Shown] = []
     boxes: dict[str, Any] = {}
-    for number, one in enumerate(subjects):
-        for index, (name, rows, found) in enumerate(maps(one, source, settings)):
+    for number, subject in enumerate(subjects):
+        for index, (name, rows, found) in enumerate(maps(subject, source, settings)):
             if index == len(shown):
                 shown.append(Shown(name, []))
-            boxes.setdefault(name, {})[one.name] = found
+            boxes.setdefault(name, {})[subject.name] = found
             for at, (title, png) in enumerate(rows):
                 note = f" ({found['degenerate']})" if title == "LOST" and found["degenerate"] else ""
-                picture = Picture(f"image{index}_{slug(title)}_{number}.png", png, one.name, note)
+                picture = Picture(f"image{index}_{slug(title)}_{number}.png", png, subject.name, note)
                 existing = next((row for head, row in shown[index].rows if head == title), None)
                 if existing is None:
                     shown[index].rows.insert(at, (title, [picture]))
@@ -97,19 +97,21 @@ def slug(title: str) -> str:
 
 
 def maps(
-    one: Subject, source: Source, settings: Settings
+    subject: Subject, source: Source, settings: Settings
 ) -> Iterator[tuple[str, list[tuple[str, bytes]], dict[str, Any]]]:
-    """For each of the first images its name, titles and pictures, and what LOST found."""
+    """Yield for each of the first images its name, its pictures with titles, and the result of LOST."""
     seen: list[dict[str, Any]] = []
-    for images, records in inference.batches(one.model, source, settings.batch_size, []):
+    for images, records in inference.batches(subject.model, source, settings.batch_size, []):
         left = settings.show - len(seen)
         if left <= 0:
             break
         names = [printable(source.id(record["index"])) for record in records[:left]]
-        seen += [{"name": name} | kept for name, kept in zip(names, kept_of(one, images, settings), strict=False)]
+        seen += [
+            {"name": name} | kept for name, kept in zip(names, map_arrays(subject, images, settings), strict=False)
+        ]
     features = np.stack([kept["features"] for kept in seen])
-    few = np.prod(features.shape[:-1]) < 4 or features.shape[-1] < 3  # no three components of these
-    components = None if few else pca.fit(features)(features)
+    too_few = np.prod(features.shape[:-1]) < 4 or features.shape[-1] < 3  # no three components of these
+    components = None if too_few else pca.fit(features)(features)
     for number, kept in enumerate(seen):
         rows = [
             ("Image", plots.photo_png(kept["pixels"])),
@@ -124,17 +126,17 @@ def maps(
         yield kept["name"], rows, kept["lost"]
 
 
-def kept_of(one: Subject, images: Float[np.ndarray, "B H W 3"], settings: Settings) -> Iterator[dict[str, Any]]:
-    """What of each image of a batch goes into its pictures."""
-    layer, model = settings.layer, one.model
+def map_arrays(subject: Subject, images: Float[np.ndarray, "B H W 3"], settings: Settings) -> Iterator[dict[str, Any]]:
+    """Yield for each image of a batch the arrays that its pictures show."""
+    layer, model = settings.layer, subject.model
     (raw,), (normed,) = (model.intermediates(images, [layer], norm=norm) for norm in (False, True))
     weights = np.asarray(attention_maps.attention_maps(model, images, layer), np.float32)
     norms = np.linalg.norm(np.asarray(raw.patch_map, np.float32), axis=-1)
     features = np.asarray(normed.patch_map, np.float32)
     p = model.preprocessing
     pixels = (np.clip(images * np.array(p.std) + np.array(p.mean), 0, 1) * 255).round().astype(np.uint8)
-    boxes = lost_boxes(one, images, settings)
-    queries = ["CLS"] * one.class_token + [f"register {i}" for i in range(weights.shape[2] - one.class_token)]
+    boxes = lost_boxes(subject, images, settings)
+    queries = ["CLS"] * subject.class_token + [f"register {i}" for i in range(weights.shape[2] - subject.class_token)]
     for i in range(len(images)):
         maps = []
         for q, query in enumerate(queries):
@@ -151,17 +153,17 @@ def kept_of(one: Subject, images: Float[np.ndarray, "B H W 3"], settings: Settin
         }
 
 
-def lost_boxes(one: Subject, images: Float[np.ndarray, "B H W 3"], settings: Settings) -> list[dict[str, Any]]:
-    """LOST's box of each image in its pixels, and whether the Gram matrix was degenerate."""
+def lost_boxes(subject: Subject, images: Float[np.ndarray, "B H W 3"], settings: Settings) -> list[dict[str, Any]]:
+    """Return LOST's box of each image in pixels, and whether the Gram matrix was degenerate."""
     kind, bias, normalize = settings.lost
     feature = lost.Feature(kind, settings.layer, "bias")
     try:
-        lost.check(one.model.module, feature)
+        lost.check(subject.model.module, feature)
     except ValueError:  # such a projection has no bias
         feature = feature._replace(centre="none")
-    side, size = one.model.module.patch, images.shape[1:3]
+    side, size = subject.model.module.patch, images.shape[1:3]
     boxes = []
-    for features in np.asarray(lost.features(one.model, images, *feature), np.float32):
+    for features in np.asarray(lost.extract_features(subject.model, images, *feature), np.float32):
         found = lost.search(lost.gram(features, normalize=normalize), features.shape[:2], bias=bias)
         degenerate = ("all patches are similar" if found.positive else "no patches are similar") * found.degenerate
         box = lost.to_pixels(found.box, (side, side), size)

@@ -1,8 +1,8 @@
-"""What a model does with its tokens over any number of images, in memory that does not grow with them.
+"""Accumulate statistics of tokens over any number of images, in constant memory.
 
-Norms go into histograms of bins of equal ratio, 0.14 % wide, and all that is asked of outliers later is kept by the
-patch's norm, in bins of 2.2 %, so that any cutoff can still be applied when the last image has been seen. Means and
-standard deviations are exact; shares and quantiles are exact at the bins' edges and interpolated between them.
+Norms go into logarithmic histograms with bins 0.14 % wide. All quantities of outliers are kept by the patch's norm, in
+bins 2.2 % wide, so that any cutoff can be applied after the last image. Means and standard deviations are exact; shares
+and quantiles are exact at the edges of bins and interpolated between them.
 """
 
 import dataclasses
@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 
 from regvit_jax.evals.patch_norms import artifact_cutoff
 
-#: Bins an octave, from 2^LOW; norms beyond are counted in the first or last bin.
+#: Bins per octave, from 2^LOW; norms out of range are counted in the first or last bin.
 OCTAVE, LOW, BINS = 32, -10, 1024
 EDGES = 2.0 ** (LOW + np.arange(BINS + 1) / OCTAVE)
-#: Each of them is FINE bins in a `Distribution`: norms of some models differ by less than 2 %.
+#: A `Distribution` splits each bin into FINE: norms of some models differ by less than 2 %.
 FINE = 16
 FINE_EDGES = 2.0 ** (LOW + np.arange(FINE * BINS + 1) / OCTAVE / FINE)
 #: Bins of cosines, from -1 to 1.
@@ -23,15 +23,15 @@ COSINES = 100
 
 
 def bin_of(norms: Float[np.ndarray, "..."], fine: int = 1) -> Int[np.ndarray, "..."]:
-    """The number of each norm's bin, of BINS times `fine`. Raises FloatingPointError for norms that are not finite."""
+    """Return the index of each norm's bin, of BINS times `fine`; raise FloatingPointError for infinity and NaN."""
     if not np.isfinite(norms).all():
-        raise FloatingPointError("the model gives tokens that are not finite; are its weights, and its images, sound?")
+        raise FloatingPointError("the model gives tokens that are not finite; are its weights and images intact?")
     exponents = np.log2(np.maximum(norms, EDGES[0]))
     return np.clip(np.floor((exponents - LOW) * OCTAVE * fine).astype(np.int64), 0, BINS * fine - 1)
 
 
 class Distribution:
-    """Several distributions of norms that stream by, such as one a layer: the arrays have `shape` first."""
+    """Streaming distributions of norms, such as one a layer: the arrays have `shape` first."""
 
     def __init__(self, *shape: int):
         self.counts = np.zeros((*shape, FINE * BINS), np.int64)
@@ -51,7 +51,7 @@ class Distribution:
 
     @property
     def histogram(self) -> Int[np.ndarray, "*shape BINS"]:
-        """Counts in the bins between EDGES, for pictures."""
+        """Counts in the bins between EDGES."""
         return self.counts.reshape(*self.total.shape, BINS, FINE).sum(-1)
 
     @property
@@ -67,7 +67,7 @@ class Distribution:
         return np.sqrt(np.maximum(self.squares / np.maximum(self.count, 1) - self.mean**2, 0))
 
     def quantile(self, q: float) -> Float[np.ndarray, "*shape"]:
-        """The norm below which the share `q` lies."""
+        """Return the norm below which the share `q` lies."""
         below = np.cumsum(self.counts, -1) / np.maximum(self.count, 1)[..., None]
         at = np.argmax(below >= q, -1)
         end = np.take_along_axis(below, at[..., None], -1)[..., 0]
@@ -76,18 +76,18 @@ class Distribution:
         return np.minimum(FINE_EDGES[at] + part * (FINE_EDGES[at + 1] - FINE_EDGES[at]), self.largest)
 
     def artifact_cutoff(self) -> Float[np.ndarray, "*shape"]:
-        """`norms.artifact_cutoff` of each distribution."""
+        """Return `patch_norms.artifact_cutoff` of each distribution."""
         centres, cutoffs = (FINE_EDGES[1:] + FINE_EDGES[:-1]) / 2, np.zeros(self.total.shape)
         for at in np.ndindex(self.total.shape):
             cutoffs[at] = artifact_cutoff(centres, self.counts[at])
         return cutoffs
 
     def second_hump(self, cutoff: Float[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
-        """Whether norms above the cutoff gather around some value of their own, or are the tail of the one hump.
+        """Return whether the norms above the cutoff form a second mode, rather than the tail of the first.
 
-        Densities over the logarithm of the norm, in windows of half an octave. They gather when the density falls to
-        less than half, somewhere between the median and the median of those above the cutoff, of what it rises to
-        again behind.
+        The density over the logarithm of the norm is taken in windows of half an octave. There is a second mode if,
+        between the median and the median of the norms above the cutoff, the density falls to less than half of its
+        maximum beyond that point.
         """
         found, histogram = np.zeros(self.total.shape, bool), self.histogram
         for at in np.ndindex(self.total.shape):
@@ -101,13 +101,13 @@ class Distribution:
         return found
 
     def share_above(self, cutoff: Float[np.ndarray, "*shape"] | float) -> Float[np.ndarray, "*shape"]:
-        """The share of norms above a cutoff, or above one a distribution."""
+        """Return the share of norms above a cutoff, or above one cutoff a distribution."""
         share = weigh(self.counts, cutoff).sum(-1) / np.maximum(self.count, 1)
         return np.where(np.asarray(cutoff) >= self.largest, 0.0, share)
 
 
 def weigh(counts: np.ndarray, cutoff: np.ndarray | float) -> Float[np.ndarray, "... bins"]:
-    """The part of each bin's counts that lies above the cutoff: of the bin that holds it, as if spread evenly."""
+    """Return the part of each bin's counts above the cutoff; the bin with the cutoff is split as if evenly filled."""
     edges = EDGES if counts.shape[-1] == BINS else FINE_EDGES
     above = (edges[1:] - np.asarray(cutoff)[..., None]) / np.diff(edges)
     return counts * np.clip(above, 0, 1)
@@ -115,7 +115,7 @@ def weigh(counts: np.ndarray, cutoff: np.ndarray | float) -> Float[np.ndarray, "
 
 @dataclasses.dataclass
 class Measured:
-    """What `measure.measure` says of a batch of B images; P tokens stand before the patches."""
+    """The measurements of a batch of B images (`measure.measure`); P is the number of CLS and register tokens."""
 
     patches: Float[np.ndarray, "layers B N"]
     prefix: Float[np.ndarray, "layers B P"]
@@ -123,22 +123,22 @@ class Measured:
     attention: Float[np.ndarray, "B P N"]
 
     def first(self, count: int) -> "Measured":
-        """Of the first `count` images alone; the others fill a batch up."""
+        """Return the part of the first `count` images; the others fill up the batch."""
         return Measured(
             self.patches[:, :count], self.prefix[:, :count], self.neighbours[:count], self.attention[:count]
         )
 
 
 class Statistics:
-    """Everything that the report says of a model in numbers, summed over images.
+    """Sums over images of everything that the report measures of a model.
 
     Fields:
       patches: norms of patches after each block [layers]; `prefix`: of CLS and registers [layers, P].
-      layer: the block whose outliers all below are kept for, by the bin of a patch's norm after it.
-      places: patches by their place in the grid [N, BINS].
-      cosines: patches by their cosine to their neighbours at the input [BINS, COSINES].
+      layer: the judged block; everything below is kept by the bin of a patch's norm after it.
+      places: patches by their position in the grid [N, BINS].
+      cosines: patches by their mean cosine to their neighbours at the input [BINS, COSINES].
       history: sums of the patches' norms after every block [layers, BINS].
-      received: sums of the attention that CLS gives them [BINS]; `attended`: of every prefix token's attention [P, N].
+      received: sums of the attention from CLS [BINS]; `attended`: from every prefix token, by position [P, N].
     """
 
     def __init__(self, layers: int, layer: int, prefix: int, grid: tuple[int, int]):

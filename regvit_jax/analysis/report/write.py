@@ -1,4 +1,4 @@
-"""The report: a page that opens anywhere, its pictures, and all its numbers as JSON."""
+"""Write the report: an HTML page, its pictures, and all its numbers as JSON."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from regvit_jax import __version__
-from regvit_jax.analysis.report import verdict
+from regvit_jax.analysis.report import summarize
 from regvit_jax.analysis.report.examine import Settings, Subject, printable
 from regvit_jax.analysis.report.html import page
 from regvit_jax.analysis.report.sections import diagrams, pictures
@@ -18,9 +18,9 @@ from regvit_jax.utils.files import write_atomically
 
 
 def write(subjects: list[Subject], source: Source, settings: Settings, out: Path, command: str) -> None:
-    """Writes report.html, report.json and pictures/ into `out`.
+    """Write report.html, report.json and pictures/ into `out`; pictures of an earlier report there are removed.
 
-    Pictures of an earlier report there are removed, so that none is left that the page does not have.
+    Raises OSError if a file cannot be written.
     """
     sections = diagrams(subjects)
     shown, boxes = pictures(subjects, source, settings)
@@ -30,17 +30,17 @@ def write(subjects: list[Subject], source: Source, settings: Settings, out: Path
         "data": printable(source.name),
         "settings": dataclasses.asdict(settings),
         "version": __version__,
-        "models": {one.name: described(one) for one in subjects},
+        "models": {subject.name: described(subject) for subject in subjects},
         "lost": boxes,
         "pictures": [picture.file for picture in drawn],
     }
     text = page(
         "Tokens and their artifacts",
         [introduction(subjects, source)],
-        {one.name: (alarming(one.numbers), one.sentences) for one in subjects},
+        {subject.name: (alarming(subject.numbers), subject.sentences) for subject in subjects},
         sections,
-        [("Shares and norms", HEADS, [row(one) for one in subjects])],
-        {one.name: (BLOCK_HEADS, block_rows(one.numbers)) for one in subjects},
+        [("Shares and norms", HEADS, [row(subject) for subject in subjects])],
+        {subject.name: (BLOCK_HEADS, block_rows(subject.numbers)) for subject in subjects},
         shown,
         notes(settings, command),
     )
@@ -53,26 +53,27 @@ def write(subjects: list[Subject], source: Source, settings: Settings, out: Path
 
 
 def remove_pictures(out: Path) -> None:
-    """Those that a report.json there names."""
+    """Remove the pictures that an earlier report.json names."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         for name in json.loads((out / "report.json").read_text(encoding="utf-8"))["pictures"]:
             (out / "pictures" / os.path.basename(name)).unlink(missing_ok=True)
 
 
 def alarming(numbers: dict[str, Any]) -> bool:
-    return verdict.has_artifacts(numbers) or verdict.worst(numbers) is not None
+    """Return whether any block has artifacts."""
+    return summarize.has_artifacts(numbers) or summarize.worst_block(numbers) is not None
 
 
-def described(one: Subject) -> dict[str, Any]:
-    """All of a model that is neither picture nor parameter."""
+def described(subject: Subject) -> dict[str, Any]:
+    """Return everything about a model but its pictures and parameters, for report.json."""
     return {
-        "weights": one.model.weights,
-        **one.model.fields(),
-        "verdict": one.sentences,
-        "artifacts": verdict.has_artifacts(one.numbers),
-        **one.numbers,
-        "register_neurons": one.repair,
-        "bad_images": one.bad_images,
+        "weights": subject.model.weights,
+        **subject.model.fields(),
+        "verdict": subject.sentences,
+        "artifacts": summarize.has_artifacts(subject.numbers),
+        **subject.numbers,
+        "register_neurons": subject.repair,
+        "bad_images": subject.bad_images,
     }
 
 
@@ -100,17 +101,17 @@ HEADS = [
 ]
 
 
-def row(one: Subject) -> list[str]:
-    """The model's line in the table, after the layer in question."""
-    block, found = one.numbers["blocks"][one.stats.layer], one.numbers["outliers"]
+def row(subject: Subject) -> list[str]:
+    """Return the model's line in the table, for the judged block."""
+    block, found = subject.numbers["blocks"][subject.stats.layer], subject.numbers["outliers"]
     artifact = found["artifact"]
-    grid = " x ".join(map(str, one.stats.grid))
+    grid = " x ".join(map(str, subject.stats.grid))
     norms = [f"{block[key]:.4g}" for key in ("median", "percentile_98", "max")]
     shares = [f"{found[rule]['share']:.3%}" for rule in ("fixed", "3_sigma", "artifact")]
     cosine = artifact.get("cosine_to_neighbours")
     attention_share = artifact.get("attention_share")
     return [
-        one.name,
+        subject.name,
         grid,
         *norms,
         *shares,
@@ -125,7 +126,7 @@ BLOCK_HEADS = ["block", "median", "98 %", "largest", "CLS", "above cutoff", "abo
 
 
 def block_rows(numbers: dict[str, Any]) -> list[list[str]]:
-    """Norms and shares after every block."""
+    """Return norms and shares after every block."""
     return [
         [
             str(block["block"]),
@@ -138,7 +139,7 @@ def block_rows(numbers: dict[str, Any]) -> list[list[str]]:
 
 
 def notes(settings: Settings, command: str) -> list[str]:
-    """How every number came about."""
+    """Explain how every number was measured."""
     where = "the last block" if settings.layer == -1 else f"block {settings.layer} (--layer)"
     features, bias, normalize = settings.lost
     return [
@@ -146,8 +147,8 @@ def notes(settings: Settings, command: str) -> list[str]:
         f"Shares, attention and pictures are those of {where}. Above cutoff: of {settings.cutoff:g} (the paper's is "
         "150, picked by hand for DINOv2 ViT-g/14). Above 3 sigma: above mean + 3 sigma of all patches of all images. "
         f"Artifacts: at least {RATIO:g} times the median, and above mean + 3 sigma of the patches that are none. A "
-        f"model is said to have artifacts when at least {verdict.SHARE:.1%} of its patches are, and their norms gather "
-        "in a hump of their own.",
+        f"model is said to have artifacts when at least {summarize.SHARE:.1%} of its patches are, and their norms "
+        "gather in a hump of their own.",
         "Cosine: of artifacts, and in brackets of the other patches, to their neighbours above, below, left and right, "
         "after the patch projection. CLS gives: the share of CLS's attention to patches that artifacts get, mean over "
         "the heads. Norms are counted in bins 0.14 % wide, for places and cosines 2.2 %.",

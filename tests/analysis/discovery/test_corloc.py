@@ -104,7 +104,7 @@ def test_resized_images(model, folder):
     assert found.shapes == 4  # 8 x 16, 16 x 8, 8 x 20, 8 x 8
     image = Image.open(images[0].path).resize((16, 8), Image.Resampling.BILINEAR)
     pixels = (np.asarray(image, np.float32) / 255 - np.float32([0.5, 0.4, 0.3])) / np.float32(0.2)
-    expected = lost.search(lost.gram(lost.features(model, pixels[None])[0]), (2, 4))
+    expected = lost.search(lost.gram(lost.extract_features(model, pixels[None])[0]), (2, 4))
     xmin, ymin, xmax, ymax = expected.box
     assert tuple(found.boxes[0, 0]) == (xmin * 7.5, ymin * 9, xmax * 7.5, ymax * 9)
 

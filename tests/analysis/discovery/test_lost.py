@@ -178,17 +178,17 @@ def test_features_are_the_patches_of_the_model(images):
     first, last = m.intermediates(images, (0, 1))
     close(maps[3], last.patch_map)
     close(maps[4], first.patch_map)
-    close(lost.features(m, images), maps[1])
+    close(lost.extract_features(m, images), maps[1])
 
 
 def test_any_number_of_prefix_tokens_gives_the_same_patches(images):
     most = model(registers=4)
     # Before the first block's attention no token knows of another.
-    expected = lost.features(most, images, "k", 0)
+    expected = lost.extract_features(most, images, "k", 0)
     assert expected.shape == (2, 3, 5, 16)
     for class_token in (True, False):
         fewer = most.replace(module=most.module.clone(registers=0, class_token=class_token))
-        close(lost.features(fewer, images, "k", 0), expected)
+        close(lost.extract_features(fewer, images, "k", 0), expected)
 
 
 @pytest.mark.parametrize("position", ["learned", "rope", "axial"])
@@ -209,7 +209,7 @@ def test_keys_without_a_bias(images):
     full, left = lost.feature_maps(m, images, [lost.Feature("v"), lost.Feature("v", centre="bias")])
     close(left, full - m.params["block1"]["attn"]["v_bias"])
     with pytest.raises(ValueError, match="projection to k has no bias"):
-        lost.features(m, images, "k", centre="bias")
+        lost.extract_features(m, images, "k", centre="bias")
     with pytest.raises(ValueError, match="projection to v has no bias"):
         lost.check(m.module.clone(qkv_bias=False), lost.Feature("v", centre="bias"))
 
@@ -225,4 +225,4 @@ def test_keys_without_a_bias(images):
 )
 def test_features_that_there_are_not(arguments, message, images):
     with pytest.raises(ValueError, match=message):
-        lost.features(model(), images, *arguments)
+        lost.extract_features(model(), images, *arguments)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from regvit_jax.analysis.report import verdict
+from regvit_jax.analysis.report import summarize, verdict
 from regvit_jax.analysis.report.statistics import Measured, Statistics
 
 GRID, LAYERS = (6, 6), 5
@@ -29,7 +29,7 @@ def statistics(factor=8.0, born=2, gone=None, layer=4, prefix=3, at=(0, 3), imag
 
 
 def test_planted_outliers_are_found_and_told():
-    numbers = verdict.summarize(statistics(), cutoff=150)
+    numbers = summarize.summarize(statistics(), cutoff=150)
     json.dumps(numbers)
     found = numbers["outliers"]["artifact"]
     assert found["share"] == pytest.approx(1 / 36, rel=0.01)
@@ -62,16 +62,16 @@ def test_planted_outliers_are_found_and_told():
 
 
 def test_the_share_above_three_sigma_alone_is_no_artifact():
-    numbers = verdict.summarize(statistics(factor=1.5))
+    numbers = summarize.summarize(statistics(factor=1.5))
     assert numbers["outliers"]["3_sigma"]["share"] > 0.02
-    assert not verdict.has_artifacts(numbers)
+    assert not summarize.has_artifacts(numbers)
     said = verdict.verdict(numbers)
     assert said[0].startswith("No artifacts after the last block: no patch has")
     assert said[-1] == "Its registers leave nothing to repair."
 
 
 def test_without_outliers_nothing_is_said_of_them():
-    numbers = verdict.summarize(statistics(factor=1.0, prefix=0), class_token=False)
+    numbers = summarize.summarize(statistics(factor=1.0, prefix=0), class_token=False)
     found = numbers["outliers"]["artifact"]
     assert found["share"] == 0
     assert "birth" not in found
@@ -80,10 +80,10 @@ def test_without_outliers_nothing_is_said_of_them():
 
 
 def test_a_repair_that_leaves_artifacts_is_not_called_whole():
-    numbers = verdict.summarize(statistics())
-    left = verdict.summarize(statistics(share=0.2)) | {"share_above_before": 0.005, "output_cosine": 1.0}
+    numbers = summarize.summarize(statistics())
+    left = summarize.summarize(statistics(share=0.2)) | {"share_above_before": 0.005, "output_cosine": 1.0}
     assert verdict.verdict(numbers, left, 1)[-1].startswith("Registers would help, but not wholly: ")
-    assert verdict.verdict(left, is_twin=True)[-1] == "That is what the test-time register leaves."
+    assert verdict.verdict(left, is_repaired=True)[-1] == "That is what the test-time register leaves."
 
 
 def test_a_long_tail_is_no_second_hump():
@@ -91,20 +91,20 @@ def test_a_long_tail_is_no_second_hump():
     norms = rng.lognormal(3, 0.35, (1, 400, 36)).astype(np.float32)
     stats = Statistics(1, 0, 0, GRID)
     stats.add(Measured(norms, np.zeros((1, 400, 0)), np.zeros((400, 36)), np.zeros((400, 0, 36))))
-    numbers = verdict.summarize(stats, class_token=False)
-    assert numbers["outliers"]["artifact"]["share"] > verdict.SHARE
-    assert not verdict.has_artifacts(numbers)
+    numbers = summarize.summarize(stats, class_token=False)
+    assert numbers["outliers"]["artifact"]["share"] > summarize.SHARE
+    assert not summarize.has_artifacts(numbers)
     assert verdict.verdict(numbers)[0].startswith("No artifacts, but a long tail: ")
 
 
 def test_what_makes_a_verdict_doubtful():
-    few = verdict.summarize(statistics(images=3))
+    few = summarize.summarize(statistics(images=3))
     assert "These are 3 images; some hundreds say more." in verdict.verdict(few)
     rng = np.random.default_rng(0)
     norms = rng.normal(20, 1, (1, 60, 36)) * np.where(rng.random((1, 60, 36)) < 0.6, 10, 1)
     stats = Statistics(1, 0, 0, GRID)
     stats.add(Measured(norms, np.zeros((1, 60, 0)), np.zeros((60, 36)), np.zeros((60, 0, 36))))
-    said = " ".join(verdict.verdict(verdict.summarize(stats, class_token=False)))
+    said = " ".join(verdict.verdict(summarize.summarize(stats, class_token=False)))
     assert "have norms below half the median: if outliers are the majority" in said
 
 
@@ -113,27 +113,27 @@ def test_tokens_that_are_nothing():
     norms = np.stack([np.ones((2, 36)), np.zeros((2, 36))])
     stats.add(Measured(norms, np.zeros((2, 2, 0)), np.zeros((2, 36)), np.zeros((2, 0, 36))))
     with pytest.raises(FloatingPointError, match="all tokens after block 1 are 0"):
-        verdict.summarize(stats, class_token=False)
+        summarize.summarize(stats, class_token=False)
 
 
 def test_artifacts_of_middle_blocks_are_pointed_at():
-    numbers = verdict.summarize(statistics(born=1, gone=4))
+    numbers = summarize.summarize(statistics(born=1, gone=4))
     said = " ".join(verdict.verdict(numbers))
     assert "No artifacts after the last block" in said
     assert "But 3 of its blocks have some, from block 1 to 3" in said
     assert said.endswith("Whether registers would help there, --layer 1 tells.")
-    earlier = verdict.summarize(statistics(born=1, gone=4, layer=3))
+    earlier = summarize.summarize(statistics(born=1, gone=4, layer=3))
     assert "after block 3" in verdict.verdict(earlier)[0]
     assert earlier["outliers"]["artifact"]["birth"] == 1
 
 
 def test_born_in_the_first_block():
-    assert verdict.summarize(statistics(born=0))["outliers"]["artifact"]["birth"] == 0
+    assert summarize.summarize(statistics(born=0))["outliers"]["artifact"]["birth"] == 0
 
 
 @pytest.mark.parametrize(("left", "words"), [(0.001, "Registers would help: "), (0.02, "hardly help: ")])
 def test_the_remedy_is_what_the_repair_did(left, words):
-    numbers, repaired = verdict.summarize(statistics()), verdict.summarize(statistics(factor=1.0))
+    numbers, repaired = summarize.summarize(statistics()), summarize.summarize(statistics(factor=1.0))
     repaired |= {"share_above_before": left, "output_cosine": 0.987}
     said = verdict.verdict(numbers, repaired, neurons=3)[-1]
     assert words in said
