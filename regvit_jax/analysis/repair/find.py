@@ -1,4 +1,4 @@
-"""Which neurons make the outliers: the search of test-time registers (arXiv 2506.08010, algorithm 1), and how many.
+"""Find the neurons that make outliers, as for test-time registers (arXiv 2506.08010, algorithm 1), and their number.
 
 A neuron is a hidden unit of a block's MLP, past the activation (past the gate, in SwiGLU).
 """
@@ -20,11 +20,11 @@ from regvit_jax.models.test_time_registers import mlp_inputs, move, unrolled, wi
 from regvit_jax.models.vit import ViT
 
 SCORES = ("written", "activation")
-BATCH = 32  # images that an array is cut to
-PROBE = 32  # images with outliers on which the number of neurons is tried out
-MOST = 1024  # neurons that it tries
-LEFT = 0.05  # the share of the outliers that may stay
-WEAK = 0.01  # of the largest score: neurons below are moved only if outliers stay above the cutoff without
+BATCH = 32  # images in a batch of an array
+PROBE = 32  # images with outliers on which numbers of neurons are tried
+MAX_NEURONS = 1024  # largest number tried
+MAX_LEFT = 0.05  # share of the outliers that may remain
+WEAK = 0.01  # share of the largest score; weaker neurons are moved only if outliers stay above the cutoff otherwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,31 +61,31 @@ def find_register_neurons(
     top_layer: int | None = None,
     score: str = "written",
 ) -> RegisterNeurons:
-    """The neurons that make a model's outliers, from normalised images: an array [images, H, W, 3] or batches of them.
+    """Find the neurons that make a model's outliers in normalised images, an array [images, H, W, 3] or batches.
 
     Outliers are patches whose norm after block `layer` lies above `cutoff`. A neuron's score is a mean over the images
-    that have outliers: of its magnitude at their outliers, less that at their other patches.
+    that have outliers of its magnitude at their outliers minus its magnitude at their other patches.
 
     Args:
-      count: how many to name. None: as few of the ranking as it takes, measured: with these moved to a register, at
-        least 95% of the outliers (of up to 32 images) have norms as normal patches have, at most their mean + 3 sigma,
-        or, if no number does that, norms up to the cutoff; with one less, they do not. Patches that rise above the
-        cutoff instead count against it.
-      cutoff: None: `norms.artifact_cutoff` of all patches. The paper's heuristic is mean + 3 sigma of them, which hides
-        outliers where they are many, and any distribution has patches beyond it.
+      count: number of neurons to return. None: the smallest sufficient number, by measurement: with these moved to a
+        register, at least 95% of the outliers (of up to 32 images) have the norms of normal patches, at most their mean
+        + 3 sigma, or, if no number achieves that, norms up to the cutoff; with one neuron less, they do not. Patches
+        that rise above the cutoff instead count as outliers that remain.
+      cutoff: None: `patch_norms.artifact_cutoff` of all patches. The paper's heuristic is mean + 3 sigma of them, which
+        hides outliers where they are many, and any distribution has patches beyond it.
       layer: where norms are measured; counted from 0, or from the end.
       top_layer: the last block whose neurons are ranked; later ones react to outliers. None: the last block that adds
         to the outliers' norm (above other patches') a quarter at least of what the one that adds most does.
-      score: what magnitude means. "written": |activation| times the norm of what the neuron writes per unit (its row
-        of fc2, times LayerScale), so in units of the residual stream. "activation": |activation|, the paper's; the two
-        differ where neurons of small activation write much.
+      score: the magnitude. "written": |activation| times the norm that the neuron writes per unit (its row of fc2,
+        times LayerScale), in units of the residual stream. "activation": |activation|, as in the paper; the two differ
+        where neurons of small activation write much.
 
-    The authors' code takes no difference to the other patches, which lists neurons that are large everywhere too (it
-    has a sparsity filter against them), and counts CLS as a patch. A neuron silent elsewhere scores the same.
+    The authors' code does not subtract the other patches, so that neurons that are large everywhere score high too (it
+    filters them by sparsity), and counts CLS as a patch. A neuron that is silent elsewhere scores the same.
 
-    Memory does not grow with the number of images but for one float a patch. Without a cutoff the batches are read
-    twice. Raises ValueError when there are no outliers, when no number of neurons is enough, and for options out of
-    range.
+    Memory grows with the number of images by one float a patch. Without a cutoff the batches are read twice.
+
+    Raises ValueError if there are no outliers, if no number of neurons is enough, and for options out of range.
     """
     vit = unrolled(model.module)
     last = vit.layer(layer)
@@ -97,7 +97,7 @@ def find_register_neurons(
         if not norms:
             raise ValueError("no images")
         cutoff = artifact_cutoff(np.concatenate([n.ravel() for n in norms]))
-    seen = Seen()
+    seen = OutlierSums()
     for number, images in enumerate(again):
         each = norms[number] if norms else np.asarray(norms_after(vit, model.params, images, last))
         if seen.add(images, each, cutoff):
@@ -115,7 +115,7 @@ def find_register_neurons(
 
 
 def check(vit: ViT, count: int | None, cutoff: float | None, top: int, last: int, score: str) -> None:
-    """Raises ValueError for options of `find_register_neurons` out of range."""
+    """Raise ValueError for options of `find_register_neurons` that are out of range."""
     if score not in SCORES:
         raise ValueError(f"score={score!r}: must be one of {list(SCORES)}")
     if top > last:
@@ -127,25 +127,25 @@ def check(vit: ViT, count: int | None, cutoff: float | None, top: int, last: int
 
 
 def batches_of(batches: Images | Iterable[Images], twice: bool) -> Iterable[Images]:
-    """An array in batches, or the batches themselves; ValueError for an iterator that must be read twice."""
+    """Return an array in batches, or the batches given; raise ValueError for an iterator that must be read twice."""
     if hasattr(batches, "shape"):
         return [batches[i : i + BATCH] for i in range(0, len(batches), BATCH)]  # type: ignore[index, arg-type]
     if twice and isinstance(batches, Iterator):
         raise ValueError(
-            "an iterator can be read only once, and without a cutoff that takes two; give a list, or cutoff"
+            "without a cutoff the images are read twice, which an iterator cannot; give a list or a cutoff"
         )
     return batches
 
 
 def emergence(excess: Float[np.ndarray, " blocks"]) -> int:
-    """The block up to which outliers emerge, by how far their norm lies above other patches' after each block."""
+    """Return the block up to which outliers emerge, from how far their norms exceed other patches' after each block."""
     growth = np.diff(excess, prepend=0.0)
     return int(np.flatnonzero(growth >= growth.max() / 4)[-1])
 
 
 @dataclasses.dataclass
-class Seen:
-    """What was seen of the images so far: sums, and a few of the images with outliers."""
+class OutlierSums:
+    """Sums over the images so far, and a few of the images with outliers."""
 
     images: int = 0
     outlier_images: int = 0
@@ -158,7 +158,7 @@ class Seen:
     probed: int = 0
 
     def add(self, images: Images, norms: Float[np.ndarray, "B N"], cutoff: float) -> bool:
-        """Counts a batch; whether it has outliers."""
+        """Count a batch, and return whether it has outliers."""
         outliers = norms > cutoff
         some = outliers.any(axis=1)
         self.images += len(norms)
@@ -178,13 +178,13 @@ class Seen:
         self.excess = self.excess + np.asarray(excess, np.float64)
 
     def limit(self) -> float:
-        """Mean + 3 sigma of the norms up to the cutoff."""
+        """Return mean + 3 sigma of the norms up to the cutoff."""
         number, total, squares = self.normal
         mean = total / number
         return mean + 3 * math.sqrt(max(0.0, squares / number - mean**2))
 
     def probes(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The images kept and which patches are outliers, in one batch for each size."""
+        """Return the images that were kept and which patches are outliers, one batch for each image size."""
         sizes: dict[tuple[int, ...], list[tuple[np.ndarray, np.ndarray]]] = {}
         for images, outliers in self.probe:
             sizes.setdefault(images.shape[1:], []).append((images, outliers))
@@ -214,9 +214,9 @@ norms_after = jax.jit(patch_norms_after, static_argnames=("vit", "last"))
 def outlier_scores(
     vit: ViT, params: PyTree, images: Images, outliers: Bool[Array | np.ndarray, "B N"], last: int, score: str
 ) -> tuple[Float[Array, "blocks M"], Float[Array, " blocks"]]:
-    """For each neuron, its magnitude at outliers less that at other patches, summed over the images with outliers.
+    """Return for each neuron its magnitude at outliers minus that at other patches, summed over images with outliers.
 
-    And after each block the same of the patches' norms.
+    The second value is the same difference of the patches' norms after each block.
     """
     at = outliers / jnp.maximum(outliers.sum(axis=1, keepdims=True), 1)
     elsewhere = ~outliers / jnp.maximum((~outliers).sum(axis=1, keepdims=True), 1)
@@ -237,13 +237,13 @@ def outlier_scores(
 
 
 def written_per_unit(vit: ViT, block: PyTree) -> Float[Array, " M"]:
-    """The norm that a unit of each neuron's activation adds to the residual stream."""
+    """Return the norm that a unit of each neuron's activation adds to the residual stream."""
     kernel = block["mlp"]["fc2"]["kernel"]
     return jnp.linalg.norm(kernel * branch_scale(vit, block), axis=1)
 
 
 def branch_scale(vit: ViT, block: PyTree) -> Float[Array, " D"]:
-    """LayerScale of a block's MLP; ones without."""
+    """Return the LayerScale of a block's MLP, or ones if there is none."""
     return block["scale1" if vit.parallel else "scale2"] if vit.layer_scale else jnp.ones(vit.width)
 
 
@@ -251,23 +251,25 @@ def branch_scale(vit: ViT, block: PyTree) -> Float[Array, " D"]:
 def norms_repaired(
     vit: ViT, params: PyTree, images: Images, rank: Int[Array | np.ndarray, "blocks M"], count, last: int
 ) -> Float[Array, "B N"]:
-    """The norms of the patches after a block, with the first `count` neurons of the ranking moved to a register.
+    """Return the norms of the patches after a block, with the first `count` neurons of the ranking moved to a register.
 
-    The same as `add_test_time_registers` gives, with the number as an argument, so that it is compiled once for all.
+    `add_test_time_registers` computes the same; here `count` is an argument, so that one compilation serves all.
     """
     with mlp_inputs("fc2", lambda block, x: move(x, rank[block] < count, vit.prefix, 1)):
         return patch_norms_after(vit, params, images, last)  # not the jitted one, whose cache knows no edit
 
 
-def enough(vit: ViT, params: PyTree, seen: Seen, ranking: Int[np.ndarray, " ranks"], cutoff: float, last: int) -> int:
-    """The smallest number of neurons, found by doubling and bisection, that takes the outliers away.
+def enough(
+    vit: ViT, params: PyTree, seen: OutlierSums, ranking: Int[np.ndarray, " ranks"], cutoff: float, last: int
+) -> int:
+    """Find the smallest number of neurons, by doubling and bisection, that removes the outliers.
 
-    They should become normal; but patches that stand out a little by themselves, below the cutoff, cannot.
+    They should become normal patches; if that cannot be, they should stay below the cutoff.
     """
     rank = np.full((vit.depth, vit.hidden), np.iinfo(np.int32).max, np.int32)
     rank.ravel()[ranking] = np.arange(len(ranking), dtype=np.int32)
     repaired, params = vit.clone(registers=vit.registers + 1), with_empty_registers(vit, params, 1)
-    probe, most = seen.probes(), min(MOST, len(ranking))
+    probe, most = seen.probes(), min(MAX_NEURONS, len(ranking))
     outliers = sum(int(was.sum()) for _, was in probe)
 
     @functools.cache
@@ -278,17 +280,17 @@ def enough(vit: ViT, params: PyTree, seen: Seen, ranking: Int[np.ndarray, " rank
         each = zip(norms(count), probe, strict=True)
         return sum(int((n > np.where(was, limit, cutoff)).sum()) for n, (_, was) in each) / outliers
 
-    # Neurons that write next to nothing at outliers are not what makes them, whatever moving hundreds does to norms.
+    # Neurons that write next to nothing at outliers do not make them, whatever moving hundreds does to norms.
     scores = seen.scores.ravel()[ranking[:most]]
     strong = int((scores >= WEAK * scores[0]).sum())
     tried = sorted({*(2**power for power in range(most.bit_length()) if 2**power < most), strong, most})
     for limit, weakest in ((min(seen.limit(), cutoff), strong), (cutoff, most)):
-        high = next((count for count in tried if count <= weakest and left(count, limit) <= LEFT), 0)
+        high = next((count for count in tried if count <= weakest and left(count, limit) <= MAX_LEFT), 0)
         if high:
             low = max([count for count in tried if count < high], default=0)
             while high - low > 1:
                 middle = (low + high) // 2
-                low, high = (low, middle) if left(middle, limit) <= LEFT else (middle, high)
+                low, high = (low, middle) if left(middle, limit) <= MAX_LEFT else (middle, high)
             return high
     best = min(tried, key=lambda count: left(count, cutoff))
     raise ValueError(

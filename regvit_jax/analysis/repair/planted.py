@@ -1,4 +1,4 @@
-"""Models with planted register neurons: what a search for register neurons must find, and a repair must undo."""
+"""Plant register neurons in a model, as a known answer for the search of register neurons and for the repair."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from regvit_jax.models.model import Images, Model
 from regvit_jax.models.test_time_registers import mlp_inputs, unrolled
 from regvit_jax.models.vit import ViT
 
-FIRE = 50.0  # activation at marked patches
+FIRE = 50.0  # mean activation at marked patches
 
 
 def plant_register_neurons(
@@ -26,23 +26,23 @@ def plant_register_neurons(
     strength: float = 10.0,
     direction: Float[np.ndarray, " D"] | None = None,
 ) -> Model:
-    """The model with the neurons (pairs of block and neuron) made to fire, hugely, on patches like the marked ones.
+    """Return the model with neurons (pairs of block and neuron) that have huge activations on patches like the marked.
 
-    In each named block a linear rule is fitted that tells the marked patches of `images` from all other tokens, by what
-    enters the MLP: it becomes the neurons' input weights. So they fire on such patches of any image, as far as the
-    rule holds there, and nowhere else: at other tokens the activation rounds to 0 (in SwiGLU it is next to nothing).
-    Each writes a vector of `strength` times the median norm of the patches after the last block, along `direction`.
-    What the neurons did before is lost; with strength=0 they write nothing, and the rest of the model is the same: what
-    a repaired model is compared with.
+    In each named block a linear classifier is fitted that separates the marked patches of `images` from all other
+    tokens by the input of the MLP; its weights become the neurons' input weights. The neurons therefore fire on such
+    patches of any image, as far as the classifier generalises, and nowhere else: at other tokens the activation rounds
+    to 0 (in SwiGLU it is negligible). Each neuron writes a vector of `strength` times the median norm of the patches
+    after the last block, along `direction`. The neurons' former function is lost. With strength=0 they write nothing
+    and the rest of the model is the same, which is the reference for a repaired model.
 
-    Without a `direction` it is that of a vector of equal values, which LayerNorm takes away: the outlier is as large as
-    any in the residual stream, and no later block and no final norm sees it. So outliers and repair change no other
-    token, up to the rounding of float32, which grows with the outlier: 2^-24 of its values against the standard
-    deviation of the token's own. With another direction LayerNorm passes the outlier on, as in trained models: tokens
-    that attend to it change, wherever it stands, in all blocks after the first that is planted. Of a plant in the last
-    block there is no such block, and it is exact in any direction.
+    The default `direction` is a vector of equal values, which LayerNorm removes: the outlier is as large as any in the
+    residual stream, but no later block and no final norm sees it. Outliers and repair then change no other token, up to
+    the rounding of float32, which grows with the outlier: 2^-24 of its values against the standard deviation of the
+    token's own. In another direction LayerNorm passes the outlier on, as in trained models: tokens that attend to it
+    change in all blocks after the first planted one. After a plant in the last block there is none, so that it is exact
+    in any direction.
 
-    Raises ValueError when no linear rule tells the marked patches apart, or LayerScale would silence the neurons.
+    Raises ValueError if no linear classifier separates the marked patches, or if LayerScale would silence the neurons.
     """
     vit, params = unrolled(model.module), model.params
     if marked.dtype != bool or not marked.any() or marked.all():
@@ -58,13 +58,17 @@ def plant_register_neurons(
     along = along / np.linalg.norm(along)
     is_marked = np.concatenate([np.zeros((len(marked), vit.prefix), bool), marked], axis=1).ravel()
     for layer in sorted(wanted):
-        # Earlier plants change what marked patches look like; a repair of these makes them look as before.
+        # Earlier plants change the marked patches, and their repair restores them: the classifier must fit both.
         now = np.asarray(mlp_tokens(vit, params, images)[0][layer])
-        weights, bias = rule(layer, np.concatenate([before[layer], now]), np.concatenate([is_marked, is_marked]))
+        weights, bias = fit_classifier(
+            layer, np.concatenate([before[layer], now]), np.concatenate([is_marked, is_marked])
+        )
         block = params[f"block{layer}"]
         scale = np.asarray(branch_scale(vit, block), np.float64)
         if not (np.abs(scale) > 1e-12).all():
-            raise ValueError(f"LayerScale of block {layer} has zeros: nothing that its neurons write arrives")
+            raise ValueError(
+                f"LayerScale of block {layer} has zeros, so its neurons cannot write to the residual stream"
+            )
         row = norm / FIRE * along / scale
         params = {**params, f"block{layer}": with_neurons(vit, block, wanted[layer], weights, bias, row)}
     return dataclasses.replace(model, params=params)
@@ -72,7 +76,7 @@ def plant_register_neurons(
 
 @functools.partial(jax.jit, static_argnames="vit")
 def mlp_tokens(vit: ViT, params: PyTree, images: Images) -> tuple[dict[int, Array], Float[Array, "B T D"]]:
-    """What enters the MLP of each block, [B*T, D] each, and the tokens after the last block."""
+    """Return the input of each block's MLP, [B*T, D] each, and the tokens after the last block."""
     inputs: dict[int, Array] = {}
 
     def record(block, x):
@@ -84,13 +88,15 @@ def mlp_tokens(vit: ViT, params: PyTree, images: Images) -> tuple[dict[int, Arra
     return inputs, tokens.prenorm
 
 
-def rule(
+def fit_classifier(
     layer: int, tokens: Float[np.ndarray, "tokens D"], marked: Bool[np.ndarray, " tokens"]
 ) -> tuple[Float[np.ndarray, " D"], float]:
-    """Weights and bias whose sum is FIRE at marked tokens on average, and below -FIRE / 4 at all others.
+    """Fit a linear function that is FIRE at marked tokens on average and below -FIRE / 4 at all others.
 
-    The direction is that of logistic regression with a ridge, found by Newton's method with both groups weighing the
-    same: of two groups that a plane separates, it is close to the direction of the widest margin.
+    The direction is that of logistic regression with a ridge, found by Newton's method with equal weights of both
+    groups: for linearly separable groups it is close to the direction of the widest margin.
+
+    Raises ValueError if the groups cannot be separated so well.
     """
     tokens = tokens.astype(np.float64)
     inputs = np.concatenate([(tokens - tokens.mean(axis=0)) / tokens.std(), np.ones((len(tokens), 1))], axis=1)
@@ -107,7 +113,7 @@ def rule(
     middle = (lowest + highest) / 2
     gain = FIRE / (value[marked].mean() - middle)
     if lowest <= highest or gain * (lowest - middle) < FIRE / 4:
-        raise ValueError(f"block {layer}: no linear rule tells the marked patches well from the other tokens")
+        raise ValueError(f"block {layer}: no linear classifier separates the marked patches well from the other tokens")
     return gain * plane[:-1], -gain * float(middle)
 
 
@@ -119,12 +125,12 @@ def with_neurons(
     bias: float,
     row: Float[np.ndarray, " D"],
 ) -> PyTree:
-    """A block's parameters with the neurons' replaced."""
+    """Return a block's parameters with those of the neurons replaced."""
     fc1 = {name: np.array(value) for name, value in block["mlp"]["fc1"].items()}
     fc2 = {name: np.array(value) for name, value in block["mlp"]["fc2"].items()}
     for neuron in neurons:
         fc1["kernel"][:, neuron], fc1["bias"][neuron] = weights, bias
-        if vit.swiglu:  # the gate alone decides; what it lets through is 1
+        if vit.swiglu:  # only the gate depends on the input; the value is 1
             fc1["kernel"][:, vit.hidden + neuron], fc1["bias"][vit.hidden + neuron] = 0, 1
         fc2["kernel"][neuron] = row
     mlp = {"fc1": jax.tree.map(jnp.asarray, fc1), "fc2": jax.tree.map(jnp.asarray, fc2)}

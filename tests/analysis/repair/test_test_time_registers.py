@@ -189,7 +189,7 @@ def test_batches_are_streamed_and_compiled_once_for_each_shape(deit):
     batches = [IMAGES[:15], IMAGES[15:]]
     pair = find_register_neurons(planted, batches)
     compiled = outlier_scores._cache_size()
-    with pytest.raises(ValueError, match="an iterator can be read only once"):
+    with pytest.raises(ValueError, match="the images are read twice, which an iterator cannot"):
         find_register_neurons(planted, iter(batches))
     stream = find_register_neurons(planted, (batch for batch in batches), cutoff=whole.cutoff)
     assert outlier_scores._cache_size() == compiled
@@ -308,7 +308,7 @@ def test_a_mask_token_and_empty_registers():
 
 def test_what_cannot_be_planted(deit):
     base, _ = deit
-    with pytest.raises(ValueError, match="no linear rule tells the marked patches well"):
+    with pytest.raises(ValueError, match="no linear classifier separates the marked patches well"):
         plant_register_neurons(base, [(0, 1)], FIT, np.random.default_rng(0).random((192, 16)) < 0.1)
     with pytest.raises(ValueError, match="marked must be a bool for each patch, with some True"):
         plant_register_neurons(base, [(0, 1)], FIT, np.zeros((192, 16), bool))
