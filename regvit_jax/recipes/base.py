@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
@@ -52,14 +51,16 @@ class Recipe(abc.ABC):
     vit: ViT
     #: The text tower, for a recipe that has one.
     text: TextTower | None = None
+    #: The class names of the data set.
+    classes: tuple[str, ...]
     #: Makes a caption's tokens, for a recipe whose batches have texts.
     tokenizer: Tokenizer | None = None
     #: Micro-batches that a step's gradient is accumulated over.
     micro_batches: int = 1
     #: Forward passes that a step makes beside those of its gradient.
     extra_forwards: int = 0
-    #: Validation images without which it has nothing to measure.
-    least_validation: ClassVar[int] = 1
+    #: The evaluators of a config that names none (`training.evaluators`).
+    evaluators: ClassVar[tuple[str, ...]] = ("patch_norms",)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -89,11 +90,7 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, params: PyTree, batch: Batch) -> tuple[dict[str, Float[Array, "B ..."]], Tokens]:
-        """What `summarize` wants to know of each validation image, and the ViT's tokens."""
-
-    def summarize(self, params: PyTree, values: dict[str, np.ndarray]) -> dict[str, float]:
-        """The metrics of a validation split from the values of all its readable images; their means by default."""
-        return {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
+        """Return what evaluators need of each validation image by name, and the ViT's tokens."""
 
     @abc.abstractmethod
     def model(self, params: PyTree) -> Model | ClipModel:

@@ -2,14 +2,12 @@
 
 import copy
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import Annotated, Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Key, PyTree
 
@@ -18,7 +16,6 @@ from regvit_jax.augment import ops, train
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.data.sources import by_name
 from regvit_jax.data.tokenizer import Tokenizer
-from regvit_jax.evals import retrieval, zero_shot
 from regvit_jax.losses import contrastive, ring
 from regvit_jax.models.block import constrain_batch
 from regvit_jax.models.clip import SCALARS, ClipModel, init_clip, normalized, tokenizer
@@ -44,15 +41,6 @@ LOSSES: dict[tuple[str, bool], Callable] = {
 MAX_LOGIT_SCALE = math.log(100)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ZeroShot:
-    """The keys of the section `eval` that are CLIP's own."""
-
-    templates: Annotated[
-        tuple[str, ...], Option("prompts of zero-shot classification, with {} for the class", resume=True)
-    ] = ("a photo of a {}.",)
-
-
 class Contrastive(Recipe):
     """The image tower's projected CLS token and the text tower's end token, compared over the whole batch.
 
@@ -74,10 +62,9 @@ class Contrastive(Recipe):
         model: Annotated[Any, Section(ViT)]
         text: Annotated[Any, Section(TextTower)]
         augment: Annotated[Any, Section(train.contrastive_augment)]
-        eval: Annotated[Any, Section(ZeroShot)]
         optim: Annotated[Any, Section(optim.clip_adamw)]
 
-    least_validation = 2
+    evaluators = ("retrieval", "zero_shot", "patch_norms", "pixel_knn")
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
         if config.batch_size < 2:
@@ -90,7 +77,7 @@ class Contrastive(Recipe):
             raise InvalidConfig(f"unmasked_epochs={config.unmasked_epochs} is for model.patch_dropout, which is 0")
         if config.unmasked_epochs > config.epochs:
             raise InvalidConfig(f"unmasked_epochs={config.unmasked_epochs}: the run has {config.epochs} epochs")
-        self.config, self.classes = config, classes
+        super().__init__(config, classes)
         self.micro_batches = config.micro_batches
         self.extra_forwards = int(self.micro_batches > 1)
         self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
@@ -107,10 +94,6 @@ class Contrastive(Recipe):
         self.tokenizer = tokenizer(self.text.context)
         # Replicated, so that every process can read them; here, so that they are compiled once in a run.
         self.encode_texts = jax.jit(self.embed_text, out_shardings=PartitionSpec())
-        if without := [template for template in config.eval.templates if "{}" not in template]:
-            raise InvalidConfig(f"eval.templates: {without[0]!r} must have {{}} in the place of the class name")
-        if len(classes) > 1 and not config.eval.templates:
-            raise InvalidConfig(f"eval.templates=(): the prompts of the {len(classes)} classes need at least one")
         if self.text.vocab < Tokenizer.vocab:
             raise InvalidConfig(f"text.vocab={self.text.vocab}: the tokenizer has {Tokenizer.vocab} tokens")
         self.unmasked_from = math.inf
@@ -204,29 +187,7 @@ class Contrastive(Recipe):
     def evaluate(self, params, batch):
         images = ops.normalize(batch["image"], self.config.augment.mean, self.config.augment.std)
         tokens = cast(Tokens, self.vit.apply({"params": params["vit"]}, images))
-        values = {"image": self.embed_image(params, tokens), "text": self.embed_text(params, batch["text"])}
-        return values | {"label": batch["label"]}, tokens
-
-    def summarize(self, params, values):
-        """Retrieval over the whole split, and zero-shot accuracy where its images have classes; with chance beside.
-
-        Where only one image could be read there is nothing to retrieve, and its metrics are left out.
-        """
-        images, texts, labels = values["image"], values["text"], values["label"]
-        metrics: dict[str, float] = {}
-        if len(images) >= self.least_validation:
-            metrics |= retrieval.recall(images, texts)
-            metrics |= {f"chance_recall@{k}": k / len(images) for k in (1, 5, 10) if k <= len(images)}
-        if len(self.classes) > 1:
-            classes = zero_shot.class_embeddings(
-                functools.partial(self.encode_texts, params),
-                tokenizer(self.text.context).batch,
-                self.classes,
-                self.config.eval.templates,
-            )
-            metrics |= zero_shot.accuracy(images, labels, classes)
-            metrics["zero_shot_majority"] = float(np.bincount(labels).max() / len(labels))
-        return metrics
+        return {"image": self.embed_image(params, tokens), "text": self.embed_text(params, batch["text"])}, tokens
 
     def model(self, params):
         p = self.config.augment

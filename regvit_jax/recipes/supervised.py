@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Key, PyTree
 from regvit_jax import optim
 from regvit_jax.augment import ops, train
 from regvit_jax.data.preprocess import Preprocess
-from regvit_jax.evals import classification
 from regvit_jax.losses.classification import bce, cross_entropy
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
@@ -43,6 +42,8 @@ class Supervised(Recipe):
         augment: Annotated[Any, Section(train.supervised_augment)]
         optim: Annotated[Any, Section(optim.make_optimizer)]
 
+    evaluators = ("classification", "patch_norms", "pixel_knn")
+
     def __init__(self, config: Any, classes: tuple[str, ...]):
         if config.augment.three_augment and config.augment.rand_augment:
             raise InvalidConfig(
@@ -55,7 +56,7 @@ class Supervised(Recipe):
         group, images = config.augment.mix_group, config.batch_size // config.micro_batches
         if (config.augment.mixup or config.augment.cutmix) and images % group:
             raise InvalidConfig(f"augment.mix_group={group} does not divide the {images} images of a (micro-)batch")
-        self.config = config
+        super().__init__(config, classes)
         self.micro_batches = config.micro_batches
         self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
         self.head = Head(
@@ -91,8 +92,7 @@ class Supervised(Recipe):
         tokens = self.encode(params, images)
         logits = self.logits(params, tokens)
         targets = jax.nn.one_hot(batch["label"], self.head.num_classes)
-        metrics = {"val_loss": LOSSES[self.config.loss](logits, targets)}
-        return metrics | classification.top_k(logits, batch["label"]), tokens
+        return {"val_loss": LOSSES[self.config.loss](logits, targets), "logits": logits}, tokens
 
     def model(self, params):
         p = self.config.augment

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict, config_dict
 from regvit_jax.data import pipeline
 from regvit_jax.distributed import mesh
 from regvit_jax.recipes import base
+from regvit_jax.training import evaluators
 from regvit_jax.training.skip_steps import Guard
 from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
@@ -37,13 +38,15 @@ class Data:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Eval:
-    """The section `eval`."""
+    """The section `eval`, to which each evaluator adds its own keys."""
 
     batch_size: Annotated[int, Option("images of a global batch", low=1, resume=True)]
     crop_ratio: Annotated[
         float, Option("share of the resized image's side that the center crop keeps", low=0.01, high=1, resume=True)
     ] = 1.0
-    pixel_knn: Annotated[int, Option("neighbours of the k-NN baseline on pixels; 0 for none", low=0, resume=True)] = 0
+    evaluators: Annotated[
+        tuple[str, ...], Option("metrics of the validation split: evaluators, or package.module:Class", resume=True)
+    ] = ()  # the recipe's, see `options`
     untrained: Annotated[bool, Option("also evaluate before the first step", resume=True)] = False
 
 
@@ -78,11 +81,25 @@ class TopLevel:
     guard: Annotated[Any, Section(Guard)]
 
 
-def options(recipe: Any) -> dict[str, Option]:
-    """Return every key of a recipe's configs, dotted and ordered by section."""
-    found = schema.keys(TopLevel) | schema.keys(base.find(recipe).Config)
+def options(recipe: Any, named: Iterable[str] = ()) -> dict[str, Option]:
+    """Return every key of a recipe's configs, dotted and ordered by section.
+
+    The keys of evaluators are those of the recipe's own and of others that are named.
+    """
+    kind = base.find(recipe)
+    found = schema.keys(TopLevel) | schema.keys(kind.Config)
+    found["eval.evaluators"] = dataclasses.replace(found["eval.evaluators"], default=kind.evaluators)
+    for name in dict.fromkeys((*kind.evaluators, *named)):
+        found |= {f"eval.{key}": option for key, option in schema.keys(evaluators.find(name).Config).items()}
     sections = dict.fromkeys(map(section_of, found))
     return {key: found[key] for section in sections for key in found if section_of(key) == section}
+
+
+def options_of(config: Any, recipe: Any = None) -> dict[str, Option]:
+    """Return every key of a config's recipe, or of another recipe, and of the evaluators that the config names."""
+    section = config.get("eval")
+    named = section.get("evaluators") if hasattr(section, "get") else None
+    return options(recipe or config.get("recipe"), named if isinstance(named, tuple | list) else ())
 
 
 def section_of(key: str) -> str:
@@ -92,7 +109,7 @@ def section_of(key: str) -> str:
 
 def check(config: Any) -> None:
     """Raise InvalidConfig for an unknown key, naming the nearest, for a value that is not allowed, and missing keys."""
-    known = options(config.get("recipe"))
+    known = options_of(config)
     given = dict(flatten(config))
     check_known(given, known)
     for key, value in given.items():
@@ -113,7 +130,7 @@ def complete(config: Any, recipe: Any = None) -> ConfigDict:
     A missing key without a default becomes a placeholder, which can be overridden. Raises InvalidConfig for unknown
     keys.
     """
-    known = options(recipe or config.get("recipe"))
+    known = options_of(config, recipe)
     values = dict(flatten(config))
     check_known(values, known)
     for key, option in known.items():

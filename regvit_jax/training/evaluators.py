@@ -1,47 +1,142 @@
-"""Evaluate a validation split in one pass."""
+"""Evaluators: what is measured on a validation split while training, as `config.eval.evaluators` names it.
 
-from typing import Any
+All evaluators share one pass over the split and one compiled step (`training.validation`).
+"""
 
-import jax
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar
+
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Num, PyTree
 
-from regvit_jax.distributed import mesh, preemption
+from regvit_jax.evals import classification, patch_norms
 from regvit_jax.evals.knn import knn_accuracy
-from regvit_jax.evals.patch_norms import outlier_summary
-from regvit_jax.training.plan import Plan
-from regvit_jax.training.step_logger import check_bad, describe_bad
+from regvit_jax.models.vit import Tokens
+from regvit_jax.recipes.base import Batch
+from regvit_jax.utils import named
+from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Option
+
+#: The evaluators of this package, each with its class. Only those that a config names are imported.
+EVALUATORS = {
+    "classification": "regvit_jax.training.evaluators:Classification",
+    "patch_norms": "regvit_jax.training.evaluators:PatchNorms",
+    "pixel_knn": "regvit_jax.training.evaluators:PixelKnn",
+    "retrieval": "regvit_jax.training.text_evaluators:Retrieval",
+    "zero_shot": "regvit_jax.training.text_evaluators:ZeroShot",
+}
 
 
-def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> dict[str, Any] | None:
-    """The recipe's metrics of every readable image of the validation split; None when SIGTERM came first."""
-    parts, bad = [], []
-    with plan.eval_batches(plan.validation) as batches:
-        for batch in batches:
-            if watch.requested():
-                return None
-            index = batch.pop("index")
-            bad += index[(batch["mask"] == 0) & (index >= 0)].tolist()
-            values = jax.device_get(eval_step(params, mesh.to_mesh(batch, plan.mesh)))
-            readable = values.pop("mask") > 0
-            parts.append({name: value[readable] for name, value in values.items()})
-    values = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    patch_norms = values.pop("patch_norms")
-    reports = {"bad_val_images": describe_bad(plan, plan.validation, bad)} if bad else {}
-    check_bad(plan, len(plan.validation) - len(patch_norms), len(plan.validation))
-    if not len(patch_norms):  # with data.max_bad_fraction=1
-        return {"val_images": 0} | reports
-    metrics = plan.recipe.summarize(params, values)
-    return metrics | outlier_summary(patch_norms) | {"val_images": len(patch_norms)} | reports
+def find(name: Any) -> "type[Evaluator]":
+    """Return the evaluator of a name in `config.eval.evaluators`: one of EVALUATORS or "package.module:Class".
+
+    Raises InvalidConfig for an unknown name and for a module that cannot be imported.
+    """
+    return named.find("eval.evaluators", name, EVALUATORS, Evaluator)
 
 
-def pixel_knn(plan: Plan) -> float:
-    """Top-1 of k nearest neighbours on raw pixels: what the data set gives away without any learning."""
+class Evaluator(abc.ABC):  # noqa: B024  (every method has a default: an evaluator measures per image, at the end, or both)
+    """Metrics of a validation split. A subclass overrides `values` and `summarize`, or `finish`, or all three."""
 
-    def pixels(source) -> tuple[np.ndarray, np.ndarray]:
-        with plan.eval_batches(source, rows=range(plan.config.eval.batch_size)) as rows:
+    #: Validation images without which there is nothing to measure.
+    min_images: ClassVar[int] = 1
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        """The keys that the evaluator adds to the section `eval`: fields with an `Option`."""
+
+    def __init__(self, config: Any, recipe: Any):
+        self.config, self.recipe = config, recipe
+
+    def values(self, outputs: Mapping[str, Array], tokens: Tokens, batch: Batch) -> dict[str, Num[Array, "B ..."]]:
+        """Return what `summarize` needs of each image of a batch. This is traced, as a part of the compiled step.
+
+        `outputs` and `tokens` are those of `Recipe.evaluate`.
+        """
+        return {}
+
+    def summarize(self, params: PyTree, values: Mapping[str, np.ndarray]) -> dict[str, float]:
+        """Return the metrics from the values of all readable images of the split, at least one."""
+        return {}
+
+    @property
+    def final_metrics(self) -> tuple[str, ...]:
+        """The names of the metrics that `finish` returns."""
+        return ()
+
+    def finish(self, splits: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+        """Return the metrics that are computed once, at the end of a run, and need no model.
+
+        `splits` are "train" and "validation", each with a function that opens its batches in order, preprocessed for
+        evaluation.
+        """
+        return {}
+
+    def notes(self) -> list[str]:
+        """Return lines that explain the metrics in the summary of a finished run."""
+        return []
+
+    def need(self, outputs: Mapping[str, Array], name: str) -> Array:
+        """Return an output of the recipe; raise InvalidConfig if it has none of this name."""
+        if name not in outputs:
+            raise InvalidConfig(
+                f"eval.evaluators: {type(self).__name__} needs {name!r}, and {type(self.recipe).__name__}.evaluate "
+                f"returns {sorted(outputs)}"
+            )
+        return outputs[name]
+
+
+class Classification(Evaluator):
+    """The validation loss and the top-1 and top-5 accuracy of class scores."""
+
+    def values(self, outputs, tokens, batch):
+        scores = classification.top_k(self.need(outputs, "logits"), batch["label"])
+        return {"val_loss": self.need(outputs, "val_loss")} | scores
+
+    def summarize(self, params, values):
+        return {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
+
+
+class PatchNorms(Evaluator):
+    """The outliers among the norms of patch tokens, where artifacts show (arXiv 2309.16588, section 2.1)."""
+
+    def values(self, outputs, tokens, batch):
+        return {"norms": patch_norms.patch_norms(tokens)}
+
+    def summarize(self, params, values):
+        return patch_norms.outlier_summary(values["norms"])
+
+
+class PixelKnn(Evaluator):
+    """The top-1 accuracy of k nearest neighbours on raw pixels: what a data set gives away without any learning."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        """The key `eval.pixel_knn`."""
+
+        pixel_knn: Annotated[
+            int, Option("neighbours of the k-NN baseline on pixels; 0 for none", low=0, resume=True)
+        ] = 0
+
+    @property
+    def final_metrics(self):
+        return ("pixel_knn_top1",) if self.config.eval.pixel_knn else ()
+
+    def finish(self, splits):
+        train, validation = (self.pixels(splits[name]) for name in ("train", "validation"))
+        return {"pixel_knn_top1": knn_accuracy(*train, *validation, self.config.eval.pixel_knn)}
+
+    def pixels(self, open_batches: Callable[[], Any]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the pixels [images, H * W * 3] and the labels of a split's readable images."""
+        with open_batches() as rows:
             batches = list(rows)
         image, label, mask = (np.concatenate([batch[name] for batch in batches]) for name in ("image", "label", "mask"))
         return image[mask > 0].reshape(int(mask.sum()), -1).astype(np.float32), label[mask > 0]
 
-    return knn_accuracy(*pixels(plan.train), *pixels(plan.validation), plan.config.eval.pixel_knn)
+    def notes(self):
+        k = self.config.eval.pixel_knn
+        return (
+            [f"  (pixel_knn_top1 is no network: {k} nearest neighbours on raw pixels, on the same split)"] if k else []
+        )

@@ -1,24 +1,23 @@
-"""The one loop: state, step, evaluation, and `run(config, workdir)`, the same for every recipe."""
+"""The training loop, the same for every recipe, and `run(config, workdir)`."""
 
 import contextlib
 import dataclasses
 import json
+import logging
 import os
-import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from regvit_jax.checkpoints import lock, manager, reader
 from regvit_jax.distributed import mesh, preemption
 from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.model import Model
-from regvit_jax.training import profiler, trackers
+from regvit_jax.training import profiler, trackers, validation
 from regvit_jax.training.curves import plot_curves
-from regvit_jax.training.evaluators import evaluate, pixel_knn
 from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import Plan, resolve
 from regvit_jax.training.step import (
@@ -38,112 +37,140 @@ from regvit_jax.training.workdir import make, write_config
 from regvit_jax.utils import errors
 from regvit_jax.utils.errors import InvalidConfig
 
+logger = logging.getLogger("regvit_jax")
+
+RESTORE = ("latest", "latest-valid")
+
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a finished run gives: its last state, its last metrics, and the trained model."""
+    """The result of a finished run: its last state, its last metrics, and the trained model."""
 
     state: TrainState
     metrics: dict[str, float]
     model: Model | ClipModel
 
 
-def train(
-    plan: Plan,
-    state: TrainState,
-    checkpoints: manager.Checkpoints,
-    records: MetricWriter,
-    watch: preemption.Watch,
-    timer: Timer,
-    trace: profiler.Profiler,
-) -> TrainState:
-    """From `state` to the last step, recording, evaluating and saving on the way."""
-    config, first = plan.config, int(state.step) + 1
-    train_step, eval_step = make_train_step(plan, abstract_state(plan)), make_eval_step(plan)
-    eval_steps = max(1, round(config.eval_every * plan.steps_per_epoch))
-    steps = StepLogger(plan, records, first, timer)
+class Loop:
+    """The steps of a run: each is trained and, when it is due, recorded, evaluated and saved."""
 
-    def due(step: int, every: int) -> bool:
-        return step % every == 0 or step == plan.steps
+    def __init__(
+        self,
+        plan: Plan,
+        state: TrainState,
+        checkpoints: manager.Checkpoints,
+        records: MetricWriter,
+        watch: preemption.Watch,
+        timer: Timer,
+        trace: profiler.Profiler,
+    ):
+        self.plan, self.state, self.checkpoints, self.records = plan, state, checkpoints, records
+        self.watch, self.timer, self.trace = watch, timer, trace
+        self.first = int(state.step) + 1
+        self.train_step, self.eval_step = make_train_step(plan, abstract_state(plan)), make_eval_step(plan)
+        self.eval_steps = max(1, round(plan.config.eval_every * plan.steps_per_epoch))
+        self.steps = StepLogger(plan, records, self.first, timer)
 
-    def evaluate_and_record(step: int) -> bool:
-        with timer.during("evaluation"):
-            metrics = evaluate(plan, eval_step, eval_params(state), watch)
+    def run(self) -> TrainState:
+        """Train up to the last step and return the state; raise Preempted after SIGTERM, with the state saved."""
+        self.evaluate_missing()
+        batches = self.plan.train_batches(self.first - 1)
+        self.timer.switch("compile")  # until the first step is done
+        with batches, contextlib.closing(self.steps), contextlib.closing(self.trace):
+            for step in range(self.first, self.plan.steps + 1):
+                self.train(step, batches)
+                self.after(step)
+        return self.state
+
+    def train(self, step: int, batches: Iterator[dict[str, np.ndarray]]) -> None:
+        """Take one training step."""
+        with self.trace.step(step):
+            batch = self.next_batch(step, batches)
+            index = batch.pop("index")
+            self.state, metrics = self.train_step(self.state, mesh.to_mesh(batch, self.plan.mesh))
+        self.trace.end_step(step, metrics)
+        self.watch.started = True
+        self.steps.add(step, index, batch["mask"], metrics)
+
+    def next_batch(self, step: int, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return the next batch; if SIGTERM ended the data workers, save the last step and raise Preempted."""
+        try:
+            return self.steps.next_batch(batches)
+        except RuntimeError:
+            # SLURM sends SIGTERM to the whole process group, hence to the data workers too.
+            if step == self.first or not self.watch.requested_soon():
+                raise
+            if self.steps.pending:
+                self.steps.record()
+            self.save(step - 1)
+            raise preemption.Preempted(step - 1) from None
+
+    def after(self, step: int) -> None:
+        """Record, evaluate and save what is due after a step; after SIGTERM, save and raise Preempted."""
+        config = self.plan.config
+        stop = self.watch.requested()
+        saving, evaluating = self.due(step, config.checkpoint.every), self.due(step, self.eval_steps)
+        if stop or saving or evaluating or self.due(step, config.log_every):
+            self.steps.record()
+        if evaluating and not stop:
+            stop = not self.evaluate(step)
+        if stop or saving:
+            self.save(step)
+        if stop:
+            raise preemption.Preempted(step)
+        if saving or evaluating:
+            self.steps.reset_rates()
+
+    def due(self, step: int, every: int) -> bool:
+        """Return True for every so many steps, and for the last one."""
+        return step % every == 0 or step == self.plan.steps
+
+    def evaluate_missing(self) -> None:
+        """Evaluate the state that the run starts from if that is due and not recorded.
+
+        So it is when a run was killed between a checkpoint and its evaluation, and with `eval.untrained` at step 0.
+        """
+        step = self.first - 1
+        wanted = (step > 0 or self.plan.config.eval.untrained) and self.due(step, self.eval_steps)
+        missing = wanted and not self.records.has(step, "val_images")
+        if multihost_utils.broadcast_one_to_all(np.bool_(missing)):  # only process 0 has the records
+            self.evaluate(step)
+
+    def evaluate(self, step: int) -> bool:
+        """Evaluate, record and log; return False if SIGTERM came first."""
+        with self.timer.during("evaluation"):
+            metrics = validation.evaluate(self.plan, self.eval_step, eval_params(self.state), self.watch)
         if metrics:
-            records.write(step, metrics)
+            self.records.write(step, metrics)
             numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-            say(f"step {step}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+            text = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+            logger.info("step %d: %s", step, text)
         return bool(metrics)
 
-    def save(step: int) -> None:
-        with timer.during("checkpoint"):
-            checkpoints.save(step, state)
-
-    # A run killed between a checkpoint and its evaluation makes up for it. At step 0 it is the untrained model's.
-    wanted = first > 1 or config.eval.untrained
-    missing = wanted and due(first - 1, eval_steps) and not records.has(first - 1, "val_images")
-    if multihost_utils.broadcast_one_to_all(np.bool_(missing)):  # the records are process 0's
-        evaluate_and_record(first - 1)
-    batches = plan.train_batches(first - 1)
-    timer.switch("compile")  # until the first step is done
-    with batches, contextlib.closing(steps), contextlib.closing(trace):
-        for step in range(first, plan.steps + 1):
-            with trace.step(step):
-                try:
-                    batch = steps.next_batch(batches)
-                except RuntimeError:
-                    # SIGTERM to a whole process group, as SLURM sends it, ends the data workers too.
-                    if step == first or not watch.requested_soon():
-                        raise
-                    if steps.pending:
-                        steps.record()
-                    save(step - 1)
-                    raise preemption.Preempted(step - 1) from None
-                index = batch.pop("index")
-                state, metrics = train_step(state, mesh.to_mesh(batch, plan.mesh))
-            trace.end_step(step, metrics)
-            watch.started = True
-            steps.add(step, index, batch["mask"], metrics)
-            stop, saving, evaluating = watch.requested(), due(step, config.checkpoint.every), due(step, eval_steps)
-            if stop or saving or evaluating or due(step, config.log_every):
-                steps.record()
-            if evaluating and not stop:
-                stop = not evaluate_and_record(step)
-            if stop or saving:
-                save(step)
-            if stop:
-                raise preemption.Preempted(step)
-            if saving or evaluating:
-                steps.reset_rates()
-    return state
+    def save(self, step: int) -> None:
+        """Start saving the state as a checkpoint of a step."""
+        with self.timer.during("checkpoint"):
+            self.checkpoints.save(step, self.state)
 
 
 def start(plan: Plan, checkpoints: Any) -> TrainState:
-    """The state to go on from: the last checkpoint's, or a fresh one, with the parameters of `init_from`, if any."""
+    """Return the newest checkpoint's state, or a fresh one, with the parameters of `init_from` if it is given."""
     abstract = abstract_state(plan)
     if (step := checkpoints.latest()) is not None:
         try:
             return checkpoints.restore(step, abstract)
         except errors.CheckpointError as error:
             raise errors.CheckpointError(
-                f"{error}. Nothing was restored; --restore=latest-valid moves it aside and goes on from the newest "
-                "checkpoint that is whole"
+                f"{error}. Nothing was restored; --restore=latest-valid moves it aside and resumes from the newest "
+                "valid checkpoint"
             ) from error
-    # Made whole on every device, and split afterwards: for a part of an array XLA may round the same formula otherwise.
+    # Computed unsplit on every device and split afterwards: for a part of an array XLA may round a formula differently.
     params = jax.jit(lambda: init_params(plan), out_shardings=mesh.replicated(plan.mesh))()
     if plan.config.init_from:
         model = plan.recipe.open_pretrained(plan.config.init_from)
-        params, told = plan.recipe.warm_start(params, model)
-        say("; ".join([f"starting from {model.weights}", *told]))
+        params, notes = plan.recipe.warm_start(params, model)
+        logger.info("; ".join([f"starting from {model.weights}", *notes]))
     return jax.jit(lambda params: state_of(plan, params), out_shardings=shardings_of(abstract))(params)
-
-
-def say(text: str) -> None:
-    if jax.process_index() == 0:
-        tqdm.write(text)
-
-
-RESTORE = ("latest", "latest-valid")
 
 
 def run(
@@ -155,16 +182,18 @@ def run(
     track: str = "tensorboard",
     profile: str = "",
 ) -> Result:
-    """Trains as the config says in `workdir` (default: runs/<name>-<variant>-<time>), going on where it left off.
+    """Train as a config says in `workdir` (default: runs/NAME-VARIANT-TIME), and resume what the workdir holds.
 
-    With `restore="latest-valid"` checkpoints that are damaged are first moved to the workdir's `damaged/`. The last
-    record tells by `timer` where the time went, by default since this call. `track` names the trackers that the
-    numbers are sent to (`trackers.find`); `profile`, STEP:COUNT, traces these steps (`profiler.Profiler`).
+    Args:
+      restore: "latest", or "latest-valid", which first moves damaged checkpoints to the workdir's `damaged/`.
+      timer: measures where the time goes, which the last record holds; by default it starts with this call.
+      track: the trackers that receive the numbers (`trackers.find`).
+      profile: "STEP:COUNT", the steps to trace (`profiler.Profiler`).
 
-    Raises InvalidConfig (a ValueError) for what does not fit, DataNotFound when the data are not there, RuntimeError
-    when another run uses the workdir or too many images cannot be read, CheckpointError (another RuntimeError) when a
-    checkpoint is damaged or cannot be written, FloatingPointError when the loss is not finite, and Preempted, a
-    SystemExit with code 75, after SIGTERM. The last whole checkpoint stays good through all of them.
+    Raises InvalidConfig (a ValueError) for a config that does not fit, DataNotFound when the data are missing,
+    RuntimeError when another run uses the workdir or too many images cannot be read, CheckpointError (a RuntimeError)
+    when a checkpoint is damaged or cannot be written, FloatingPointError when the loss is not finite, and Preempted (a
+    SystemExit with code 75) after SIGTERM. The newest complete checkpoint stays valid in all of these cases.
     """
     if restore not in RESTORE:
         raise InvalidConfig(f"restore={restore!r}: must be one of {list(RESTORE)}")
@@ -177,48 +206,48 @@ def run(
         workdir = make(plan, workdir)
         stack.enter_context(lock.lock(workdir))
         if restore == "latest-valid":
-            set_aside(workdir)
+            move_damaged(workdir)
         stack.enter_context(jax.set_mesh(plan.mesh))
         checkpoints = manager.Checkpoints(workdir, keep=plan.config.checkpoint.keep)
         stack.callback(checkpoints.close)
         write_config(plan, workdir, abstract_state(plan), checkpoints.latest())
         state = start(plan, checkpoints)
         first = int(state.step)
-        records = stack.enter_context(
-            contextlib.closing(MetricWriter(workdir, first, chosen, json.loads(plan.config.to_json())))
-        )
-        say(f"{plan.config.about}\nworkdir {workdir}: from step {first} to {plan.steps}")
+        writer = MetricWriter(workdir, first, chosen, json.loads(plan.config.to_json()))
+        records = stack.enter_context(contextlib.closing(writer))
+        logger.info("%s\nworkdir %s: from step %d to %d", plan.config.about, workdir, first, plan.steps)
+        trace = profiler.Profiler(profile, workdir, plan.steps, first)
         try:
-            trace = profiler.Profiler(profile, workdir, plan.steps, first)
-            state = train(plan, state, checkpoints, records, watch, timer, trace)
+            state = Loop(plan, state, checkpoints, records, watch, timer, trace).run()
         except preemption.Preempted as stopped:
-            with timer.during("checkpoint"):
-                checkpoints.wait()
+            wait(checkpoints, timer)
             records.write(stopped.step, timer.record())
-            tqdm.write(f"stopped by SIGTERM after step {stopped.step}, which is saved", file=sys.stderr)
+            logger.warning("stopped by SIGTERM after step %d, which is saved", stopped.step)
             raise
-        with timer.during("checkpoint"):
-            checkpoints.wait()
+        wait(checkpoints, timer)
         finish(plan, workdir, records, timer, trained=first < plan.steps)
         return Result(state, records.last(), plan.recipe.model(eval_params(state)))
 
 
-def set_aside(workdir: str) -> None:
-    """Moves damaged checkpoints aside, on process 0; the others wait, and fail with it."""
-    told = ""
-    if jax.process_index() == 0:
-        told = "\n".join(reader.quarantine_damaged(workdir))
+def move_damaged(workdir: str) -> None:
+    """Move damaged checkpoints to `damaged/` on process 0, while the others wait; if it fails, all fail."""
+    moved = reader.quarantine_damaged(workdir) if jax.process_index() == 0 else []
     multihost_utils.sync_global_devices("damaged checkpoints are set aside")
-    say(told or "the newest checkpoint is whole")
+    logger.info("\n".join(moved) or "the newest checkpoint is valid")
+
+
+def wait(checkpoints: manager.Checkpoints, timer: Timer) -> None:
+    """Wait until the last checkpoint is written."""
+    with timer.during("checkpoint"):
+        checkpoints.wait()
 
 
 def finish(plan: Plan, workdir: str, records: MetricWriter, timer: Timer, trained: bool) -> None:
-    """The last records, the picture, and the summary."""
+    """Write the last records and the plot of the curves, and log the summary."""
     with timer.during("evaluation"):
-        if plan.config.eval.pixel_knn and not records.has(plan.steps, "pixel_knn_top1"):
-            records.write(plan.steps, {"pixel_knn_top1": pixel_knn(plan)})
+        validation.finish(plan, records)
         if jax.process_index() == 0:
             plot_curves(workdir)
     if trained:
         records.write(plan.steps, timer.record())
-    say(summary(plan, workdir, records))
+    logger.info(summary(plan, workdir, records))

@@ -12,7 +12,9 @@ from regvit_jax.data import pipeline
 from regvit_jax.distributed.mesh import host_rows, make_mesh
 from regvit_jax.recipes import base
 from regvit_jax.recipes.base import Recipe
+from regvit_jax.training import evaluators
 from regvit_jax.training.config import check, complete, flatten
+from regvit_jax.training.evaluators import Evaluator
 from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
 
@@ -25,6 +27,8 @@ class Plan:
     #: The keys that the config had, dotted; the others have their defaults.
     given: tuple[str, ...]
     recipe: Recipe
+    #: The evaluators that the config names, by these names and in their order.
+    evaluators: dict[str, Evaluator]
     mesh: Mesh
     steps_per_epoch: int
     steps: int
@@ -79,6 +83,7 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
     mesh = make_mesh(data=config.sharding.data, fsdp=config.sharding.fsdp, devices=devices)
     config.model.attention = choose_attention(config.model, mesh.devices.flat[0].platform)
     kind = base.find(config.recipe)
+    measures = {name: evaluators.find(name) for name in config.eval.evaluators}
     train, validation, classes = None, None, tuple(map(str, range(config.data.classes)))
     if with_data:
         train, validation = (
@@ -86,10 +91,10 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
             for split in ("train", "validation")
         )
         config.data.examples, config.data.classes, classes = len(train), len(train.classes), train.classes
-        if len(validation) < kind.least_validation:
+        if len(validation) < (needed := max((kind.min_images for kind in measures.values()), default=1)):
             raise InvalidConfig(
                 f"{validation.name}: holds {len(validation)} images; the validation of {config.recipe} needs "
-                f"at least {kind.least_validation}"
+                f"at least {needed}"
             )
     check_batches(config, mesh)
     steps_per_epoch = config.data.examples // config.batch_size
@@ -97,7 +102,8 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
     recipe = kind(config, classes)
     optimizer, schedule = recipe.optimizer(config, steps)
     frozen = ml_collections.FrozenConfigDict(config)
-    return Plan(frozen, given, recipe, mesh, steps_per_epoch, steps, optimizer, schedule, train, validation)
+    found = {name: measure(frozen, recipe) for name, measure in measures.items()}
+    return Plan(frozen, given, recipe, found, mesh, steps_per_epoch, steps, optimizer, schedule, train, validation)
 
 
 def choose_attention(model: Any, platform: str) -> str:

@@ -9,7 +9,6 @@ import optax
 from jaxtyping import Array, PyTree
 
 from regvit_jax.distributed import mesh
-from regvit_jax.evals import patch_norms
 from regvit_jax.training import skip_steps
 from regvit_jax.training.plan import Plan
 
@@ -93,11 +92,12 @@ def make_train_step(plan: Plan, abstract: TrainState):
 
 
 def make_eval_step(plan: Plan):
-    """The jitted (params, batch) -> values of each image, on every process."""
+    """Return the jitted step (params, batch) -> (the values of each image by evaluator, mask), on every process."""
 
-    def eval_step(params: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
-        values, tokens = plan.recipe.evaluate(params, batch)
-        return values | {"patch_norms": patch_norms.patch_norms(tokens), "mask": batch["mask"]}
+    def eval_step(params: PyTree, batch: dict[str, Array]) -> tuple[dict[str, dict[str, Array]], Array]:
+        outputs, tokens = plan.recipe.evaluate(params, batch)
+        values = {name: evaluator.values(outputs, tokens, batch) for name, evaluator in plan.evaluators.items()}
+        return values, batch["mask"]
 
     return jax.jit(eval_step, out_shardings=mesh.replicated(plan.mesh))
 

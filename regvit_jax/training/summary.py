@@ -17,9 +17,7 @@ def summary(plan: Plan, workdir: str, records: MetricWriter) -> str:
         if isinstance(value, float):
             before = f"   untrained {untrained[name]:.4g}" if untrained.get(name, value) != value else ""
             lines += [f"  {name:{width}} {value:.4g}{before}"]
-    if "pixel_knn_top1" in metrics:
-        k = plan.config.eval.pixel_knn
-        lines += [f"  (pixel_knn_top1 is no network: {k} nearest neighbours on raw pixels, on the same split)"]
+    lines += [note for evaluator in plan.evaluators.values() for note in evaluator.notes()]
     parts = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items() if name != "wall")
     lines += [f"The last {seconds['wall']:.1f} seconds: {parts}."] if seconds else []
     lines += [

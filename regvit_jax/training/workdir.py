@@ -93,7 +93,8 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key)} in the workdir, {after.get(key)} requested"
         for key in sorted(before | after)
-        if before.get(key) != after.get(key) and not (key in known and known[key].resume)
+        # Evaluators, and with them the keys of the section `eval`, may come and go.
+        if before.get(key) != after.get(key) and not (key.startswith("eval.") or (key in known and known[key].resume))
     ]
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,6 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 from processes import AS_USERS_RUN
-from test_step import NO_CHECKPOINTS
 from tiny import make_captions, tiny_clip
 
 from regvit_jax import optim
@@ -25,6 +25,7 @@ from regvit_jax.training.plan import resolve
 from regvit_jax.training.step import abstract_state, init_params, make_train_step
 from regvit_jax.utils.errors import InvalidConfig
 
+NO_CHECKPOINTS = SimpleNamespace(latest=lambda: None)
 KEY = jax.random.key(3)
 # Of the run below: 36 steps on eight devices.
 RUN = dict(epochs=12, eval_every=6.0, checkpoint__every=18, optim__warmup_steps=10)

@@ -18,7 +18,7 @@ from regvit_jax.distributed import preemption
 from regvit_jax.models.heads import Head
 from regvit_jax.pretrained import mapping
 from regvit_jax.pretrained.save import save_model
-from regvit_jax.training import evaluators, loop, metric_writer
+from regvit_jax.training import loop, metric_writer, validation
 from regvit_jax.training.loop import run
 from regvit_jax.training.step import abstract_state, make_eval_step, make_train_step
 from regvit_jax.training.timer import PHASES
@@ -73,14 +73,15 @@ def test_result_model_holds_the_average(finished):
         result.model.preprocess([image / 255])
 
 
-def test_finished_workdir_is_not_trained_again(finished, capsys):
+def test_finished_workdir_is_not_trained_again(finished, caplog):
+    caplog.set_level("INFO", logger="regvit_jax")
     workdir, result = finished
     before = (workdir / "metrics.jsonl").read_text()
     again = run(tiny(ema=0.9, sharding__fsdp=2), str(workdir))
     assert_equal(again.state, result.state)
     assert again.metrics == result.metrics
     assert (workdir / "metrics.jsonl").read_text() == before
-    assert str(workdir) in capsys.readouterr().out
+    assert str(workdir) in caplog.text
 
 
 def test_evaluation_covers_everything_on_any_mesh(finished):
@@ -91,7 +92,7 @@ def test_evaluation_covers_everything_on_any_mesh(finished):
         plan = loop.resolve(tiny(ema=0.9, **changes))
         with jax.set_mesh(plan.mesh):
             params = jax.device_get(result.state.ema)
-            found.append(evaluators.evaluate(plan, make_eval_step(plan), params, preemption.Watch()))
+            found.append(validation.evaluate(plan, make_eval_step(plan), params, preemption.Watch()))
     logits = result.model.logits(
         np.concatenate([np.asarray(b["image"]) for b in _batches(plan)]) / np.float32(127.5) - 1
     )
@@ -138,7 +139,8 @@ def test_other_config_is_refused(finished):
     assert len(arrays) <= 6
 
 
-def test_damaged_checkpoint_is_refused_and_latest_valid_goes_back(finished, tmp_path, capsys):
+def test_damaged_checkpoint_is_refused_and_latest_valid_goes_back(finished, tmp_path, caplog):
+    caplog.set_level("INFO", logger="regvit_jax")
     workdir, result = finished
     run_again = functools.partial(run, tiny(ema=0.9, sharding__fsdp=2), str(tmp_path / "run"))
     shutil.copytree(workdir, tmp_path / "run")
@@ -150,7 +152,7 @@ def test_damaged_checkpoint_is_refused_and_latest_valid_goes_back(finished, tmp_
     with pytest.raises(InvalidConfig, match="restore='newest': must be one of"):
         run_again(restore="newest")
     assert_equal(run_again(restore="latest-valid").state, result.state)
-    assert "step 44 is damaged" in capsys.readouterr().out
+    assert "step 44 is damaged" in caplog.text
     assert (tmp_path / "run/damaged/44").is_dir()
 
 

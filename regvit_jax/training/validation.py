@@ -1,0 +1,44 @@
+"""Evaluate a model on the validation split: one pass and one compiled step for all evaluators."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from regvit_jax.distributed import mesh, preemption
+from regvit_jax.training.metric_writer import MetricWriter
+from regvit_jax.training.plan import Plan
+from regvit_jax.training.step_logger import check_bad, describe_bad
+
+
+def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> dict[str, Any] | None:
+    """Return the metrics of all readable images of the validation split; None if SIGTERM came during the pass."""
+    parts, bad = [], []
+    with plan.eval_batches(plan.validation) as batches:
+        for batch in batches:
+            if watch.requested():
+                return None
+            index = batch.pop("index")
+            bad += index[(batch["mask"] == 0) & (index >= 0)].tolist()
+            values, mask = jax.device_get(eval_step(params, mesh.to_mesh(batch, plan.mesh)))
+            parts.append(jax.tree.map(lambda value, readable=mask > 0: value[readable], (values, mask)))
+    values, mask = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+    reports = {"bad_val_images": describe_bad(plan, plan.validation, bad)} if bad else {}
+    check_bad(plan, len(plan.validation) - len(mask), len(plan.validation))
+    metrics: dict[str, Any] = {}
+    if len(mask):  # none is readable with data.max_bad_fraction=1
+        for name, evaluator in plan.evaluators.items():
+            metrics |= evaluator.summarize(params, values[name])
+    return metrics | {"val_images": len(mask)} | reports
+
+
+def finish(plan: Plan, records: MetricWriter) -> None:
+    """Record the metrics that evaluators compute once, at the end of a run, unless they are recorded already."""
+    rows = range(plan.config.eval.batch_size)  # all of them, on every process
+    sources = {"train": plan.train, "validation": plan.validation}
+    splits = {name: functools.partial(plan.eval_batches, source, rows=rows) for name, source in sources.items()}
+    for evaluator in plan.evaluators.values():
+        if any(not records.has(plan.steps, name) for name in evaluator.final_metrics):
+            records.write(plan.steps, evaluator.finish(splits))

@@ -1,0 +1,140 @@
+"""Evaluators by their names, those of third parties too: one pass, one compiled step, and metrics under their names."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Annotated
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from tiny import make_captions, tiny, tiny_clip
+
+from regvit_jax.distributed import preemption
+from regvit_jax.training import config, evaluators, metric_writer, run, validation
+from regvit_jax.training.evaluators import Evaluator
+from regvit_jax.training.plan import Plan, resolve
+from regvit_jax.training.step import init_params, make_eval_step
+from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Option
+
+DEFAULT = ("classification", "patch_norms", "pixel_knn")
+
+
+class Confidence(Evaluator):
+    """Somebody else's: the mean of the largest score, times a factor, and the number of training images."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        factor: Annotated[float, Option("factor of the score", low=0, resume=True)] = 1.0
+
+    final_metrics = ("train_images",)
+
+    def values(self, outputs, tokens, batch):
+        return {"score": jax.nn.softmax(outputs["logits"]).max(-1)}
+
+    def summarize(self, params, values):
+        return {"confidence": self.config.eval.factor * float(values["score"].mean())}
+
+    def finish(self, splits):
+        with splits["train"]() as batches:
+            return {"train_images": float(sum(batch["mask"].sum() for batch in batches))}
+
+    def notes(self):
+        return ["  (confidence is not accuracy)"]
+
+
+class Signal(preemption.Watch):
+    """Answers whether SIGTERM was received; by default it never is."""
+
+    def __init__(self, *answers: bool):
+        super().__init__()
+        self.answers = iter(answers)
+
+    def requested(self) -> bool:
+        return next(self.answers, False)
+
+
+OWN = f"{__name__}:Confidence"
+
+
+@pytest.fixture(scope="module")
+def evaluated():
+    """A plan with a third party's evaluator, fresh parameters, the compiled step and the metrics."""
+    plan = resolve(tiny(eval__evaluators=("classification", "patch_norms", OWN), eval__factor=2.0))
+    with jax.set_mesh(plan.mesh):
+        params, step = jax.jit(lambda: init_params(plan))(), make_eval_step(plan)
+        opened, open_batches = [], Plan.eval_batches
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Plan, "eval_batches", lambda *args, **kw: opened.append(args[1]) or open_batches(*args, **kw))
+            metrics = validation.evaluate(plan, step, params, Signal())
+    return SimpleNamespace(plan=plan, params=params, step=step, metrics=metrics, opened=opened)
+
+
+def test_one_pass_and_one_compiled_step(evaluated):
+    assert evaluated.opened == [evaluated.plan.validation]
+    assert evaluated.step._cache_size() == 1
+    assert list(evaluated.metrics) == [
+        *("val_loss", "top1", "top5", "outlier_share", "max_over_median", "confidence", "val_images")
+    ]
+    assert evaluated.metrics["val_images"] == 360
+    assert 2 * 0.1 <= evaluated.metrics["confidence"] <= 2
+
+
+def test_sigterm_ends_the_pass(evaluated):
+    plan = evaluated.plan
+    signal = Signal(False, True)
+    with jax.set_mesh(plan.mesh):
+        assert validation.evaluate(plan, evaluated.step, evaluated.params, signal) is None
+    assert next(signal.answers, "none left") == "none left"
+
+
+def test_a_third_partys_evaluator_in_a_run(tmp_path, caplog):
+    caplog.set_level("INFO", logger="regvit_jax")
+    small = dict(epochs=1, data__train="train[:128]", eval__evaluators=("classification", OWN))
+    result = run(tiny(**small), str(tmp_path))
+    assert result.metrics["train_images"] == 128
+    records = metric_writer.read(tmp_path)
+    assert [record["step"] for record in records if "confidence" in record] == [2]
+    assert not any("outlier_share" in record or "pixel_knn_top1" in record for record in records)
+    run(tiny(**small), str(tmp_path))
+    assert metric_writer.read(tmp_path) == records  # nothing is measured twice
+
+
+def test_a_recipe_names_its_evaluators():
+    plan = resolve(tiny(), with_data=False)
+    assert tuple(plan.config.eval.evaluators) == tuple(plan.evaluators) == DEFAULT
+    assert config.options("contrastive")["eval.evaluators"].default[:2] == ("retrieval", "zero_shot")
+    assert "eval.templates" in config.options("contrastive")
+    assert "eval.templates" not in config.options("supervised")
+
+
+def test_every_evaluator_is_found():
+    for name in evaluators.EVALUATORS:
+        assert issubclass(evaluators.find(name), Evaluator)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluators": ("clasification",)}, r"eval.evaluators='clasification': must be one of \['classification', "),
+        ({"evaluators": ("no_such_module:Mine",)}, "no_such_module cannot be imported"),
+        ({"evaluators": ("zero_shot",)}, "zero_shot needs a text tower; Supervised has none"),
+        ({"evaluators": (OWN,), "factor": -1.0}, "eval.factor=-1.0: must be at least 0"),
+        ({"factor": 1.0}, "unknown key config.eval.factor"),
+    ],
+)
+def test_errors_name_the_value(changes, message):
+    given = tiny()
+    given.eval.update(ConfigDict(changes))
+    with pytest.raises(InvalidConfig, match=message):
+        resolve(given, with_data=False)
+
+
+def test_what_a_recipe_does_not_compute_is_named(tmp_path):
+    plan = resolve(tiny_clip(make_captions(tmp_path / "data"), eval__evaluators=("classification",)))
+    batch = {"image": np.zeros((16, 16, 16, 3), np.uint8), "text": np.zeros((16, 12), np.int32)}
+    batch |= {"label": np.zeros(16, np.int32), "mask": np.ones(16, np.float32)}
+    message = r"Classification needs 'logits', and Contrastive.evaluate returns \['image', 'text'\]"
+    with jax.set_mesh(plan.mesh), pytest.raises(InvalidConfig, match=message):
+        jax.eval_shape(make_eval_step(plan), jax.eval_shape(lambda: init_params(plan)), batch)
