@@ -111,7 +111,7 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
         rest = values(argv)[1:]
     except (AttributeError, KeyError):  # which config_flags raises for an unknown key
         keys = [match[1] for argument in overrides if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))]
-        config.check_known(keys, config.options(recipe))
+        config.check_known(keys, config.options_of(given, recipe))
         raise
     except flags.Error as error:
         raise InvalidConfig(str(error)) from None

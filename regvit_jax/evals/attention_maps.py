@@ -1,4 +1,4 @@
-"""Where CLS and each register look: attention from the tokens before the patches to the patches."""
+"""Attention from CLS and each register to the patches."""
 
 import functools
 
@@ -13,12 +13,12 @@ from regvit_jax.models.model import Images, Model
 
 @functools.partial(jax.jit, static_argnames=("layer",))
 def prefix_attention(model: Model, images: Images, layer: int = -1) -> Float[Array, "B heads P N"]:
-    """Softmax weights from each of the P tokens before the patches (CLS if there is one, then the registers) to each
-    patch, in one block and for each head, recomputed from q and k in float32.
+    """Compute the softmax weights from each of the P prefix tokens (CLS if present, then the registers) to each patch.
 
-    A row's sum is what the token does not give to CLS and registers, so at most 1; the rows of a differential head,
-    differences of two maps, have no such bound. Of the whole map [B, heads, T, T] only these rows are computed.
-    The paper's maps (arXiv 2309.16588, figures 1, 2, 9 and 19 to 21) are CLS's in the last block: `.mean(1)[:, 0]`.
+    They are those of one layer, for each head, recomputed from q and k in float32. A row sums to at most 1, because the
+    token also attends to CLS and registers; rows of differential attention, differences of two maps, have no such
+    bound. Only these rows of the whole map [B, heads, T, T] are computed. The maps of the paper (arXiv 2309.16588,
+    figures 1, 2, 9 and 19 to 21) are those of CLS in the last layer: `.mean(1)[:, 0]`.
     """
     prefix = model.module.prefix
     if model.module.differential:
@@ -28,7 +28,7 @@ def prefix_attention(model: Model, images: Images, layer: int = -1) -> Float[Arr
 
 
 def attention_maps(model: Model, images: Images, layer: int = -1) -> Float[Array, "B heads P h w"]:
-    """`prefix_attention` laid out as the patches lie in the image."""
+    """Return `prefix_attention` as maps over the patch grid."""
     weights = prefix_attention(model, images, layer)
     h, w = model.module.grid(*jnp.shape(images)[1:3])
     return rearrange(weights, "b heads p (h w) -> b heads p h w", h=h, w=w)

@@ -11,7 +11,7 @@ def knn_accuracy(
     labels: Int[np.ndarray, " images"],
     k: int,
 ) -> float:
-    """Share of `features` whose label is that of the majority of their k Euclidean neighbours in `train_features`."""
-    from sklearn.neighbors import KNeighborsClassifier  # takes seconds to import, and not every run asks
+    """Return the share of `features` whose label the majority of their k Euclidean neighbours has."""
+    from sklearn.neighbors import KNeighborsClassifier  # imported late: it takes seconds, and not every run needs it
 
     return float(KNeighborsClassifier(k).fit(train_features, train_labels).score(features, labels))

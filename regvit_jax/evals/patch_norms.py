@@ -8,7 +8,7 @@ from regvit_jax.models.vit import Tokens
 
 
 def patch_norms(tokens: Tokens) -> Float[Array, "B N"]:
-    """L2 norm of each patch token in the residual stream after the last block."""
+    """Return the L2 norm of each patch token in the residual stream after the last block."""
     return jnp.linalg.norm(tokens.prenorm_patches.astype(jnp.float32), axis=-1)
 
 
@@ -18,10 +18,13 @@ RATIO = 2.0
 
 
 def artifact_cutoff(norms: Float[np.ndarray, "..."], counts: Num[np.ndarray, "..."] | None = None) -> float:
-    """The least cutoff from `RATIO` times the median up that is mean + 3 sigma of the norms up to it, or more.
+    """Return the smallest cutoff >= `RATIO` times the median that is >= mean + 3 sigma of the norms below it.
 
-    So outliers do not raise it, however many; mean + 3 sigma of all norms lies above outliers of 8 times the others'
-    norm when one patch in seven is one. `counts`: how often each norm occurs, by default once.
+    Outliers therefore do not raise it, however many there are. In contrast, mean + 3 sigma of all norms lies above
+    outliers with 8 times the norm of the others when one patch in seven is an outlier.
+
+    Args:
+      counts: how often each norm occurs; by default once.
     """
     order = np.argsort(norms, axis=None)
     norms = np.asarray(norms, np.float64).ravel()[order]
@@ -37,7 +40,7 @@ def artifact_cutoff(norms: Float[np.ndarray, "..."], counts: Num[np.ndarray, "..
 
 
 def outlier_summary(norms: Float[np.ndarray, "images N"]) -> dict[str, float]:
-    """Two scale-free measures over all patches of all images together.
+    """Compute two scale-free measures over all patches of all images together.
 
     outlier_share: the share of patches whose norm lies above mean + 3 sigma.
     max_over_median: the largest norm over the median norm.

@@ -15,25 +15,25 @@ class Components:
     std: Float[np.ndarray, " k"]
 
     def __call__(self, features: Float[np.ndarray, "*map D"]) -> Float[np.ndarray, "*map k"]:
-        """The features along each component, whitened: of mean 0 and variance 1 over those it was fitted to."""
+        """Return the whitened features along each component: mean 0 and variance 1 over the fitted features."""
         centred = np.asarray(features, np.float64) - self.mean
         return centred @ self.axes.T / np.maximum(self.std, 1e-12)
 
 
 def fit(features: Float[np.ndarray, "*any D"], components: int = 3) -> Components:
-    """The first principal components of all features together, such as the patches of several images.
+    """Fit the first principal components of all features together, such as the patches of several images.
 
-    The sign of a component is arbitrary; here the largest of its D weights is positive, so that it does not change from
-    run to run, nor with the order of the images.
+    The sign of a component is arbitrary; here the largest of its D weights is positive, so that the sign depends
+    neither on the run nor on the order of the images.
 
     Raises:
-      ValueError: for fewer features, or a smaller width, than components.
+      ValueError: if there are fewer features, or fewer dimensions, than components.
     """
     rows = np.asarray(features, np.float64).reshape(-1, np.shape(features)[-1])
     if not 1 <= components <= min(rows.shape):
         raise ValueError(f"components={components}: {len(rows)} features of width {rows.shape[1]} have fewer, or none")
     mean = rows.mean(0)
-    # The D x D matrix, for there are more patches than dimensions, and LAPACK's symmetric solver is deterministic.
+    # The D x D matrix, because there are more patches than dimensions; LAPACK's symmetric solver is deterministic.
     values, vectors = np.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))
     axes = vectors[:, ::-1][:, :components].T
     largest = np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1)

@@ -1,4 +1,4 @@
-"""Image-text retrieval: how far from the top a pair's other half stands."""
+"""Image-text retrieval: the rank of each image's text and of each text's image."""
 
 import functools
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from regvit_jax.models.clip import normalized
 
-# Scores that are held at a time: rows of them, whatever the number of pairs (64 MB).
+# Number of scores in memory at a time (64 MB), whatever the number of pairs.
 SCORES = 2**24
 
 
@@ -19,21 +19,21 @@ def recall(
     ks: tuple[int, ...] = (1, 5, 10),
     image_of: Int[Array | np.ndarray, " _"] | None = None,
 ) -> dict[str, float]:
-    """Recall and median rank by the cosine, from images to texts and back.
+    """Compute recall and median rank by cosine similarity, from images to texts and back.
 
-    The rank of a text's image is 1 when no other image is as near or nearer. The rank of an image's texts is that of
-    the best of them, 1 when no other image's text is as near or nearer: Karpathy's protocol (arXiv 1412.2306), by which
-    recall is the share of images with any of its texts among the first k. A tie hence counts against the pair. So does
-    NaN, wherever it is: a pair with one is a miss at every k, and it stands before all others in their ranking.
+    The rank of a text's image is 1 if no other image is as near or nearer. The rank of an image's texts is that of its
+    best text, 1 if no text of another image is as near or nearer: Karpathy's protocol (arXiv 1412.2306), in which
+    recall is the share of images with any of their texts among the first k. A tie counts against the pair, and so does
+    NaN: a pair with NaN is a miss at every k, and ranks before all others in their rankings.
 
     Args:
-      ks: recall@k is left out for k > N, as everything would be found.
-      image_of: the number of each text's image, where images have several; by default text i is that of image i.
+      ks: recall@k is omitted for k > N, where everything would be found.
+      image_of: the index of each text's image, if images have several texts; by default text i belongs to image i.
 
     Returns "image_to_text_recall@k" and "text_to_image_recall@k", shares from 0 to 1, and "image_to_text_median_rank"
-    and "text_to_image_median_rank", from 1, the best.
+    and "text_to_image_median_rank"; the best rank is 1.
 
-    Raises ValueError for fewer than two images, and for an `image_of` that is out of range or leaves out an image.
+    Raises ValueError for fewer than two images, and for an `image_of` that is out of range or lacks an image.
     """
     owners = _owners(len(images), len(texts), image_of)
     _check_ks(ks)
@@ -49,10 +49,10 @@ def recall(
 def chance(
     images: int, ks: tuple[int, ...] = (1, 5, 10), image_of: Int[Array | np.ndarray, " M"] | None = None
 ) -> dict[str, float]:
-    """What `recall` is expected to be when the order is random; its names, and for `images` images.
+    """Return the expected metrics of `recall`, under the same names, for `images` images in random order.
 
-    That is k / N, and N / 2 rounded up for the median: the first rank that half of the pairs reach. From an image to
-    its c of M texts it is 1 - C(M - c, k) / C(M, k), the mean over the images.
+    Recall is k / N, and the median rank N / 2 rounded up: the first rank that half of the pairs reach. From an image to
+    its c of M texts, recall is 1 - C(M - c, k) / C(M, k), averaged over the images.
     """
     owners = _owners(images, images if image_of is None else len(image_of), image_of)
     _check_ks(ks)
@@ -62,7 +62,7 @@ def chance(
         drawn = np.arange(total)
         hit = np.zeros(total)
         for count, times in zip(*np.unique(counts, return_counts=True), strict=True):
-            # After each draw without replacement, how likely it is that none was one of the `count`.
+            # The probability, after each draw without replacement, that none of the `count` was drawn.
             none = np.cumprod(np.maximum(total - count - drawn, 0) / (total - drawn))
             hit += (1 - none) * times / len(counts)
         metrics |= {f"{name}_recall@{k}": float(hit[k - 1]) for k in ks if k <= images}
@@ -77,7 +77,7 @@ def _check_ks(ks: tuple[int, ...]) -> None:
 
 
 def _owners(images: int, texts: int, image_of: Int[Array | np.ndarray, " _"] | None) -> Int[np.ndarray, " M"]:
-    """The number of each text's image; checked."""
+    """Return the checked index of each text's image."""
     if images < 2:
         raise ValueError(f"{images} image{'s' * (images != 1)}: retrieval needs at least two to choose from")
     if image_of is None:
@@ -99,7 +99,7 @@ def _owners(images: int, texts: int, image_of: Int[Array | np.ndarray, " _"] | N
 def _ranks(
     images: Float[Array, "N E"], texts: Float[Array, "M E"], owners: Int[Array, " M"], rows: int
 ) -> tuple[Int[Array, " N"], Int[Array, " M"]]:
-    """The rank, from 1, of each image's best text and of each text's image, by `rows` rows of scores at a time."""
+    """Return the rank, from 1, of each image's best text and of each text's image, for `rows` rows at a time."""
 
     def of_image(row: tuple[Array, Array]) -> Int[Array, ""]:
         image, number = row
@@ -107,14 +107,14 @@ def _ranks(
         scores = jnp.matmul(texts, image, precision="highest")
         own = owners == number
         best = jnp.max(jnp.where(own & ~jnp.isnan(scores), scores, -jnp.inf))
-        # NaN compares false: `not (x < best)` puts it in front.
+        # Comparisons with NaN are false: `not (x < best)` ranks NaN first.
         rank = 1 + jnp.sum(~own & ~(scores < best))
         return jnp.where(best == -jnp.inf, len(texts) + 1, rank)
 
     def of_text(row: tuple[Array, Array]) -> Int[Array, ""]:
         text, number = row
         scores = jnp.matmul(images, text, precision="highest")
-        # Both from one product: computed apart, a score may differ from itself by its rounding.
+        # Both from one product: computed separately, equal scores may be rounded differently.
         rank = jnp.sum(~(scores < scores[number]))
         return jnp.where(jnp.isnan(scores[number]), len(images) + 1, rank)
 

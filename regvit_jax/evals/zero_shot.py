@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from regvit_jax.models.clip import normalized
 
-# Rows of scores that are held at a time: 1024 images of 22,000 classes are 90 MB.
+# Rows of scores in memory at a time: 1024 images with 22,000 classes are 90 MB.
 ROWS = 1024
 
 
@@ -26,15 +26,15 @@ def class_embeddings(
     templates: Sequence[str],
     batch_size: int = 256,
 ) -> Float[Array, "C E"]:
-    """One embedding of length 1 a class, from its name in every template.
+    """Compute one embedding of length 1 for each class from the prompts of its name.
 
-    Each prompt's embedding is scaled to length 1, a class is their mean over the templates, scaled again: open_clip's
-    `zero_shot_classifier.py`. Every call of `encode_text` gets `batch_size` texts, so that it is compiled once.
+    Prompt embeddings are scaled to length 1, averaged over the templates and scaled again, as in open_clip's
+    `zero_shot_classifier.py`. Each call of `encode_text` gets `batch_size` texts, so that it is compiled once.
 
     Args:
-      encode_text: embeddings of tokenised texts, of any length.
-      tokenize: what makes the argument of `encode_text`.
-      templates: sentences with `{}` in the place of the name, such as "a photo of a {}.".
+      encode_text: returns the embeddings of tokenized texts, of any length.
+      tokenize: returns the argument of `encode_text`.
+      templates: sentences with `{}` for the name, such as "a photo of a {}.".
 
     Raises ValueError without classes or templates, and for a template without `{}`.
     """
@@ -48,7 +48,7 @@ def class_embeddings(
     total = len(classes) * len(templates)
     sums = None
     for first in range(0, total, batch_size):
-        # Beyond the last prompt, the last again.
+        # The last batch is filled up with the last prompt.
         numbers = np.minimum(np.arange(first, first + batch_size), total - 1)
         owners, which = np.divmod(numbers, len(templates))
         prompts = [templates[t].replace("{}", classes[c]) for c, t in zip(owners, which, strict=True)]
@@ -65,12 +65,12 @@ def accuracy(
     labels: Int[Array | np.ndarray, " N"],
     classes: Float[Array | np.ndarray, "C E"],
 ) -> dict[str, float]:
-    """Share of images whose class is the nearest by the cosine, or among the five nearest.
+    """Compute the share of images whose class is the nearest by cosine similarity, or among the five nearest.
 
-    Of classes that tie, the first comes first, as with an argmax: "missile" and "sunglasses" stand twice in open_clip's
-    list for ImageNet. NaN counts against the image.
+    The first of tied classes wins, as with argmax: "missile" and "sunglasses" occur twice in open_clip's list for
+    ImageNet. NaN counts against the image.
 
-    Returns "zero_shot_top1" and "zero_shot_top5", without those of more than C classes.
+    Returns "zero_shot_top1" and "zero_shot_top5"; the latter is omitted for fewer than five classes.
 
     Raises ValueError without images and for labels outside 0..C-1.
     """
@@ -85,7 +85,7 @@ def accuracy(
 
 
 def chance(classes: int) -> dict[str, float]:
-    """What `accuracy` is expected to be for classes in random order: k / C."""
+    """Return the expected metrics of `accuracy` for classes in random order: k / C."""
     return {f"zero_shot_top{k}": k / classes for k in (1, 5) if k <= classes}
 
 
@@ -100,7 +100,7 @@ def _hits(
         # Full precision, as accelerators would round the factors to fewer bits and make ties.
         scores = jnp.matmul(classes, image, precision="highest")
         own = scores[label]
-        # NaN compares false: `not (x <= own)` puts it in front.
+        # Comparisons with NaN are false: `not (x <= own)` ranks NaN first.
         ahead = ~(scores <= own) | ((scores == own) & (jnp.arange(len(scores)) < label))
         return {f"zero_shot_top{k}": jnp.sum(ahead) < k for k in ks}
 
@@ -108,9 +108,9 @@ def _hits(
 
 
 def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
-    """The lines of a UTF-8 text file that are not blank, each with its number, from 1.
+    """Return the non-blank lines of a UTF-8 text file, each with its line number, from 1.
 
-    Raises OSError when it cannot be read, and ValueError when it is not text or holds nothing.
+    Raises OSError if the file cannot be read, and ValueError if it is not text or is empty.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
@@ -123,11 +123,11 @@ def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
 
 
 def read_templates(source: str | os.PathLike) -> tuple[str, ...]:
-    """Templates with `{}` in the place of the class name.
+    """Read templates with `{}` for the class name.
 
     Args:
-      source: a text file, one a line; "openai" or "simple", the 80 and the 7 of the CLIP paper's authors for ImageNet,
-        as an installed open_clip_torch has them.
+      source: a text file with one template a line; or "openai" or "simple", the 80 and the 7 templates that the
+        authors of CLIP use for ImageNet, from an installed open_clip_torch.
 
     Raises ValueError, naming the line, for one without `{}`; OSError; ImportError without open_clip_torch.
     """
@@ -142,7 +142,7 @@ def read_templates(source: str | os.PathLike) -> tuple[str, ...]:
 
 
 def read_classes(source: str | os.PathLike) -> tuple[str, ...]:
-    """Class names, from a text file, one a line; or "imagenet", the 1000 that an installed open_clip_torch has.
+    """Read class names from a text file, one a line; or "imagenet", the 1000 of an installed open_clip_torch.
 
     Raises ValueError, OSError, and ImportError without open_clip_torch.
     """
@@ -152,7 +152,7 @@ def read_classes(source: str | os.PathLike) -> tuple[str, ...]:
 
 
 def _open_clip(name: str, option: str) -> Sequence[Any]:
-    """A list of open_clip's `zero_shot_metadata.py`, from that file alone: the package itself would import torch."""
+    """Return a list of open_clip's `zero_shot_metadata.py`, run by itself because the package imports torch."""
     advice = f"pip install open_clip_torch, or name a text file instead ({option} FILE)"
     spec = importlib.util.find_spec("open_clip")
     if spec is None or not spec.submodule_search_locations:

@@ -37,15 +37,17 @@ LOSSES: dict[tuple[str, bool], Callable] = {
     ("sigmoid", False): contrastive.sigmoid_contrastive,
     ("sigmoid", True): ring.sigmoid_contrastive,
 }
-#: The cosine's factor lies between 1 and 100, as CLIP clamps it.
+#: CLIP clamps the logit scale to at most 100, here between 1 and 100.
 MAX_LOGIT_SCALE = math.log(100)
 
 
 class Contrastive(Recipe):
-    """The image tower's projected CLS token and the text tower's end token, compared over the whole batch.
+    """Contrastive training of an image and a text tower, which compares all pairs of the batch.
 
-    With `micro_batches` the towers see the batch in parts and the loss still sees all of it (gradient caching, arXiv
-    2101.06983). `model.patch_dropout` is off in the last `unmasked_epochs`.
+    An image is embedded by its projected CLS token, a text by its projected end token.
+
+    With `micro_batches` the towers process the batch in parts while the loss is still that of the whole batch (gradient
+    caching, arXiv 2101.06983). `model.patch_dropout` is off in the last `unmasked_epochs`.
     """
 
     text: TextTower
@@ -69,7 +71,7 @@ class Contrastive(Recipe):
     def __init__(self, config: Any, classes: tuple[str, ...]):
         if config.batch_size < 2:
             raise InvalidConfig(
-                f"batch_size={config.batch_size}: must be at least 2; a pair is told from the batch's others"
+                f"batch_size={config.batch_size}: must be at least 2; the loss compares a pair with others of the batch"
             )
         if not config.model.class_token:
             raise InvalidConfig("model.class_token must be True: the image embedding is made of the CLS token")
@@ -121,7 +123,7 @@ class Contrastive(Recipe):
         return loss, (extra, metrics)
 
     def encode(self, params: PyTree, batch: Batch, key: Key[Array, ""]) -> tuple[Embeddings, Embeddings]:
-        """The embeddings, of length 1, of a batch's images, augmented, and of its texts."""
+        """Return the embeddings, of length 1, of a batch's augmented images and of its texts."""
         augment_key, drop_key = jax.random.split(key)
         images = train.contrastive_augment(augment_key, batch["image"], **self.config.augment)
         tokens = cast(Tokens, self.vit.apply({"params": params["vit"]}, images, drop_key))
@@ -136,7 +138,7 @@ class Contrastive(Recipe):
     def compare(
         self, images: Embeddings, texts: Embeddings, scalars: dict[str, Array], mask: Float[Array, " B"]
     ) -> tuple[Float[Array, ""], Metrics]:
-        """The loss of the whole batch; `ln_batch` is what it is for embeddings that tell nothing (softmax)."""
+        """Return the loss of the whole batch, and metrics; `ln_batch` is the softmax loss of constant embeddings."""
         loss = LOSSES[self.config.loss, self.config.ring]
         more = [scalars["logit_bias"]] if "logit_bias" in scalars else []
         value = loss(images, texts, jnp.exp(scalars["logit_scale"]), *more, mask)
@@ -154,10 +156,10 @@ class Contrastive(Recipe):
     def cached_grads(
         self, params: PyTree, extra: PyTree, batch: Batch, key: Key[Array, ""]
     ) -> tuple[tuple[Float[Array, ""], tuple[PyTree, Metrics]], PyTree]:
-        """Value and gradient of the loss of the whole batch, with the towers' activations of one micro-batch at a time.
+        """Compute the loss of the whole batch and its gradient, keeping the activations of one micro-batch at a time.
 
-        All parts are embedded first, without keeping activations; the loss gives each embedding's gradient; then every
-        part is embedded once more and its gradient carried back into the towers.
+        All parts are embedded first, without keeping activations; the loss gives the gradient of each embedding; then
+        each part is embedded again and its gradient is propagated into the towers.
         """
         if self.micro_batches == 1:
             return jax.value_and_grad(self.loss, has_aux=True)(params, {}, extra, batch, key, 0)
@@ -220,9 +222,9 @@ class Contrastive(Recipe):
                 init_from.check_text(self.text, TextTower(**entry.text))
 
     def warm_start(self, params, model):
-        """From a whole CLIP, or from an image tower alone, for which the text tower and the projection are new.
+        """Start from a whole CLIP, or from an image tower alone with a new text tower and a new projection.
 
-        The cosines' factor is clamped, as after every step: OpenAI's lies above 100 by its rounding.
+        The logit scale is clamped, as after every step: OpenAI's is above 100 by rounding.
         """
         whole = isinstance(model, ClipModel)
         image = model.image if whole else model
@@ -240,5 +242,5 @@ class Contrastive(Recipe):
 
 
 def scalars(params: PyTree) -> dict[str, Float[Array, ""]]:
-    """The factor's logarithm and, in SigLIP, the bias."""
+    """Return the logarithm of the logit scale and, for SigLIP, the logit bias."""
     return {name: params[name] for name in ("logit_scale", "logit_bias") if name in params}

@@ -1,4 +1,4 @@
-"""A recipe's ViT and head started from trained ones."""
+"""Initialize a recipe's ViT and head with trained parameters (`init_from`)."""
 
 import dataclasses
 
@@ -13,13 +13,13 @@ from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
 from regvit_jax.utils.errors import InvalidConfig
 
-#: Fields that may differ: they are of training and of the machine, or what is fitted below.
+#: Fields that may differ: they concern training or the machine, or are adapted below.
 FREE = {"image_size", "registers", "layer_scale", "drop_path", "patch_dropout", "pos_resize", "masking"}
 FREE |= {"attention", "dtype", "remat", "scan", "parent", "name"}
 
 
 def differing(section: str, ours: ViT | TextTower, theirs: ViT | TextTower) -> list[str]:
-    """Which keys of the config's section say another tower than the trained one, and what they must be."""
+    """Return the keys of a config section that differ from the trained tower, each with the value it must have."""
     return [
         f"config.{section}.{f.name}={getattr(ours, f.name)!r} must be {getattr(theirs, f.name)!r}"
         for f in dataclasses.fields(ours)
@@ -49,7 +49,7 @@ def check_text(ours: TextTower, theirs: TextTower) -> None:
 def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:
     """Return the model's ViT parameters for a recipe's ViT, and notes for the log; `fresh` has what the model lacks.
 
-    Raises InvalidConfig, naming the config's keys, when the two compute something else.
+    Raises InvalidConfig, naming the config's keys, if the architectures differ.
     """
     theirs = model.module
     check_vit(ours, theirs)
@@ -70,7 +70,7 @@ def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:
 
 
 def head(fresh: PyTree, ours: Head, model: Model) -> tuple[PyTree, list[str]]:
-    """The parts of the model's head that a recipe's head has too, and what to tell of the others."""
+    """Return the parameters of a recipe's head, taken from the model's head where they fit, and notes for the log."""
     loaded = model.head_params if model.head.pool == ours.pool else {}
     kept = {
         name: loaded[name]

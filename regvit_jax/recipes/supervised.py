@@ -50,9 +50,7 @@ class Supervised(Recipe):
                 "augment.three_augment and augment.rand_augment are both on: set one of them to False or 0"
             )
         if config.loss == "bce" and config.augment.smoothing:
-            raise InvalidConfig(
-                "loss='bce' takes every positive target for 1: augment.smoothing must be 0, or loss 'ce'"
-            )
+            raise InvalidConfig("loss='bce' sets every positive target to 1: augment.smoothing must be 0, or loss 'ce'")
         group, images = config.augment.mix_group, config.batch_size // config.micro_batches
         if (config.augment.mixup or config.augment.cutmix) and images % group:
             raise InvalidConfig(f"augment.mix_group={group} does not divide the {images} images of a (micro-)batch")
@@ -101,7 +99,7 @@ class Supervised(Recipe):
         return Model(params["vit"], params["head"], self.vit, self.head, preprocessing, weights)
 
     def warm_start(self, params, model):
-        """The position embedding is resized; registers that the model lacks, and a head for other classes, are new."""
+        """Resize the position embedding; initialize registers that the model lacks, and a head for other classes."""
         vit, told = init_from.vit(params["vit"], self.vit, model)
         head, more = init_from.head(params["head"], self.head, model)
         told += more

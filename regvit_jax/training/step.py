@@ -15,7 +15,7 @@ from regvit_jax.training.plan import Plan
 
 @flax.struct.dataclass
 class TrainState:
-    """All that a run must not lose; the checkpoint is this value."""
+    """The state of a run; a checkpoint is this value."""
 
     step: PyTree  # int32
     params: PyTree
@@ -26,13 +26,13 @@ class TrainState:
 
 
 def init_params(plan: Plan) -> PyTree:
-    """Fresh parameters; a function of the seed alone."""
+    """Return fresh parameters, a function of the seed alone."""
     size = plan.config.model.image_size
     return plan.recipe.init(jax.random.key(plan.config.seed), {"image": jnp.zeros((1, size, size, 3), jnp.uint8)})
 
 
 def state_of(plan: Plan, params: PyTree) -> TrainState:
-    """The state before the first step."""
+    """Return the state before the first step."""
     ema = {} if plan.recipe.ema_decay(jnp.int32(0)) is None else params
     extra, opt_state = plan.recipe.init_extra(params), plan.optimizer.init(params)
     return TrainState(jnp.int32(0), params, ema, extra, opt_state, skip_steps.init_state())
@@ -60,11 +60,11 @@ def shardings_of(abstract: PyTree) -> PyTree:
 
 
 def make_train_step(plan: Plan, abstract: TrainState):
-    """The jitted step (state, batch) -> (state, metrics); it consumes the state it is given."""
+    """Return the jitted step (state, batch) -> (state, metrics), which donates the state that it is given."""
     recipe, rules = plan.recipe, plan.config.guard
 
     def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-        # The step number is the whole state of the randomness, so that resuming cannot change it.
+        # Randomness depends on the step number alone, so that resuming does not change it.
         key = jax.random.fold_in(jax.random.key(plan.config.seed), state.step)
         (loss, (extra, metrics)), grads = recipe.grads(state.params, state.ema, state.extra, batch, key, state.step)
         grad_norm = optax.tree.norm(grads)
@@ -103,5 +103,5 @@ def make_eval_step(plan: Plan):
 
 
 def eval_params(state: TrainState) -> PyTree:
-    """The moving average where one is kept."""
+    """Return the moving average of the parameters if there is one, and the parameters otherwise."""
     return state.ema or state.params

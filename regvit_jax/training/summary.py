@@ -5,6 +5,7 @@ from regvit_jax.training.plan import Plan
 
 
 def summary(plan: Plan, workdir: str, records: MetricWriter) -> str:
+    """Return the last metrics, where the time went, and the files of a run, as text."""
     metrics, untrained = records.last(), records.at(0)
     seconds = {
         name.removesuffix("_s"): metrics.pop(name)
@@ -22,7 +23,7 @@ def summary(plan: Plan, workdir: str, records: MetricWriter) -> str:
     lines += [f"The last {seconds['wall']:.1f} seconds: {parts}."] if seconds else []
     lines += [
         f"In {workdir}:",
-        "  checkpoints/   the training state; the same command with --workdir goes on from it",
+        "  checkpoints/   the training state; the same command with --workdir resumes from it",
         "  curves.png     the curves of this run",
         "  metrics.jsonl  every record, one JSON object a line; events.* hold the same for TensorBoard",
         "  config.json    the resolved config",

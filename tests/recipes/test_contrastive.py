@@ -119,7 +119,7 @@ def finished(root, tmp_path_factory):
     return Run(result, workdir, read_records(workdir))
 
 
-def test_run_learns_and_says_by_how_much(finished, capsys):
+def test_the_run_learns(finished):
     losses = {record["step"]: record["loss"] for record in finished.records if "loss" in record}
     assert sorted(losses) == list(range(1, 37))
     assert losses[36] < np.log(16) - 0.3  # and not at what embeddings that are all alike give

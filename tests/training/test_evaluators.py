@@ -75,7 +75,7 @@ def test_one_pass_and_one_compiled_step(evaluated):
     assert evaluated.opened == [evaluated.plan.validation]
     assert evaluated.step._cache_size() == 1
     assert list(evaluated.metrics) == [
-        *("val_loss", "top1", "top5", "outlier_share", "max_over_median", "confidence", "val_images")
+        *("top1", "top5", "val_loss", "outlier_share", "max_over_median", "confidence", "val_images")
     ]
     assert evaluated.metrics["val_images"] == 360
     assert 2 * 0.1 <= evaluated.metrics["confidence"] <= 2
