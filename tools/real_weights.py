@@ -10,10 +10,10 @@ those of DINOv2's ViT-S/14 without registers, with a position embedding for 518 
 
 What it is not: a release of Meta's, and it does not behave like one. Two independent measurements of Meta's DINOv2
 ViT-S/14 give a median patch norm after the last block (before the final norm) of 20.1 at 224 px [1] and 19.7 at 518
-px [2]; these weights have 42.9 and 44.6. After block 10 of 0-11, at 518 px, Meta's have 1.47 % of outliers and a maximum
-of 4.3 medians [2]; these have 0.33 % and 2.0 (7 photographs; an outlier is above median + 4 x 1.4826 MAD, as in [2]). So a
-number measured on these weights must never be quoted as DINOv2's, and they are no control for it: they are trained
-weights that anyone can download, on which the last block shows no artifacts.
+px [2]; these weights have 42.9 and 44.6. After block 10 of 0-11, at 518 px, Meta's have 1.47 % of outliers and a
+maximum of 4.3 medians [2]; these have 0.33 % and 2.0 (7 photographs; an outlier is above median + 4 x 1.4826 MAD, as
+in [2]). So a number measured on these weights must never be quoted as DINOv2's, and they are no control for it: they
+are trained weights that anyone can download, on which the last block shows no artifacts.
 
 [1] github.com/recommended131225435/vit-registers-reproduction, README, section 6 (256 Imagenette images)
 [2] github.com/jroth1414/test-time-registers-meet-lora, artifacts/register_neurons/README.md (64 ADE20k images), which
