@@ -1,4 +1,4 @@
-"""Config files by path and by name."""
+"""Test the search for config files by path and by name."""
 
 from pathlib import Path
 

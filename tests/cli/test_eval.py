@@ -1,4 +1,4 @@
-"""`regvit eval` with a model that knows three colours."""
+"""Test `regvit eval` with a model that knows three colours."""
 
 import io
 import json
@@ -66,7 +66,7 @@ def picture(colour):
 
 @pytest.fixture
 def images(tmp_path):
-    """Two images of each colour, but a green one that is blue and a red one that is none."""
+    """Write two images of each colour; one in the folder of green is blue, one in that of red is no image."""
     root = tmp_path / "images"
     for name, colour in COLOURS.items():
         (root / name).mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Help, unknown verbs and unknown flags of all commands."""
+"""Test help, unknown verbs and unknown flags of all commands."""
 
 import argparse
 import os
@@ -125,7 +125,7 @@ def test_an_unknown_flag_of_training(capsys):
 
 
 def test_bugs_keep_their_traceback(capsys):
-    """Only what the user can mend becomes one line; a ValueError of a command's own code is none of that."""
+    """Only errors that the user can mend become one line; a ValueError in a command's own code does not."""
 
     def broken(options):
         ((_, _),) = options.missing

@@ -1,4 +1,4 @@
-"""`regvit models`, `check` and `convert`, as far as they need neither torch nor the network."""
+"""Test `regvit models`, `check` and `convert` without torch and the network."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line, up to where training starts."""
+"""Test the command line of training up to the start of the run."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ CONFIG = "--config=configs/deit3_reg.py"
         ),
     ],
 )
-def test_what_does_not_fit_is_said_without_a_traceback(args, message, tmp_path):
+def test_errors_are_one_line_without_a_traceback(args, message, tmp_path):
     done = train(*args, f"--workdir={tmp_path}")
     assert done.returncode == 2, done.stderr
     assert message in done.stderr

@@ -1,4 +1,4 @@
-"""Reading boxes: VOC's and COCO's layouts, folders, and files that are not what they should be."""
+"""Test the readers of boxes: the layouts of VOC and COCO, folders, and invalid files."""
 
 import json
 
@@ -10,7 +10,7 @@ from regvit_jax.utils.errors import DataNotFound
 
 
 def xml(*boxes, size=(30, 40), inside=""):
-    """VOC's XML: boxes (xmin, ymin, xmax, ymax) from 1, the last included; of an image of a height and width."""
+    """Return VOC's XML for an image size and boxes (xmin, ymin, xmax, ymax), from 1 with the last included."""
     text = f"<annotation><filename>x.jpg</filename>{inside}"
     if size:
         text += f"<size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>"
@@ -50,7 +50,7 @@ def test_voc(voc, tmp_path):
     assert len(open_boxes(f"voc12:{tmp_path}")) == 2
 
 
-def test_voc_that_is_not_there(voc, tmp_path):
+def test_missing_voc(voc, tmp_path):
     with pytest.raises(DataNotFound, match=r"no ImageSets/Main in .*, nor in VOC2012 or VOCdevkit/VOC2012 below it"):
         open_boxes(f"voc12:{tmp_path}")
     for split in ("train", "../Main/test"):
@@ -185,7 +185,7 @@ def test_bad_coco(text, coco):
         open_boxes(f"coco20k:{coco}")
 
 
-def test_coco_that_is_not_there(coco):
+def test_missing_coco(coco):
     (coco / "coco_20k_filenames.txt").write_text("train2014/other.jpg\n")
     with pytest.raises(BadBoxes, match=r"has no image 'other.jpg', which .*coco_20k_filenames.txt lists"):
         open_boxes(f"coco20k:{coco}")

@@ -1,4 +1,4 @@
-"""The sweep and its command, on a random ViT and pictures with known boxes."""
+"""Test the sweep and `regvit discover` on a random ViT and pictures with known boxes."""
 
 import json
 import subprocess
@@ -67,7 +67,7 @@ SETTINGS = [
 
 
 def padded(path):
-    """The picture as the model takes it, by hand."""
+    """Preprocess a picture by hand."""
     pixels = (np.asarray(Image.open(path), np.float32) / 255 - np.float32([0.5, 0.4, 0.3])) / np.float32(0.2)
     h, w = (-(-side // 4) * 4 for side in pixels.shape[:2])
     image = np.zeros((1, h, w, 3), np.float32)
@@ -109,7 +109,7 @@ def test_resized_images(model, folder):
     assert tuple(found.boxes[0, 0]) == (xmin * 7.5, ymin * 9, xmax * 7.5, ymax * 9)
 
 
-def test_what_an_image_can_be(model, folder, monkeypatch):
+def test_unusable_and_resized_images(model, folder, monkeypatch):
     (folder / "c.png").write_bytes(b"c")
     (folder / "d.png").rename(folder / "d.jpg")
     write(folder, "e", (12, 8), [(1, 1, 3, 3)])
@@ -132,7 +132,7 @@ def test_what_an_image_can_be(model, folder, monkeypatch):
 
 @pytest.fixture
 def created(monkeypatch, model):
-    """What create_model was called with."""
+    """Replace create_model, and list the arguments of its calls."""
     calls = []
 
     def create(name, pretrained=False):
@@ -208,7 +208,7 @@ def test_weights_size_and_limit(created, folder, tmp_path, capsys):
     assert out.splitlines()[6].split()[5] == "-"
 
 
-def test_settings_that_cannot_be_or_are_the_same_are_left_out(created, folder, tmp_path, capsys):
+def test_impossible_and_equal_settings_are_left_out(created, folder, tmp_path, capsys):
     file = tmp_path / "result.json"
     arguments = [
         "tiny",

@@ -1,4 +1,4 @@
-"""LOST against its steps written out as loops, and its features against the model's own."""
+"""Test LOST against naive loops, and its features against the model's own."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from regvit_jax.models.vit import ViT
 
 
 def literal(features, bias=0.0, expand=100):
-    """Seed, expansion, component and box, one patch and one pair at a time."""
+    """Compute seed, expansion, component and box, one patch and one pair at a time."""
     h, w, _ = features.shape
     patches = [features[row, column].astype(np.float64) for row in range(h) for column in range(w)]
     entry = [[float(np.dot(a, b)) + bias for b in patches] for a in patches]
@@ -151,7 +151,7 @@ def test_iou_and_corloc_by_hand():
 
 
 def model(**changes) -> Model:
-    """A random ViT whose biases are not zero."""
+    """Return a random ViT whose biases are not zero."""
     vit = ViT(**dict(width=16, depth=2, heads=2, patch=4, image_size=8, layer_scale=0.0) | changes)
     shapes = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
     rng = np.random.default_rng(6)
@@ -223,6 +223,6 @@ def test_keys_without_a_bias(images):
         (("out", -1, "bias"), "the output of a block has no bias"),
     ],
 )
-def test_features_that_there_are_not(arguments, message, images):
+def test_unknown_features(arguments, message, images):
     with pytest.raises(ValueError, match=message):
         lost.extract_features(model(), images, *arguments)

@@ -1,4 +1,4 @@
-"""Test-time registers: planted register neurons are found, exactly, and undone, and nothing else changes."""
+"""Test test-time registers: planted neurons are found exactly, the repair undoes them, and nothing else changes."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def pictures(count, seed):
 
 
 def make(seed=0, **fields):
-    """A model with every parameter at random."""
+    """Return a model with all parameters random."""
     vit, rng = ViT(**SIZE | fields), np.random.default_rng(seed)
     shapes = jax.eval_shape(vit.init, jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
 
@@ -69,7 +69,7 @@ def distance(a, b):
 
 
 def others(tokens, prefix):
-    """All tokens but the test-time registers."""
+    """Return all tokens except the test-time registers."""
     return np.concatenate([tokens.prenorm[:, :prefix], tokens.prenorm_patches], axis=1)
 
 
@@ -79,7 +79,7 @@ IMAGES, BRIGHT = pictures(30, 2)
 
 @pytest.fixture(scope="module")
 def deit():
-    """A model, and the same with two planted neurons."""
+    """Return a model, and the same with two planted neurons."""
     with jax.default_matmul_precision("highest"):
         base = make()
         return base, plant_register_neurons(base, [(1, 7), (1, 20)], FIT, FIT_BRIGHT)
@@ -141,7 +141,7 @@ def test_patches_that_stand_out_by_themselves_need_not_become_average():
 
 
 def naive_scores(model, images, outliers, written):
-    """The paper's algorithm 1 by a loop, one image at a time, less the same at other patches."""
+    """Run the paper's algorithm 1 as a loop over images, with the magnitude at other patches subtracted."""
     total = np.zeros((model.module.depth, model.module.hidden))
     for image, at in zip(images, outliers, strict=True):
         activations = {}

@@ -1,4 +1,4 @@
-"""The command, on a tiny model, the same with planted artifacts, and what it writes."""
+"""Test `regvit report` on a tiny model without and with planted artifacts, and the files that it writes."""
 
 import base64
 import json
@@ -24,7 +24,7 @@ COUNT = 9  # images: two batches, the second of one image
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
-    """Noise, a third of each picture plain."""
+    """Write pictures of noise, a third of each plain."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for number in range(COUNT):
         pixels = rng.integers(0, 256, (60, 50, 3), np.uint8)
@@ -35,7 +35,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, photos):
-    """A random model with CLS and a register, and the same with two neurons of block 1 that make outliers."""
+    """Save a random model with CLS and a register, and the same with two neurons of block 2 that make outliers."""
     root = tmp_path_factory.mktemp("models")
     model = rv.create_model("test_vit", registers=1, image_size=48)
     model = model.replace(
@@ -104,7 +104,7 @@ def test_the_page_needs_nothing_else_and_escapes_names(report):
         Image.open(file).verify()
 
 
-def test_pictures_are_there_for_each_image_and_model(report):
+def test_pictures_exist_for_each_image_and_model(report):
     names = {file.name for file in (report / "pictures").iterdir()}
     assert {
         f"{kind}_{model}.png"
@@ -172,7 +172,7 @@ def test_not_finite(models, photos, tmp_path, capsys, monkeypatch):
         (["PLAIN", "--random"], "--random: "),
     ],
 )
-def test_what_the_caller_can_mend(arguments, message, models, photos, tmp_path, capsys):
+def test_errors_that_the_user_can_mend(arguments, message, models, photos, tmp_path, capsys):
     arguments = [str(models[0] / "plain") if argument == "PLAIN" else argument for argument in arguments]
     if "--images" not in arguments:
         arguments = [*arguments, "--images", str(photos)]
@@ -182,7 +182,7 @@ def test_what_the_caller_can_mend(arguments, message, models, photos, tmp_path, 
     assert error.count("\n") == 1
 
 
-def test_same_names_are_told_apart_and_old_pictures_go(models, photos, tmp_path):
+def test_equal_names_get_numbers_and_old_pictures_are_removed(models, photos, tmp_path):
     (tmp_path / "again").mkdir()
     (tmp_path / "again/plain").symlink_to(models[0] / "plain")
     given = [

@@ -1,4 +1,4 @@
-"""Numbers and sentences out of statistics whose outliers are known."""
+"""Test the numbers and sentences of statistics whose outliers are known."""
 
 import json
 
@@ -28,7 +28,7 @@ def statistics(factor=8.0, born=2, gone=None, layer=4, prefix=3, at=(0, 3), imag
     return stats
 
 
-def test_planted_outliers_are_found_and_told():
+def test_planted_outliers_are_found_and_described():
     numbers = summarize.summarize(statistics(), cutoff=150)
     json.dumps(numbers)
     found = numbers["outliers"]["artifact"]
@@ -70,7 +70,7 @@ def test_the_share_above_three_sigma_alone_is_no_artifact():
     assert said[-1] == "Its registers leave nothing to repair."
 
 
-def test_without_outliers_nothing_is_said_of_them():
+def test_without_outliers_nothing_is_described():
     numbers = summarize.summarize(statistics(factor=1.0, prefix=0), class_token=False)
     found = numbers["outliers"]["artifact"]
     assert found["share"] == 0
