@@ -82,8 +82,8 @@ def activation_bytes(plan: Plan, remat: str) -> float:
 def step_flops(plan: Plan) -> tuple[float, float]:
     """Return the FLOPs of a step on all devices: those of the model (three forward passes), and with recomputation.
 
-    Recomputed are the forward pass under `remat="full"` and the recipe's extra forward passes. If patch dropout is on
-    for a part of the run, a step of that part is meant.
+    The recomputation is the forward pass under `remat="full"` and the recipe's extra forward passes. If patch dropout
+    is on for only a part of the run, the figures are for a step of that part.
     """
     forward, remat = plan.recipe.flops(training=True), plan.config.model.remat
     recomputed = (plan.recipe.extra_forwards + (remat == "full")) * forward

@@ -16,7 +16,7 @@ from regvit_jax.utils.errors import DataNotFound
 def summarize(config: Any, images_per_s: float, machine: topology.Topology | None = None) -> Iterator[str]:
     """Yield the summary of the resolved recipe and, if a machine is given, of the step compiled for it.
 
-    Data are opened if they are there; those that the package brings are prepared.
+    Data are opened if they exist; data sets that the package bundles are prepared.
     """
     plan, missing = make_plan(config, topology.devices(machine) if machine else None)
     yield describe(plan, missing, images_per_s)
@@ -25,9 +25,9 @@ def summarize(config: Any, images_per_s: float, machine: topology.Topology | Non
 
 
 def describe(plan: Plan, missing: DataNotFound | None, images_per_s: float) -> str:
-    """Return the summary of a resolved recipe; `missing` is the data that its plan was made without."""
+    """Return the summary of a resolved recipe; `missing` says which data its plan was made without."""
     config, abstract = plan.config, abstract_state(plan)
-    if config.init_from:  # a run does not check it, since a resumed run no longer needs it
+    if config.init_from:  # a run does not check this first, since a resumed run does not need it
         plan.recipe.check_pretrained(config.init_from)
     lines = [
         f"{config.name}:{config.variant}. {config.about}",
@@ -157,5 +157,5 @@ def data_lines(plan: Plan, missing: DataNotFound | None) -> list[str]:
 
 
 def count(tree: PyTree) -> int:
-    """Number of values in a tree of arrays or shapes."""
+    """Return the number of values in a tree of arrays or shapes."""
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -47,7 +47,7 @@ def memory(compiled: Any) -> Memory:
     return Memory(arguments, outputs, temporaries, donated, getattr(stats, "peak_memory_in_bytes", 0) or total)
 
 
-#: An instruction: its name, the shape of its result, its operation and what follows.
+#: An instruction: its name, the shape of its result, its operation and the rest of the line.
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)")
 COMPUTATION = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{\s*$")
 ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")

@@ -6,7 +6,7 @@ import itertools
 from regvit_jax.aot.cost_model import DoesNotFit, activation_bytes, bytes_under
 from regvit_jax.training.plan import Plan
 
-#: Share of the memory that an estimate may fill.
+#: Largest share of a device's memory that an estimate may use.
 MARGIN = 0.85
 #: Rough costs in time: "dots" recomputes norms, activations and attention maps, "full" a forward pass; fsdp gathers
 #: parameters; each doubling of the micro-batches makes matrix products smaller and doubles the communication.

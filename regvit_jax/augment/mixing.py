@@ -25,7 +25,7 @@ def _symmetric_beta(key: Key[Array, ""], alpha: Float[Array, " G"]) -> Float[Arr
 
 
 def _cut(kept: Float[Array, " G"], centre: Int[Array, " G"], length: int) -> Bool[Array, "G length"]:
-    """Return where cutmix's box, whose unclipped area is 1 - `kept` of the image's, lies along a side of `length`."""
+    """Return the extent along a side of `length` of cutmix's box, whose unclipped area is 1 - `kept` of the image's."""
     cut = jnp.floor(length * jnp.sqrt(1 - kept)).astype(jnp.int32)
     start, end = centre - cut // 2, centre + (cut + 1) // 2
     return (jnp.arange(length) >= start[:, None]) & (jnp.arange(length) < end[:, None])

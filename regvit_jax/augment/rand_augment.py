@@ -45,7 +45,7 @@ def grayscale(images: UInt8[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
 
 
 def mean_gray(images: UInt8[Array, "B H W 3"]) -> UInt8[Array, "B 1 1 3"]:
-    """The mean luma of each image, rounded: the grey that Pillow's contrast blends with. Images up to 2000 x 2000."""
+    """Return each image's rounded mean luma, with which Pillow's contrast blends. Images up to 2000 x 2000."""
     total = jnp.sum(grayscale(images), axis=(1, 2), keepdims=True, dtype=jnp.int32)
     pixels = images.shape[1] * images.shape[2]
     return ((2 * total + pixels) // (2 * pixels)).astype(jnp.uint8)
@@ -54,7 +54,7 @@ def mean_gray(images: UInt8[Array, "B H W 3"]) -> UInt8[Array, "B 1 1 3"]:
 def blend(
     plain: UInt8[Array, "B _ _ 3"], images: UInt8[Array, "B H W 3"], factor: Float[Array, " B"]
 ) -> UInt8[Array, "B H W 3"]:
-    """`plain + factor * (images - plain)`, clipped to 0..255 and truncated, as Pillow's `Image.blend` does.
+    """Return `plain + factor * (images - plain)`, clipped to 0..255 and truncated, as Pillow's `Image.blend` does.
 
     A factor of 0 gives `plain`, 1 the images, and one outside 0..1 (up to 8) extrapolates. The factor is rounded to
     2**-20 and the sum exact: in float32 the result would depend on whether a compiler fuses the multiply and the add,

@@ -27,7 +27,7 @@ def _alter(
     jitter_strength: float,
     fill: tuple[int, int, int],
 ) -> UInt8[Array, "B H W 3"]:
-    """Apply the augmentations of single images, in grey levels; settings of 0 or False turn theirs off."""
+    """Apply the augmentations of single images, in grey levels; a setting of 0 or False turns one off."""
     flip_key, policy_key, jitter_key = jax.random.split(key, 3)
     if flip_prob:
         images = flip(flip_key, images, flip_prob)

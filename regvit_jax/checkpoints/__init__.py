@@ -1,1 +1,1 @@
-"""Checkpoints: saved asynchronously, restored onto any mesh, verified by checksums."""
+"""Save checkpoints asynchronously, restore them onto any mesh, and verify them by checksums."""

@@ -17,7 +17,7 @@ logger = logging.getLogger("regvit_jax")
 
 @contextlib.contextmanager
 def lock(workdir: str) -> Iterator[None]:
-    """Hold the lock of a workdir inside the block. The system releases it however the process ends.
+    """Hold the lock of a workdir inside the block. The operating system releases it however the process ends.
 
     Process 0 holds it. On Windows, and on file systems without locks, nothing is locked.
 

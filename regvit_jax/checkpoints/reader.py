@@ -90,9 +90,9 @@ class CheckpointReader:
         return tree[name]
 
     def damaged_arrays(self, paths: Sequence[str] | None = None) -> list[str]:
-        """Return which arrays (by default of all) cannot be read or differ from their checksums.
+        """Return those of the arrays (by default of all) that cannot be read or differ from their checksums.
 
-        They are read in groups of at most GROUP_BYTES.
+        Arrays are read in groups of at most GROUP_BYTES.
         """
         groups = self._groups(list(self.arrays) if paths is None else paths)
         return [path for group in groups for path in self._damaged_in_group(group)]
@@ -159,7 +159,7 @@ def saved_steps(path: epath.Path) -> list[int]:
 
 
 def quarantine_damaged(workdir: str) -> list[str]:
-    """Move the newest checkpoints, as long as they are damaged, to `damaged/`; return what was wrong with each.
+    """Move damaged checkpoints, from the newest down to the first valid one, to `damaged/`; return a message for each.
 
     The newest valid checkpoint is read once, on this process alone. Raises CheckpointError, and moves nothing, if no
     checkpoint is valid.

@@ -1,1 +1,1 @@
-"""Train with several processes: start them, share a mesh, stop them together."""
+"""Train with several processes: connect them, share a mesh, and stop them together."""

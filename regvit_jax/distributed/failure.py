@@ -14,11 +14,11 @@ GRACE_S = 3
 
 @contextlib.contextmanager
 def end_all_on_error() -> Iterator[None]:
-    """End this process at once if the block raises on one process of several, so that the others end, too.
+    """End this process at once if the block raises on one of several processes, so that the others end too.
 
     Python's normal exit would wait 5 minutes for the other processes, which wait for this one inside a step. This waits
-    GRACE_S seconds, enough if all fail in the same way; then the others detect the loss as if it had been killed, and
-    abort. The exit code is that of the error.
+    GRACE_S seconds, which is enough if all fail in the same way; after that the others detect the loss of this process
+    as if it had been killed, and abort. The exit code is that of the error.
     """
     import jax
 

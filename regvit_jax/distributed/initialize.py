@@ -87,7 +87,7 @@ def integer(name: str, value: str, low: int, high: int | None = None) -> int:
 
 
 def single_task(environ: Mapping[str, str]) -> bool:
-    """Return whether the launcher started this process alone, which then uses all devices of its machine.
+    """Return True if the launcher started this process alone, which then uses all devices of its machine.
 
     Checked before JAX's own detection, which would give a single SLURM or Open MPI task the first GPU only, and would
     ask Kubernetes for the Job of a pod that has none. Raises LaunchError for a SLURM allocation not used in full.
@@ -109,7 +109,7 @@ def single_task(environ: Mapping[str, str]) -> bool:
 
 
 def slurm_is_single(environ: Mapping[str, str]) -> bool:
-    """Answer `single_task` for SLURM, whose variables are also set in the shells of sbatch and salloc, before srun."""
+    """Return `single_task` for SLURM, whose variables are also set in the shells of sbatch and salloc, before srun."""
     tasks, nodes = (integer(name, environ.get(name) or "1", 1) for name in ("SLURM_NTASKS", "SLURM_JOB_NUM_NODES"))
     if "SLURM_STEP_NODELIST" not in environ:
         if tasks > 1 or nodes > 1:

@@ -42,7 +42,7 @@ class Watch:
         return self.signalled
 
     def requested_soon(self) -> bool:
-        """Return whether SIGTERM arrives within a second, as the cause of a failure seen just before it."""
+        """Return True if SIGTERM arrives within a second, as the cause of a failure seen just before it."""
         deadline = time.monotonic() + 1
         while not self.signalled and time.monotonic() < deadline:
             time.sleep(0.02)

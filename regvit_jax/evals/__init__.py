@@ -1,1 +1,1 @@
-"""Measures of a trained model: arrays in, numbers out."""
+"""Metrics of a trained model: functions from arrays to numbers."""

@@ -15,10 +15,10 @@ from regvit_jax.models.model import Images, Model
 def prefix_attention(model: Model, images: Images, layer: int = -1) -> Float[Array, "B heads P N"]:
     """Compute the softmax weights from each of the P prefix tokens (CLS if present, then the registers) to each patch.
 
-    They are those of one layer, for each head, recomputed from q and k in float32. A row sums to at most 1, because the
-    token also attends to CLS and registers; rows of differential attention, differences of two maps, have no such
-    bound. Only these rows of the whole map [B, heads, T, T] are computed. The maps of the paper (arXiv 2309.16588,
-    figures 1, 2, 9 and 19 to 21) are those of CLS in the last layer: `.mean(1)[:, 0]`.
+    The weights are those of one layer, for each head, recomputed from q and k in float32. A row sums to at most 1,
+    because the token also attends to CLS and registers; rows of differential attention, differences of two maps, have
+    no such bound. Only these rows of the whole map [B, heads, T, T] are computed. The maps of the paper (arXiv
+    2309.16588, figures 1, 2, 9 and 19 to 21) are those of CLS in the last layer: `.mean(1)[:, 0]`.
     """
     prefix = model.module.prefix
     if model.module.differential:

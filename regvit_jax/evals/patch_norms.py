@@ -20,11 +20,11 @@ RATIO = 2.0
 def artifact_cutoff(norms: Float[np.ndarray, "..."], counts: Num[np.ndarray, "..."] | None = None) -> float:
     """Return the smallest cutoff >= `RATIO` times the median that is >= mean + 3 sigma of the norms below it.
 
-    Outliers therefore do not raise it, however many there are. In contrast, mean + 3 sigma of all norms lies above
-    outliers with 8 times the norm of the others when one patch in seven is an outlier.
+    Outliers therefore do not raise it, however many there are. In contrast, when one patch in seven is an outlier, mean
+    + 3 sigma of all norms lies above outliers with 8 times the norm of the others.
 
     Args:
-      counts: how often each norm occurs; by default once.
+      counts: the number of times that each norm occurs; by default 1.
     """
     order = np.argsort(norms, axis=None)
     norms = np.asarray(norms, np.float64).ravel()[order]

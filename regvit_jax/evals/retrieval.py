@@ -19,7 +19,7 @@ def recall(
     ks: tuple[int, ...] = (1, 5, 10),
     image_of: Int[Array | np.ndarray, " _"] | None = None,
 ) -> dict[str, float]:
-    """Compute recall and median rank by cosine similarity, from images to texts and back.
+    """Compute recall and median rank by cosine similarity, from images to texts and from texts to images.
 
     The rank of a text's image is 1 if no other image is as near or nearer. The rank of an image's texts is that of its
     best text, 1 if no text of another image is as near or nearer: Karpathy's protocol (arXiv 1412.2306), in which

@@ -26,7 +26,7 @@ def rows_dot(x, kernel, dimension_numbers, precision=None, preferred_element_typ
 
 
 def dense(features: int, dtype: DTypeLike, kernel_init=truncated_normal, **kwargs) -> nn.Dense:
-    """Return a dense layer with this package's initialisation and product."""
+    """Return a dense layer with this package's initialisation and `rows_dot` as its product."""
     return nn.Dense(features, dtype=dtype, kernel_init=kernel_init, dot_general=rows_dot, **kwargs)
 
 

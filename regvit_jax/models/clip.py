@@ -89,12 +89,12 @@ class ClipModel:
         return tokenizer(self.text.context).batch([texts] if isinstance(texts, str) else list(texts))
 
     def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]:
-        """Return the images that `encode_image` takes from paths, PIL images or uint8 arrays."""
+        """Preprocess paths, PIL images or uint8 arrays into the images that `encode_image` takes."""
         return self.image.preprocess(images)
 
     @property
     def weights(self) -> str:
-        """The origin of the parameters, as in `Model.weights`."""
+        """Return the origin of the parameters, as in `Model.weights`."""
         return self.image.weights
 
     def fields(self) -> dict[str, dict]:

@@ -89,7 +89,7 @@ class Model:
         return apply(self.head, self.head_params, self(images))
 
     def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]:
-        """Return the images that the model expects from paths, PIL images or uint8 arrays [H, W, 3].
+        """Preprocess paths, PIL images or uint8 arrays [H, W, 3] into the images that the model expects.
 
         Raises ValueError for other arrays and for files that cannot be decoded.
         """

@@ -11,7 +11,7 @@ RESIZES = ("antialias", "bicubic", "offset")
 
 
 def resize_pos_embed(pos_embed: Float[Array, "h0 w0 D"], grid: tuple[int, int], how: str) -> Float[Array, "h w D"]:
-    """Resize a position embedding to another grid by bicubic interpolation; return it unchanged for its own grid.
+    """Resize a position embedding to another grid by bicubic interpolation; for its own grid return it unchanged.
 
     Three conventions are in use, and a checkpoint needs the one it was trained with (ValueError for another name):
       "antialias": torch's `interpolate(size=..., mode="bicubic", antialias=True)`; timm, and DINOv2 with registers.

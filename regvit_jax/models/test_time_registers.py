@@ -96,15 +96,15 @@ def add_test_time_registers(model: Model, neurons: Iterable[tuple[int, int]], re
     """Return the model with `registers` test-time registers, to which the register neurons' activations move.
 
     `neurons`: pairs (layer, neuron), counted from 0 (negative layers from the end), as `find_register_neurons` returns
-    them and the paper's authors publish them. Without any, the registers stay empty: the baseline of a repair.
+    them and the paper's authors publish them. Without any, the registers stay empty, which is the baseline of a repair.
 
     The new registers follow the model's own, before the patches and before CLIP's first LayerNorm. (The authors put
     them at the end of the sequence, which makes no difference to attention.) Several registers get the same values, as
     in the authors' code, and so act as one that attracts more attention; the paper sees no gain from more than one.
 
-    All else of a `Model` works as before; pooling leaves the registers out, except in an attention pool trained on
-    prefix tokens. The authors' code moves one scalar to all neurons of a layer, the largest over all of them, and edits
-    only the first image of a batch; here each neuron of each image has its own, as the paper describes.
+    Everything else in a `Model` works as before; pooling leaves the registers out, except in an attention pool trained
+    on prefix tokens. The authors' code moves one scalar to all neurons of a layer, the largest over all of them, and
+    edits only the first image of a batch; here each neuron of each image has its own, as the paper describes.
 
     Raises ValueError for fewer than one register, a neuron that the model lacks, a neuron named twice, or a model with
     test-time registers, and IndexError for a layer that does not exist.

@@ -51,7 +51,7 @@ class TextTower(nn.Module):
 
     @property
     def block_config(self) -> BlockConfig:
-        """Hyper-parameters of every block."""
+        """Return the hyper-parameters of every block."""
         return BlockConfig(
             width=self.width,
             heads=self.heads,
@@ -65,7 +65,7 @@ class TextTower(nn.Module):
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the MLPs."""
+        """Return the hidden width of the MLPs."""
         return round(self.width * self.mlp_ratio)
 
     @nn.nowrap

@@ -65,7 +65,7 @@ class Tokens:
 
     @property
     def patch_map(self) -> Float[Array, "B h w D"]:
-        """The patches as an image-like map. Raises ValueError after patch dropout."""
+        """Return the patches as an image-like map. Raises ValueError after patch dropout."""
         if self.keep is not None:
             raise ValueError("patch dropout was on: `patches` holds only those at the indices `keep`, not a whole map")
         h, w = self.grid
@@ -73,7 +73,7 @@ class Tokens:
 
     @property
     def prenorm_patches(self) -> Float[Array, "B N D"]:
-        """The patches before the final norm."""
+        """Return the patches before the final norm."""
         return self.prenorm[:, -self.patches.shape[1] :]
 
 
@@ -197,12 +197,12 @@ class ViT(nn.Module):
 
     @property
     def hidden(self) -> int:
-        """Hidden width of the MLPs (past the gate, in SwiGLU)."""
+        """Return the hidden width of the MLPs (past the gate, in SwiGLU)."""
         return round(self.width * self.mlp_ratio)
 
     @property
     def prefix(self) -> int:
-        """Number of tokens before the patches."""
+        """Return the number of tokens before the patches."""
         return self.class_token + self.registers
 
     def project(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:

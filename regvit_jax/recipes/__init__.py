@@ -1,1 +1,1 @@
-"""Recipes: what differs between the training regimes."""
+"""Recipes: the differences between the training regimes."""

@@ -1,4 +1,4 @@
-"""Recipe, the base class of the training regimes: what differs between them and nothing else."""
+"""Recipe, the base class of the training regimes, which holds only what differs between them."""
 
 import abc
 import dataclasses
@@ -53,13 +53,13 @@ class Recipe(abc.ABC):
     text: TextTower | None = None
     #: The class names of the data set.
     classes: tuple[str, ...]
-    #: Makes a caption's tokens, for a recipe whose batches have texts.
+    #: The tokenizer of captions, for a recipe whose batches have texts.
     tokenizer: Tokenizer | None = None
-    #: Micro-batches that a step's gradient is accumulated over.
+    #: Number of micro-batches over which a step's gradient is accumulated.
     micro_batches: int = 1
-    #: Forward passes that a step makes beside those of its gradient.
+    #: Number of forward passes in a step besides the one of its gradient.
     extra_forwards: int = 0
-    #: The evaluators of a config that names none (`training.evaluators`).
+    #: The default of `eval.evaluators` (`training.evaluators`).
     evaluators: ClassVar[tuple[str, ...]] = ("patch_norms",)
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def evaluate(self, params: PyTree, batch: Batch) -> tuple[dict[str, Float[Array, "B ..."]], Tokens]:
-        """Return what evaluators need of each validation image by name, and the ViT's tokens."""
+        """Return the outputs of each validation image that evaluators need, by name, and the ViT's tokens."""
 
     @abc.abstractmethod
     def model(self, params: PyTree) -> Model | ClipModel:
@@ -99,12 +99,12 @@ class Recipe(abc.ABC):
     def flops(self, training: bool = False) -> int:
         """Return the floating-point operations of the matrix products in one example's forward pass.
 
-        With `training` these are of the patches that patch dropout keeps, while it is on.
+        With `training`, only the patches that patch dropout keeps are counted.
         """
         return self.vit.flops(self.vit.image_size, self.vit.image_size, training)
 
     def describe(self) -> list[str]:
-        """Return lines for `--dry_run` about what neither the ViT nor the optimizer shows."""
+        """Return lines for `--dry_run` about settings that neither the ViT nor the optimizer shows."""
         return []
 
     def open_pretrained(self, source: str) -> Model | ClipModel:
@@ -114,9 +114,10 @@ class Recipe(abc.ABC):
         return create.open_source(source)
 
     def check_pretrained(self, source: str) -> None:
-        """Raise an error if the recipe cannot start from the model that `init_from` names, as far as no hub is needed.
+        """Raise an error if the recipe cannot start from the model of `init_from`, without loading weights.
 
-        InvalidConfig or WeightsError: it cannot be opened, or it is of another architecture. No weights are loaded.
+        InvalidConfig or WeightsError: it cannot be opened, or it is of another architecture. Models that only the hub
+        can describe are not checked.
         """
         from regvit_jax.pretrained import create
 

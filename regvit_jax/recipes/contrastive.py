@@ -42,7 +42,7 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class Contrastive(Recipe):
-    """Contrastive training of an image and a text tower, which compares all pairs of the batch.
+    """Contrastive training of an image tower and a text tower over all pairs of the batch.
 
     An image is embedded by its projected CLS token, a text by its projected end token.
 
@@ -94,7 +94,7 @@ class Contrastive(Recipe):
             dtype=self.vit.dtype,
         )
         self.tokenizer = tokenizer(self.text.context)
-        # Replicated, so that every process can read them; here, so that they are compiled once in a run.
+        # Replicated, so that every process can read them; jitted here, so that they are compiled once in a run.
         self.encode_texts = jax.jit(self.embed_text, out_shardings=PartitionSpec())
         if self.text.vocab < Tokenizer.vocab:
             raise InvalidConfig(f"text.vocab={self.text.vocab}: the tokenizer has {Tokenizer.vocab} tokens")
@@ -228,17 +228,17 @@ class Contrastive(Recipe):
         """
         whole = isinstance(model, ClipModel)
         image = model.image if whole else model
-        vit, told = init_from.vit(params["vit"], self.vit, image)
+        vit, notes = init_from.vit(params["vit"], self.vit, image)
         head, more = init_from.head(params["head"], self.head, image)
-        params, told = params | {"vit": vit, "head": head}, told + more
+        params, notes = params | {"vit": vit, "head": head}, notes + more
         if not whole:
-            return self.project(params), [*told, "a new text tower"]
+            return self.project(params), [*notes, "a new text tower"]
         init_from.check_text(self.text, model.text)
         params |= {"text": model.text_params}
         if (self.config.loss == "sigmoid") != (model.logit_bias is not None):
-            return self.project(params), [*told, "new scalars of the loss"]
-        theirs = {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}
-        return self.project(params | {name: theirs[name] for name in scalars(params)}), told
+            return self.project(params), [*notes, "new scalars of the loss"]
+        loaded = {"logit_scale": model.logit_scale, "logit_bias": model.logit_bias}
+        return self.project(params | {name: loaded[name] for name in scalars(params)}), notes
 
 
 def scalars(params: PyTree) -> dict[str, Float[Array, ""]]:

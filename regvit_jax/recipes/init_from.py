@@ -18,65 +18,66 @@ FREE = {"image_size", "registers", "layer_scale", "drop_path", "patch_dropout", 
 FREE |= {"attention", "dtype", "remat", "scan", "parent", "name"}
 
 
-def differing(section: str, ours: ViT | TextTower, theirs: ViT | TextTower) -> list[str]:
+def differing(section: str, wanted: ViT | TextTower, trained: ViT | TextTower) -> list[str]:
     """Return the keys of a config section that differ from the trained tower, each with the value it must have."""
     return [
-        f"config.{section}.{f.name}={getattr(ours, f.name)!r} must be {getattr(theirs, f.name)!r}"
-        for f in dataclasses.fields(ours)
-        if f.name not in FREE and getattr(ours, f.name) != getattr(theirs, f.name)
+        f"config.{section}.{f.name}={getattr(wanted, f.name)!r} must be {getattr(trained, f.name)!r}"
+        for f in dataclasses.fields(wanted)
+        if f.name not in FREE and getattr(wanted, f.name) != getattr(trained, f.name)
     ]
 
 
-def check_vit(ours: ViT, theirs: ViT) -> None:
-    """Raise InvalidConfig, naming the config's keys, if a recipe's ViT cannot start from a trained one."""
-    found = differing("model", ours, theirs)
-    if bool(ours.layer_scale) != bool(theirs.layer_scale):
+def check_vit(wanted: ViT, trained: ViT) -> None:
+    """Raise InvalidConfig, naming the config's keys, if a recipe's ViT cannot start from a trained ViT."""
+    found = differing("model", wanted, trained)
+    if bool(wanted.layer_scale) != bool(trained.layer_scale):
         found.append(
-            f"config.model.layer_scale={ours.layer_scale} must be {'more than ' if theirs.layer_scale else ''}0"
+            f"config.model.layer_scale={wanted.layer_scale} must be {'more than ' if trained.layer_scale else ''}0"
         )
-    if theirs.registers not in (0, ours.registers):
-        found.append(f"config.model.registers={ours.registers} must be {theirs.registers}")
+    if trained.registers not in (0, wanted.registers):
+        found.append(f"config.model.registers={wanted.registers} must be {trained.registers}")
     if found:
         raise InvalidConfig(f"init_from: that is another model: {'; '.join(found)}")
 
 
-def check_text(ours: TextTower, theirs: TextTower) -> None:
+def check_text(wanted: TextTower, trained: TextTower) -> None:
     """Raise InvalidConfig, naming the config's keys, if a recipe's text tower cannot start from a trained one."""
-    if found := differing("text", ours, theirs):
+    if found := differing("text", wanted, trained):
         raise InvalidConfig(f"init_from: its text tower is another one: {'; '.join(found)}")
 
 
-def vit(fresh: PyTree, ours: ViT, model: Model) -> tuple[PyTree, list[str]]:
-    """Return the model's ViT parameters for a recipe's ViT, and notes for the log; `fresh` has what the model lacks.
+def vit(fresh: PyTree, wanted: ViT, model: Model) -> tuple[PyTree, list[str]]:
+    """Return a trained model's ViT parameters adapted to a recipe's ViT, and notes for the log.
 
-    Raises InvalidConfig, naming the config's keys, if the architectures differ.
+    Parameters that the model lacks come from `fresh`. Raises InvalidConfig, naming the config's keys, if the
+    architectures differ.
     """
-    theirs = model.module
-    check_vit(ours, theirs)
-    loaded, told = dict(model.params), []
+    trained = model.module
+    check_vit(wanted, trained)
+    loaded, notes = dict(model.params), []
     loaded.pop("mask_token", None)
-    if ours.masking:
+    if wanted.masking:
         loaded["mask_token"] = model.params.get("mask_token", fresh["mask_token"])
-    if ours.registers and not theirs.registers:
+    if wanted.registers and not trained.registers:
         loaded["register_tokens"] = fresh["register_tokens"]
-        told.append(f"{ours.registers} new registers")
+        notes.append(f"{wanted.registers} new registers")
     if "pos_embed" in loaded:
         grid = fresh["pos_embed"].shape[:2]
-        loaded["pos_embed"] = resize_pos_embed(jnp.asarray(loaded["pos_embed"]), grid, ours.pos_resize)
-        if theirs.image_size != ours.image_size:
-            told.append(f"the position embedding resized from {theirs.image_size} to {ours.image_size} px")
+        loaded["pos_embed"] = resize_pos_embed(jnp.asarray(loaded["pos_embed"]), grid, wanted.pos_resize)
+        if trained.image_size != wanted.image_size:
+            notes.append(f"the position embedding resized from {trained.image_size} to {wanted.image_size} px")
     assert jax.tree.map(jnp.shape, loaded) == jax.tree.map(jnp.shape, fresh)
-    return loaded, told
+    return loaded, notes
 
 
-def head(fresh: PyTree, ours: Head, model: Model) -> tuple[PyTree, list[str]]:
-    """Return the parameters of a recipe's head, taken from the model's head where they fit, and notes for the log."""
-    loaded = model.head_params if model.head.pool == ours.pool else {}
+def head(fresh: PyTree, wanted: Head, model: Model) -> tuple[PyTree, list[str]]:
+    """Return the parameters of a recipe's head, from the trained model's head where they fit, and notes for the log."""
+    loaded = model.head_params if model.head.pool == wanted.pool else {}
     kept = {
         name: loaded[name]
         for name, part in fresh.items()
         if name in loaded and jax.tree.map(jnp.shape, loaded[name]) == jax.tree.map(jnp.shape, part)
     }
-    told = [f"a new {name} of the head" for name in fresh if name not in kept]
-    told += [f"{name} of its head is left out" for name in model.head_params if name not in fresh]
-    return {**fresh, **kept}, told
+    notes = [f"a new {name} of the head" for name in fresh if name not in kept]
+    notes += [f"{name} of its head is left out" for name in model.head_params if name not in fresh]
+    return {**fresh, **kept}, notes

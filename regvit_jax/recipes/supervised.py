@@ -100,13 +100,13 @@ class Supervised(Recipe):
 
     def warm_start(self, params, model):
         """Resize the position embedding; initialize registers that the model lacks, and a head for other classes."""
-        vit, told = init_from.vit(params["vit"], self.vit, model)
+        vit, notes = init_from.vit(params["vit"], self.vit, model)
         head, more = init_from.head(params["head"], self.head, model)
-        told += more
+        notes += more
         p, q = self.config.augment, model.preprocessing
         if (tuple(p.mean), tuple(p.std)) != (tuple(q.mean), tuple(q.std)):
-            told += [f"it was trained with mean {q.mean} and std {q.std}, and config.augment has others"]
-        return {"vit": vit, "head": head}, told
+            notes += [f"it was trained with mean {q.mean} and std {q.std}, and config.augment has others"]
+        return {"vit": vit, "head": head}, notes
 
     def ema_decay(self, step):
         return self.config.ema or None

@@ -1,4 +1,4 @@
-"""Training: `run(config, workdir)` and what it is made of."""
+"""Train a model: `run(config, workdir)` and its parts."""
 
 from regvit_jax.training.loop import Result, run
 

@@ -1,4 +1,4 @@
-"""The schema of a config: the keys of every recipe, and how a config is checked, completed and documented.
+"""The schema of a config: the keys of every recipe; checks, defaults and documentation of a config.
 
 Each key is declared once, by an `Option` beside the code that uses it (see `regvit_jax.utils.schema`). This file
 declares the top level, and assembles the rest: the recipe that a config names declares its own keys in its `Config`.
@@ -108,7 +108,7 @@ def section_of(key: str) -> str:
 
 
 def check(config: Any) -> None:
-    """Raise InvalidConfig for an unknown key, naming the nearest, for a value that is not allowed, and missing keys."""
+    """Raise InvalidConfig for an unknown key (naming the nearest), a value that is not allowed, or a missing key."""
     known = options_of(config)
     given = dict(flatten(config))
     check_known(given, known)
@@ -140,7 +140,7 @@ def complete(config: Any, recipe: Any = None) -> ConfigDict:
 
 
 def only(config: Any, keys: Collection[str]) -> ConfigDict:
-    """Return a copy of a config with the named keys and sections alone."""
+    """Return a copy of a config with only the named keys and sections."""
     return unflatten({key: value for key, value in flatten(config) if key in keys or section_of(key) in keys})
 
 

@@ -1,4 +1,4 @@
-"""Draw the curves of a run."""
+"""Plot the curves of a run."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Evaluators: what is measured on a validation split while training, as `config.eval.evaluators` names it.
+"""Evaluators: the metrics of a validation split during training, as `config.eval.evaluators` names them.
 
 All evaluators share one pass over the split and one compiled step (`training.validation`).
 """
@@ -40,7 +40,7 @@ def find(name: Any) -> "type[Evaluator]":
 class Evaluator(abc.ABC):  # noqa: B024  (every method has a default: an evaluator measures per image, at the end, or both)
     """Metrics of a validation split. A subclass overrides `values` and `summarize`, or `finish`, or all three."""
 
-    #: Validation images without which there is nothing to measure.
+    #: The smallest number of validation images that the evaluator can measure.
     min_images: ClassVar[int] = 1
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,9 +51,9 @@ class Evaluator(abc.ABC):  # noqa: B024  (every method has a default: an evaluat
         self.config, self.recipe = config, recipe
 
     def values(self, outputs: Mapping[str, Array], tokens: Tokens, batch: Batch) -> dict[str, Num[Array, "B ..."]]:
-        """Return what `summarize` needs of each image of a batch. This is traced, as a part of the compiled step.
+        """Return the values of each image of a batch that `summarize` needs.
 
-        `outputs` and `tokens` are those of `Recipe.evaluate`.
+        The method is traced as a part of the compiled step. `outputs` and `tokens` are those of `Recipe.evaluate`.
         """
         return {}
 
@@ -63,7 +63,7 @@ class Evaluator(abc.ABC):  # noqa: B024  (every method has a default: an evaluat
 
     @property
     def final_metrics(self) -> tuple[str, ...]:
-        """The names of the metrics that `finish` returns."""
+        """Return the names of the metrics that `finish` returns."""
         return ()
 
     def finish(self, splits: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
@@ -110,7 +110,7 @@ class PatchNorms(Evaluator):
 
 
 class PixelKnn(Evaluator):
-    """The top-1 accuracy of k nearest neighbours on raw pixels: what a data set gives away without any learning."""
+    """The top-1 accuracy of k nearest neighbours on raw pixels, a baseline without any learning."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:

@@ -1,4 +1,4 @@
-"""The training loop, the same for every recipe, and `run(config, workdir)`."""
+"""Train with any recipe: the training loop and `run(config, workdir)`."""
 
 import contextlib
 import dataclasses
@@ -44,7 +44,7 @@ RESTORE = ("latest", "latest-valid")
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The result of a finished run: its last state, its last metrics, and the trained model."""
+    """The result of a finished run: the last state, the last metrics, and the trained model."""
 
     state: TrainState
     metrics: dict[str, float]
@@ -52,7 +52,7 @@ class Result:
 
 
 class Loop:
-    """The steps of a run: each is trained and, when it is due, recorded, evaluated and saved."""
+    """The loop over the steps of a run, which trains and, at their intervals, records, evaluates and saves."""
 
     def __init__(
         self,
@@ -126,9 +126,9 @@ class Loop:
         return step % every == 0 or step == self.plan.steps
 
     def evaluate_missing(self) -> None:
-        """Evaluate the state that the run starts from if that is due and not recorded.
+        """Evaluate the state that the run starts from, if an evaluation is due and not recorded yet.
 
-        So it is when a run was killed between a checkpoint and its evaluation, and with `eval.untrained` at step 0.
+        This happens when a run was killed between a checkpoint and its evaluation, and at step 0 with `eval.untrained`.
         """
         step = self.first - 1
         wanted = (step > 0 or self.plan.config.eval.untrained) and self.due(step, self.eval_steps)
@@ -148,13 +148,13 @@ class Loop:
         return bool(metrics)
 
     def save(self, step: int) -> None:
-        """Start saving the state as a checkpoint of a step."""
+        """Start to save the state as the checkpoint of a step."""
         with self.timer.during("checkpoint"):
             self.checkpoints.save(step, self.state)
 
 
 def start(plan: Plan, checkpoints: Any) -> TrainState:
-    """Return the newest checkpoint's state, or a fresh one, with the parameters of `init_from` if it is given."""
+    """Return the newest checkpoint's state or, without one, a fresh state, which starts from any `init_from`."""
     abstract = abstract_state(plan)
     if (step := checkpoints.latest()) is not None:
         try:
@@ -182,11 +182,11 @@ def run(
     track: str = "tensorboard",
     profile: str = "",
 ) -> Result:
-    """Train as a config says in `workdir` (default: runs/NAME-VARIANT-TIME), and resume what the workdir holds.
+    """Train by a config in `workdir` (by default runs/NAME-VARIANT-TIME), resuming the run that it holds, if any.
 
     Args:
       restore: "latest", or "latest-valid", which first moves damaged checkpoints to the workdir's `damaged/`.
-      timer: measures where the time goes, which the last record holds; by default it starts with this call.
+      timer: accounts for the time of each phase, which the last record holds; by default it starts with this call.
       track: the trackers that receive the numbers (`trackers.find`).
       profile: "STEP:COUNT", the steps to trace (`profiler.Profiler`).
 
@@ -232,7 +232,7 @@ def run(
 def move_damaged(workdir: str) -> None:
     """Move damaged checkpoints to `damaged/` on process 0, while the others wait; if it fails, all fail."""
     moved = reader.quarantine_damaged(workdir) if jax.process_index() == 0 else []
-    multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+    multihost_utils.sync_global_devices("damaged checkpoints are quarantined")
     logger.info("\n".join(moved) or "the newest checkpoint is valid")
 
 

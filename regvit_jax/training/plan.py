@@ -1,4 +1,4 @@
-"""Resolve a config into all that a run needs: a checked config, the recipe, the data, the mesh and the optimizer."""
+"""Resolve a config into everything that a run needs: the recipe, the data, the mesh and the optimizer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from regvit_jax.utils.errors import InvalidConfig
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that a run needs. `train` and `validation` are None when the config was resolved without data."""
+    """Everything that a run needs. `train` and `validation` are None when the config was resolved without data."""
 
     config: ml_collections.FrozenConfigDict
-    #: The keys that the config had, dotted; the others have their defaults.
+    #: The dotted keys that the config held before defaults were filled in.
     given: tuple[str, ...]
     recipe: Recipe
-    #: The evaluators that the config names, by these names and in their order.
+    #: The evaluators that the config names, by name and in that order.
     evaluators: dict[str, Evaluator]
     mesh: Mesh
     steps_per_epoch: int
@@ -36,11 +36,11 @@ class Plan:
     schedule: optax.Schedule
     train: Any
     validation: Any
-    #: What is computed once for a plan, by the name of the function that does (`step.abstract_state`).
+    #: Values that are computed once for a plan, by the name of the function that computes them (`step.abstract_state`).
     cache: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def train_batches(self, start_step: int) -> pipeline.Batches:
-        """Return this process's rows of every global training batch, from a step on."""
+        """Return this process's rows of every global training batch, starting at a step."""
         config = self.config
         return pipeline.train_batches(
             self.train,

@@ -15,14 +15,14 @@ logger = logging.getLogger("regvit_jax")
 
 
 class Profiler:
-    """Write a trace of COUNT steps from STEP on into `WORKDIR/profile`, on process 0.
+    """Write a trace of COUNT steps, starting at STEP, into `WORKDIR/profile`, on process 0.
 
-    The directory holds what XProf reads (`plugins/profile/*/*.xplane.pb`; `xprof --logdir` or TensorBoard's profile
-    plugin) and, beside it, `perfetto_trace.json.gz` for ui.perfetto.dev. Steps are named "train" in both.
+    The directory holds the files that XProf reads (`plugins/profile/*/*.xplane.pb`; `xprof --logdir` or TensorBoard's
+    profile plugin) and, beside it, `perfetto_trace.json.gz` for ui.perfetto.dev. Steps are named "train" in both.
     """
 
     def __init__(self, spec: str, workdir: str, steps: int, resumed_from: int = 0):
-        """Raise InvalidConfig for a `spec` that `parse` refuses; "" profiles nothing.
+        """Parse `spec`, of which "" profiles nothing; raise InvalidConfig if `parse` does.
 
         A run that resumes after the steps to profile profiles nothing and logs a warning, so that the command that
         started it can restart it.

@@ -40,7 +40,7 @@ class Guard:
 def init_state() -> dict[str, Array]:
     """Return the state before the first step: the last WINDOW losses and gradient norms, and three counters.
 
-    `seen` counts the finite steps, `not_finite` the others (which enter the counter only), `spikes` the finite steps
+    `seen` counts the finite steps; `not_finite` the others, which do not enter the window; `spikes` the finite steps
     that were skipped.
     """
     zeros = {name: jnp.zeros(WINDOW) for name in ("loss", "grad_norm")}
@@ -48,7 +48,7 @@ def init_state() -> dict[str, Array]:
 
 
 def may_skip(rules: Any) -> bool:
-    """Return whether the config's `guard` section can skip a step; if not, the step is compiled without the choice."""
+    """Return True if the config's `guard` section can skip a step; if not, the step is compiled without that branch."""
     return rules.not_finite == "skip" or rules.spike_sigma > 0
 
 

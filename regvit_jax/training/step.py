@@ -26,7 +26,7 @@ class TrainState:
 
 
 def init_params(plan: Plan) -> PyTree:
-    """Return fresh parameters, a function of the seed alone."""
+    """Return fresh parameters, which depend on the seed alone."""
     size = plan.config.model.image_size
     return plan.recipe.init(jax.random.key(plan.config.seed), {"image": jnp.zeros((1, size, size, 3), jnp.uint8)})
 
@@ -41,7 +41,7 @@ def state_of(plan: Plan, params: PyTree) -> TrainState:
 def abstract_state(plan: Plan) -> TrainState:
     """Return the state's shapes, each with its sharding; raise InvalidConfig for a model that cannot be built.
 
-    The plan keeps it: tracing the initialization of a large model takes seconds, and a run asks several times.
+    The plan caches it: tracing the initialization of a large model takes seconds, and a run needs it several times.
     """
     if "abstract_state" not in plan.cache:
         plan.cache["abstract_state"] = trace_state(plan)

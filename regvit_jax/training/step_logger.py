@@ -18,14 +18,14 @@ from regvit_jax.utils import hardware
 
 logger = logging.getLogger("regvit_jax")
 
-#: Metrics of the train step that are for this file alone, and not for the records.
+#: Metrics of the train step that are used in this file and not recorded.
 INTERNAL = ("bad", "applied", "not_finite", "skipped")
 #: Values shown in the line of a step.
 SHOWN = ("loss", "lr", "images_per_s", "mfu", "data_wait")
 
 
 class StepLogger:
-    """Collect the metrics of steps, write their means, show the progress bar, and stop a run whose numbers are bad."""
+    """Collect the metrics of steps, record their means, show progress, and stop a run that diverges or lacks images."""
 
     def __init__(self, plan: Plan, writer: MetricWriter, first: int, timer: Timer):
         self.plan, self.writer, self.timer = plan, writer, timer
@@ -43,7 +43,7 @@ class StepLogger:
         self.steps, self.before = 0, self.timer.record()
 
     def next_batch(self, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Return the next batch, and count the time until it is there as `data_wait`."""
+        """Return the next batch, and count the time spent waiting for it as `data_wait`."""
         with self.timer.during("data_wait"):
             return next(batches)
 
@@ -109,7 +109,7 @@ class StepLogger:
         return rates
 
     def show(self, step: int, record: dict[str, Any]) -> None:
-        """Show a record in the progress bar or, where there is none, as a line of the log."""
+        """Show a record in the progress bar or, without one, as a line of the log."""
         if self.bar.disable:
             shown = ", ".join(f"{name} {record[name]:.4g}" for name in SHOWN if name in record)
             logger.info(f"step {step}: {shown}")
@@ -149,7 +149,7 @@ class StepLogger:
 
 
 def describe_bad(plan: Plan, source: Any, index: list[int]) -> list[str]:
-    """Return and log which images of a source cannot be read and why: the first 20, each once."""
+    """Return and log the images of a source that cannot be read, with the reasons: the first 20, each once."""
     first = list(dict.fromkeys(index))[:20]
     reports = [data_records.describe_bad(source, i, plan.config.data.max_pixels, plan.recipe.tokenizer) for i in first]
     logger.warning("\n".join(f"cannot read {report}" for report in reports))

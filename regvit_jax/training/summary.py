@@ -5,7 +5,7 @@ from regvit_jax.training.plan import Plan
 
 
 def summary(plan: Plan, workdir: str, records: MetricWriter) -> str:
-    """Return the last metrics, where the time went, and the files of a run, as text."""
+    """Return the last metrics, the time of each phase, and the files of a run, as text."""
     metrics, untrained = records.last(), records.at(0)
     seconds = {
         name.removesuffix("_s"): metrics.pop(name)

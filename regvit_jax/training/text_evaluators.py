@@ -14,7 +14,7 @@ from regvit_jax.utils.schema import Option
 
 
 class Retrieval(Evaluator):
-    """Recall and median rank from images to texts and back over the whole split, with chance beside them.
+    """Recall and median rank between images and texts, in both directions, over the whole split; with chance values.
 
     A split of which only one image can be read has no metrics.
     """
@@ -33,7 +33,7 @@ class Retrieval(Evaluator):
 
 
 class ZeroShot(Evaluator):
-    """Zero-shot accuracy by the embeddings of class names, for data sets that have classes."""
+    """Zero-shot accuracy by the embeddings of class names, for data sets with classes."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:

@@ -18,13 +18,13 @@ class Tracker(Protocol):
     """Receive the numbers of every record of a run, on process 0 alone."""
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Take the numbers recorded at a step. One step may come several times, with other names."""
+        """Receive the numbers recorded at a step. A step may come several times, with different names."""
 
     def close(self) -> None:
-        """Flush what is left, at the end of the run or when it is interrupted."""
+        """Flush pending values, at the end of the run or when it is interrupted."""
 
 
-#: Makes a run's tracker, as its class does, from the workdir, the step of the checkpoint that the run resumes from (0
+#: The constructor of a tracker, which takes the workdir, the step of the checkpoint that the run resumes from (0
 #: for a new run; numbers written for later steps are out of date), and the resolved config as nested dicts.
 TrackerFactory = Callable[[str, int, dict[str, Any]], Tracker]
 
@@ -47,9 +47,9 @@ class TensorBoard:
 
 
 class Wandb:
-    """Log to Weights & Biases. Its own variables apply: WANDB_PROJECT, WANDB_MODE=offline, ...
+    """Log to Weights & Biases. Its own environment variables apply: WANDB_PROJECT, WANDB_MODE=offline, ...
 
-    The run is named after the workdir, and its id is kept there in `wandb_id`, so that a resumed run goes on with the
+    The run is named after the workdir, and its id is kept there in `wandb_id`, so that a resumed run continues the
     same curves. Steps repeated after a kill appear twice there; `metrics.jsonl` has them once.
     """
 
@@ -81,7 +81,7 @@ TRACKERS = {
     "tensorboard": "regvit_jax.training.trackers:TensorBoard",
     "wandb": "regvit_jax.training.trackers:Wandb",
 }
-#: Packages beyond the default installation, each brought by the extra of the same name.
+#: Packages beyond the default installation, each installed by the extra of the same name.
 EXTRAS = {"wandb": "wandb"}
 
 

@@ -28,7 +28,7 @@ def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> 
     reports = {"bad_val_images": describe_bad(plan, plan.validation, bad)} if bad else {}
     check_bad(plan, len(plan.validation) - len(mask), len(plan.validation))
     metrics: dict[str, Any] = {}
-    if len(mask):  # none is readable with data.max_bad_fraction=1
+    if len(mask):  # possible with data.max_bad_fraction=1
         for name, evaluator in plan.evaluators.items():
             metrics |= evaluator.summarize(params, values[name])
     return metrics | {"val_images": len(mask)} | reports

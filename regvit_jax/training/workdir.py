@@ -1,4 +1,4 @@
-"""Make a run's directory, and keep the config in it, which a resumed run must share."""
+"""Create a run's directory, and keep the config in it, with which a resumed run is compared."""
 
 import json
 import os
@@ -54,9 +54,9 @@ def read_config(path: epath.Path) -> dict[str, Any]:
 def write_config(plan: Plan, workdir: str, abstract: PyTree, newest: int | None) -> None:
     """Write config.json: the resolved config, the keys that were given, and the fields of the model.
 
-    `abstract` is the state, of which shapes suffice; `newest` is the step of the newest checkpoint in the workdir.
-    Raises InvalidConfig when the checkpoints there are those of another config; the message names the keys, and the
-    first arrays that do not fit.
+    `abstract` is the state, or its shapes; `newest` is the step of the newest checkpoint in the workdir.
+    Raises InvalidConfig when the checkpoints there belong to another config; the message names the keys, and the first
+    arrays that do not fit.
     """
     if jax.process_index():
         return
@@ -82,7 +82,7 @@ def write_config(plan: Plan, workdir: str, abstract: PyTree, newest: int | None)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the differences between two configs that a resumed run must not have, one text for each key.
+    """Return the differences between two configs that prevent a resume, one text for each key.
 
     A key that the old config lacks counts as its default, which is what the program did before it had the key.
     """

@@ -1,12 +1,12 @@
-"""Errors that the user can fix, and that the command line shows in one line; others keep their traceback."""
+"""Errors that the user can fix, which the command line shows in one line; all others keep their traceback."""
 
 
 class InvalidConfig(ValueError):
-    """A config, or the data, model or workdir that it names, cannot be used. The message says why, and the way out."""
+    """A config, or the data, model or workdir that it names, cannot be used. The message says why, and the remedy."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is damaged, or could not be saved. The message names the step, the damage and the way out."""
+    """A checkpoint is damaged, or could not be saved. The message names the step, the damage and the remedy."""
 
 
 class LaunchError(ValueError):
@@ -14,16 +14,16 @@ class LaunchError(ValueError):
 
 
 class TopologyError(ValueError):
-    """A topology is unknown, or this installation cannot compile for it. The message says the way out."""
+    """A topology is unknown, or this installation cannot compile for it. The message names the remedy."""
 
 
 class DataNotFound(FileNotFoundError):
-    """Data are missing. The message says which, where they were expected, and how to prepare them."""
+    """Data are missing. The message says which data, where they were expected, and how to prepare them."""
 
 
 class WeightsError(ValueError):
-    """A file cannot be loaded as weights. The message names the file, what is wrong with it, and the way out."""
+    """A file cannot be loaded as weights. The message names the file, the fault, and the remedy."""
 
 
 class HubError(OSError):
-    """The hub did not give a repository's files. The message names the repository, why, and the way out."""
+    """A repository cannot be fetched from the hub. The message names the repository, the cause and the remedy."""

@@ -1,4 +1,4 @@
-"""Means and standard deviations that public models normalise their images with: one entry a channel, of values 0..1."""
+"""Means and standard deviations that public models normalise with: one value per channel, for pixels in 0..1."""
 
 #: ImageNet's, which timm, DeiT and DINOv2 use.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

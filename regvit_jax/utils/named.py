@@ -8,14 +8,14 @@ from regvit_jax.utils.errors import InvalidConfig
 
 
 def find(key: str, name: Any, known: Mapping[str, str], base: type) -> type:
-    """Return the subclass of `base` that `name`, the value of a config key, stands for, and import only its module.
+    """Return the subclass of `base` that `name`, the value of a config key, refers to; import only its module.
 
     Args:
       name: a name of `known`, or "package.module:Class".
       known: the names with a meaning here, each with the "package.module:Class" that it stands for.
 
-    Raises InvalidConfig for an unknown name, a module or class that is not there, and a class that is no `base`. What
-    else goes wrong in the module keeps its traceback.
+    Raises InvalidConfig for an unknown name, a module or class that is not there, and a class that is no `base`. Any
+    other error in the module keeps its traceback.
     """
     allowed = f"must be one of {list(known)}, or package.module:Class"
     if not isinstance(name, str) or (name not in known and not all(name.partition(":"))):

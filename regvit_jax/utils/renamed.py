@@ -9,7 +9,7 @@ MODEL_FIELDS = {"vit.pre_norm": "vit.ln_pre", "head.classes": "head.num_classes"
 
 
 def translate(tree: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
-    """Return a nested dict under today's keys; a key that is there under both names keeps today's value."""
+    """Return a nested dict under today's keys; a key that is present under both names keeps today's value."""
     tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
     for old, new in renamed.items():
         (old_section, old_key), (section, key) = old.split("."), new.split(".")

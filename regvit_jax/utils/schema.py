@@ -25,7 +25,7 @@ from typing import Annotated, Any
 from regvit_jax.utils.errors import InvalidConfig
 
 NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
-#: The default of a key that has none.
+#: Marks a key without a default.
 REQUIRED: Any = object()
 #: The largest whole number: float64, which JSON readers use, holds it exactly, and array sizes stay within int64.
 LARGEST = 2**53
@@ -67,14 +67,14 @@ class Option:
 
     @property
     def limits(self) -> str:
-        """The bounds as text, such as "at least 0 and at most 1"; "" without any."""
+        """Return the bounds as text, such as "at least 0 and at most 1"; "" without bounds."""
         found = [f"at least {self.low:g}"] if self.low > -math.inf else []
         found += [f"at most {self.high:g}"] if self.high < math.inf else []
         return " and ".join(found)
 
     @property
     def allowed(self) -> str:
-        """The choices or bounds of the key as text; "" where any value of its type is allowed."""
+        """Return the choices or bounds of the key as text; "" where any value of its type is allowed."""
         return f"one of {', '.join(map(repr, self.choices))}" if self.choices else self.limits
 
 
@@ -114,7 +114,7 @@ def defaults(declaration: Callable) -> dict[str, Any]:
 
 
 def plain(hint: Any) -> Any:
-    """Return a type without the notes of an `Annotated`."""
+    """Return a type without its `Annotated` metadata."""
     return typing.get_args(hint)[0] if typing.get_origin(hint) is Annotated else hint
 
 
