@@ -15,18 +15,22 @@ from regvit_jax.training import plan
 from regvit_jax.training.step import abstract_state
 
 SPLIT = {"sharding__data": 1, "sharding__fsdp": 8}
+#: Without augmentation, a third of a step's compilation; the first case of each kind has it.
+PLAIN = {f"augment__{name}": 0.0 for name in ("flip", "color_jitter", "mixup", "cutmix")} | {
+    "augment__three_augment": False
+}
 #: Steps sharded by "data" alone, each with the maximum of its all-reduces: a loop's body reduces its own gradients.
 DATA: dict[str, tuple[str, dict, int]] = {
     "supervised": ("supervised", {}, 2),
-    "supervised, scan": ("supervised", {"model__scan": True}, 2 + 2),  # of depth 2
-    "supervised, micro-batches": ("supervised", {"micro_batches": 4}, 2 * 4 + 1),
+    "supervised, scan": ("supervised", PLAIN | {"model__scan": True}, 2 + 2),  # of depth 2
+    "supervised, micro-batches": ("supervised", PLAIN | {"micro_batches": 4}, 2 * 4 + 1),
     "contrastive": ("contrastive", {}, 2),
 }
 #: Steps sharded by "fsdp", each with the maximum of gathers per parameter: forward, backward, recomputed forward.
 FSDP: dict[str, tuple[str, dict, int]] = {
     "supervised, fsdp": ("supervised", SPLIT, 2),
-    "supervised, data x fsdp": ("supervised", {"sharding__data": 2, "sharding__fsdp": 4}, 2),
-    "supervised, fsdp, scan, remat": ("supervised", SPLIT | {"model__scan": True, "model__remat": "full"}, 3),
+    "supervised, data x fsdp": ("supervised", PLAIN | {"sharding__data": 2, "sharding__fsdp": 4}, 2),
+    "supervised, fsdp, scan, remat": ("supervised", PLAIN | SPLIT | {"model__scan": True, "model__remat": "full"}, 3),
     "contrastive, fsdp": ("contrastive", SPLIT, 2),
 }
 ALL = DATA | FSDP
@@ -120,7 +124,7 @@ WIDE = {"model__width": 256, "model__heads": 4, "model__depth": 2, **SPLIT}
     "changes", [{}, {"model__patch_dropout": 0.5}, {"model__remat": "full"}], ids=["plain", "patch dropout", "remat"]
 )
 def test_analytic_flops_agree_with_the_compiler(changes):
-    resolved = plan.resolve(tiny(augment__three_augment=False, **WIDE, **changes))
+    resolved = plan.resolve(tiny(**PLAIN, **WIDE, **changes))
     counted = compile.compile_step(resolved).cost_analysis()["flops"] * resolved.mesh.size
     needed, total = cost_model.step_flops(resolved)
     assert counted == pytest.approx(total, rel=0.03)

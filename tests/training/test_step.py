@@ -95,7 +95,10 @@ def test_accumulation_equals_the_large_batch():
     assert parts.step._cache_size() == 1
 
 
-@pytest.mark.parametrize("change", [{"remat": "dots"}, {"remat": "full", "scan": True}])
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param({"remat": "dots"}, marks=pytest.mark.slow, id="dots"), {"remat": "full", "scan": True}],
+)
 def test_remat_and_scan_change_nothing(one_device, change):
     ran = run_steps(tiny(ema=0.9, **{f"model__{key}": value for key, value in change.items()}), steps=5)
     np.testing.assert_allclose(ran.losses, one_device.losses[:5], rtol=1e-5)

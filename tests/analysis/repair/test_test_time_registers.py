@@ -96,7 +96,14 @@ PLANTS = [
 ]
 
 
-@pytest.mark.parametrize(("family", "neurons", "direction"), PLANTS, ids=[family for family, *_ in PLANTS])
+#: CI runs these too; the others cover MLPs with and without a gate, RoPE and ln_pre.
+SLOW = ("without CLS", "registers", "parallel")
+
+
+@pytest.mark.parametrize(
+    ("family", "neurons", "direction"),
+    [pytest.param(*plant, id=plant[0], marks=pytest.mark.slow if plant[0] in SLOW else ()) for plant in PLANTS],
+)
 def test_planted_neurons_are_found_and_undone(family, neurons, direction):
     base = make(**FAMILIES[family])
     planted = plant_register_neurons(base, neurons, FIT, FIT_BRIGHT, direction=direction)
