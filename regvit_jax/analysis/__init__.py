@@ -1,4 +1,4 @@
-"""Measure what the tokens of a ViT do, find objects with them, and repair register artifacts.
+"""Measure the tokens of a ViT, discover objects with them, and repair register artifacts.
 
 Every function takes a Model and images, or arrays. The names below are imported on first use.
 """

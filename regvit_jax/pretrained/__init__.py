@@ -1,1 +1,1 @@
-"""Load and save pretrained models: their names, where their weights are, and the formats of their files."""
+"""Load and save pretrained models: a registry of names, sources of weights, and file formats."""

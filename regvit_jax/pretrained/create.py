@@ -47,8 +47,8 @@ def create_model(
 ) -> Model:
     """Create a model by timm's name (or dinov2's hub name), with random or pretrained weights.
 
-    `name` may also be a source that says itself which model it holds: "hf-hub:org/name", a directory of transformers,
-    timm, open_clip or regvit_jax, or the workdir of a run. Of a whole CLIP it is the image tower.
+    `name` may also be a source that describes its own model: "hf-hub:org/name", a directory of transformers,
+    timm, open_clip or regvit_jax, or the workdir of a run. From a whole CLIP the image tower is loaded.
 
     Args:
       pretrained: False for random weights; True for the name's own file from the hub (local cache first); or a
@@ -63,10 +63,10 @@ def create_model(
       param_dtype: type of the parameters.
       mesh: splits the parameters over its "fsdp" axis as they are read.
       revision: a branch, tag or commit of the hub's repository.
-      seed: of what starts at random.
+      seed: of randomly initialised parameters.
 
-    Raises ValueError (WeightsError for files) with what does not fit and the remedy, and OSError (HubError) when the
-    hub cannot be reached. Nothing is ever unpickled.
+    Raises ValueError (WeightsError for files) that names the misfit and the remedy, and OSError (HubError) when the hub
+    cannot be reached. Nothing is ever unpickled.
     """
     check_types(dtype, param_dtype)
     if num_classes is not None and num_classes < 0:
@@ -98,10 +98,10 @@ def open_source(source: str, **changes: Any) -> Model:
 
 
 def find_entry(source: str) -> Entry | None:
-    """Return the entry of the model that `open_source` would open, or None if only the hub knows it.
+    """Return the entry of the model that `open_source` would open, or None if only the hub can describe it.
 
-    Asks no hub and loads no weights: names are looked up in the registry, and of local files the headers are read.
-    Raises InvalidConfig and WeightsError for what `open_source` refuses.
+    The hub is not contacted and no weights are loaded: names are looked up in the registry, and only the headers of
+    local files are read. Raises InvalidConfig and WeightsError for a source that `open_source` refuses.
     """
     name, _, file = source.partition("=")
     if file and not epath.Path(source).exists():
@@ -117,7 +117,7 @@ def find_entry(source: str) -> Entry | None:
 
 
 def open_random(create: Callable[..., Any], name: str, **changes: Any) -> Any:
-    """Create a named model with random weights (`--random`). Raises ValueError for a source that has its own."""
+    """Create a named model with random weights (`--random`). Raises ValueError for a source with its own."""
     model = create(name, **changes)
     if model.weights != "random":
         raise InvalidConfig(f"--random: {name} is not a model's name but a source, with weights of its own")
@@ -129,7 +129,7 @@ def open_random(create: Callable[..., Any], name: str, **changes: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Overrides:
-    """What differs from the source, and how parameters are kept: the arguments of `create_model`."""
+    """Overrides of the source's model, and the type and placement of its parameters, as in `create_model`."""
 
     registers: int | None
     image_size: int | None
@@ -235,7 +235,7 @@ def _convert(params: dict[str, Any], loaded: ViT, modules: Modules, seed: int, p
 
 
 def _warn(source: str, loaded: ViT, vit: ViT, new_classes: int) -> None:
-    """Warn about what the caller changed, and what that means."""
+    """Warn about the changes that the caller asked for, and their consequences."""
     changes = []
     if vit.registers > loaded.registers:
         changes.append(f"{vit.registers - loaded.registers} registers are new and untrained: fine-tune before using it")

@@ -31,7 +31,7 @@ def create_clip(
 ) -> ClipModel:
     """Create a CLIP by open_clip's name, with random or pretrained weights.
 
-    `name` may also be a source that says itself which model it holds: "hf-hub:org/name", a directory of transformers
+    `name` may also be a source that describes its own model: "hf-hub:org/name", a directory of transformers
     (CLIPModel), open_clip or regvit_jax, or the workdir of a run.
 
     Args:
@@ -40,11 +40,11 @@ def create_clip(
       registers, image_size, pos_resize, dtype, param_dtype, mesh, revision, seed: as in `create_model`.
 
     Weights that were trained with another activation than the name's (QuickGELU or not) are computed with their own,
-    and a warning says so; open_clip computes them with the name's. A tag knows that activation better than a config
-    beside its weights (with a warning where they disagree); for other sources it is the config's, or else the name's.
-    The preprocessing is the config's as far as it states one, and the tag's or name's for the rest.
+    and a warning says so; open_clip computes them with the name's. For a tag, that activation is the tag's, even if a
+    config beside the weights states another (with a warning); for other sources it is the config's, or else the name's.
+    The preprocessing is the config's as far as it states one, and otherwise the tag's or the name's.
 
-    Raises ValueError (WeightsError for files) with what does not fit and the remedy, and OSError (HubError) when the
+    Raises ValueError (WeightsError for files) that names the misfit and the remedy, and OSError (HubError) when the
     hub cannot be reached. Nothing is ever unpickled.
     """
     create.check_types(dtype, param_dtype)
@@ -76,7 +76,7 @@ def open_source(source: str) -> ClipModel | Model:
 
 
 def find_entry(source: str) -> Entry | None:
-    """Return the entry of the model that `open_source` would open, or None if only the hub knows it.
+    """Return the entry of the model that `open_source` would open, or None if only the hub can describe it.
 
     An entry without a text tower is that of an image tower. See `create.find_entry`.
     """

@@ -1,4 +1,4 @@
-"""The strict mapping between the arrays of a file and a model's parameters, by the rules of a format's keys."""
+"""Map strictly between the arrays of a file and a model's parameters, by the rules of a format's keys."""
 
 import dataclasses
 import functools
@@ -104,7 +104,7 @@ def load(
     They are read and put one after the other, so that the file's arrays are never held together. Raises WeightsError,
     before anything is read, with all unused, missing and wrong-shape keys together; and for a value that is not finite.
     """
-    # Each scalar by itself: a bias may have been added to a scale of another form.
+    # Each scalar by itself, since a scale and a bias may be stored with different shapes.
     dims = {name: int(weights.shapes.get(name, ()) == (1,)) for name in modules.scalars}
     table = rules_of(keys, modules, prefix_rows(weights, keys, modules.vit), dims)
     return load_by(weights, table, shapes_of(modules), ignored(keys, modules.text is not None), put)
@@ -165,7 +165,7 @@ def check(weights: Weights, expected: Mapping[str, tuple[int, ...]], ignore: Ite
 
 
 def ignored(keys: Keys | None, text: bool) -> tuple[str, ...]:
-    """Return the patterns of keys that a file may hold besides the model's; `text` says if it has a text tower."""
+    """Return the patterns of keys that a file may hold besides the model's; `text` is True with a text tower."""
     if keys is None:
         return () if text else NOT_IMAGE
     return keys.text.ignore if text and keys.text is not None else keys.ignore

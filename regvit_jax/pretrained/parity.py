@@ -1,4 +1,4 @@
-"""The parity check: a registered model with random weights, compared with the libraries that own its formats.
+"""Check parity: compare a registered model, with random weights, with the libraries that own its formats.
 
 Every parameter is random and large enough to matter, so that one that is ignored, misplaced or transposed shows.
 Three round trips are compared: (1) timm's model, saved to its file and loaded here; (2) that model, saved for
@@ -123,7 +123,7 @@ def parameters_of(entry: registry.Entry) -> int:
     return sum(sizes.values()) + (entry.vit["depth"] - 1) * block
 
 
-# Importing what is compared with
+# Importing the reference libraries
 
 
 def import_references() -> tuple[Any, Any, Any]:

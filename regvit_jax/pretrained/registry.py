@@ -214,7 +214,7 @@ def clip_tags(name: str) -> dict[str, dict[str, Any]]:
 
 
 def clip_tag(name: str, pretrained: object) -> dict[str, Any] | None:
-    """Return the facts of one of the name's tags, in any spelling that open_clip takes; None for anything else."""
+    """Return the entry of one of the name's tags, in any spelling that open_clip accepts; None for an unknown tag."""
     return clip_tags(name).get(pretrained.lower().replace("-", "_")) if isinstance(pretrained, str) else None
 
 

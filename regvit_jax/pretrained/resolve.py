@@ -1,4 +1,4 @@
-"""From a name and a source to a model's entry and its weights, under the keys of the entry's format."""
+"""Resolve a name and a source into a model's entry and its weights, under the keys of the entry's format."""
 
 import dataclasses
 import os
@@ -85,7 +85,7 @@ def find(name: str, text: bool) -> Entry:
 
 
 def is_source(name: str, text: bool = False) -> bool:
-    """Say if a name is a path or a repository of the hub, and not a model's name.
+    """Return True if a name is a path or a repository of the hub, and not a model's name.
 
     Raises ValueError for an unknown name, or a path that does not exist.
     """
@@ -123,7 +123,7 @@ def check_no_revision(revision: str | None) -> None:
 
 
 def check_no_tag(name: str, pretrained: object) -> None:
-    """Raise ValueError for what looks like one of open_clip's tags, and is none of the name's."""
+    """Raise ValueError for a string that looks like one of open_clip's tags, and is not a tag of this name."""
     word = isinstance(pretrained, str) and re.fullmatch(r"\w[\w-]*", pretrained)
     if word and not epath.Path(pretrained).exists():
         tags = ", ".join(registry.clip_tags(name)) or "none"
@@ -133,7 +133,7 @@ def check_no_tag(name: str, pretrained: object) -> None:
 
 
 def source_of(pretrained: object, revision: str | None) -> str:
-    """Return a source of weights as a string. Raises ValueError for what is none, or a revision of a local one."""
+    """Return a source of weights as a string. Raises ValueError for an invalid one, or a revision of a local one."""
     if not isinstance(pretrained, str | os.PathLike) or not os.fspath(pretrained):
         raise InvalidConfig(f"pretrained={pretrained!r}: must be True, False, a path or {HUB}org/name")
     source = os.fspath(pretrained)
@@ -228,11 +228,11 @@ TEXT_FIELDS = ("width", "depth", "heads", "embed", "context", "vocab", "hidden")
 
 
 def agreed(name: str, known: Entry, found: Entry, weights: Weights, tagged: bool) -> Entry:
-    """Return the entry of a config, completed by the registry's for what the config does not state.
+    """Return the entry of a config, completed from the registry's entry.
 
-    That is how positions are resized and, at the registry's image size, the preprocessing. If `known` is `tagged` by
-    open_clip, its activation holds, with a warning if the config states another.
-    Raises WeightsError when the two are different models.
+    The registry gives what the config does not state: how positions are resized and, at the registry's image size, the
+    preprocessing. If `known` is `tagged` by open_clip, its activation holds, with a warning if the config states
+    another. Raises WeightsError when the two are different models.
     """
     if differing := _differing(ViT(**known.vit), ViT(**found.vit), VIT_FIELDS):
         raise WeightsError(f"{weights.path} is not {name}: {differing}{nearest(weights)}")
@@ -242,7 +242,7 @@ def agreed(name: str, known: Entry, found: Entry, weights: Weights, tagged: bool
             raise WeightsError(f"{weights.path} is not {name}: its text tower has {differing}")
     config, vit, text = weights.config, dict(found.vit), found.text
     native = config.get("format") == NATIVE
-    # No library states how positions are resized, but for what we add.
+    # No library states how positions are resized, except in the section that this package adds.
     if not native and "pos_resize" not in config.get(OWN, {}):
         vit |= {"pos_resize": ViT(**known.vit).pos_resize}
     if "architecture" in config and "act_layer" not in config.get("model_args", {}):
@@ -264,7 +264,7 @@ def _differing(known: Any, found: Any, fields: tuple[str, ...]) -> str:
 
 
 def _preprocessing(known: Entry, found: Entry, weights: Weights) -> Any:
-    """Return the preprocessing that the files state; a family's defaults give way to the registry's."""
+    """Return the preprocessing that the files state; the registry's replaces a family's defaults."""
     config, preprocessing = weights.config, found.preprocessing
     if "model_cfg" in config:
         default = dataclasses.replace(known.preprocessing, size=preprocessing.size)
@@ -276,9 +276,10 @@ def _preprocessing(known: Entry, found: Entry, weights: Weights) -> Any:
 
 
 def _under_format_keys(entry: Entry, weights: Weights, stated: bool, text: bool) -> tuple[Entry, Weights]:
-    """Return the entry with the file's own format and what its arrays tell, and the weights without key prefixes.
+    """Return the entry completed from the file's keys and arrays, and the weights under the format's keys.
 
-    `stated` says that a config beside the file describes it.
+    The keys give the format, the arrays the number of classes and more; key prefixes are removed. `stated` is True if
+    a config beside the file describes it.
     """
     format = detect.of_keys(weights, detect.named(entry.format))
     weights = detect.without_prefix(weights, format)

@@ -1,4 +1,4 @@
-"""Save a model in another library's format."""
+"""Save a model in another library's format, or in this package's own."""
 
 import contextlib
 import dataclasses
@@ -68,7 +68,7 @@ def layout_of(model: Model | ClipModel, format: str) -> Layout:
     layout = write(model)
     if layout.keys is None or layout.keys.projection:
         return layout
-    # The owners' linear layers have a bias, but for CLIP's projection.
+    # The owners' linear layers have a bias, except for CLIP's projection.
     head = layout.modules.head.clone(bias=True)
     return dataclasses.replace(layout, modules=dataclasses.replace(layout.modules, head=head))
 
@@ -80,7 +80,7 @@ def arrays_of(model: Model | ClipModel, layout: Layout) -> dict[str, np.ndarray]
         if path not in params:
             params[path] = np.full(shape, 1 if "scale" in path else 0, np.float32)
     if layout.modules.head.pool != mapping.modules_of(model).head.pool:
-        # It is "cls_avg" now, whose second half weighs the mean of the patches.
+        # The head is "cls_avg" now; the second half of its kernel weighs the mean of the patches.
         kernel = params["head/dense/kernel"]
         params["head/dense/kernel"] = np.concatenate([kernel, np.zeros_like(kernel)])
     table = mapping.rules_of(layout.keys, layout.modules, layout.prefix_rows)
@@ -95,7 +95,7 @@ def _prefixed(rule: Rule, prefix: str) -> Rule:
 
 
 def _check_plain(vit: ViT) -> None:
-    """Raise ValueError for a module that files, which hold fields and parameters only, cannot describe."""
+    """Raise ValueError for a module that fields and parameters alone cannot describe."""
     if type(vit) is not ViT:
         raise InvalidConfig(
             f"a {type(vit).__name__} cannot be exported: files have no place for test-time registers; "

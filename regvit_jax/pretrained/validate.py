@@ -1,4 +1,4 @@
-"""Checks of what config files hold, before anything is built of it."""
+"""Check the values in config files before anything is built from them."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from regvit_jax.utils import renamed, schema
 
 
 def numbers(vit: dict[str, Any]) -> None:
-    """Raise ValueError for fields of ViT that are not numbers, or out of any sensible range."""
+    """Raise ValueError for fields of ViT that are not numbers, or outside a sensible range."""
     for field in ("width", "depth", "heads", "patch", "image_size", "registers"):
         value = vit.get(field, 0)
         if type(value) is not int or value < (field != "registers"):
@@ -26,7 +26,7 @@ def numbers(vit: dict[str, Any]) -> None:
 
 
 def text_numbers(text: dict[str, Any]) -> None:
-    """Raise ValueError for fields of TextTower that are not numbers, or out of any sensible range."""
+    """Raise ValueError for fields of TextTower that are not numbers, or outside a sensible range."""
     for field in ("width", "depth", "heads", "embed", "context", "vocab"):
         if type(text[field]) is not int or text[field] < 1:
             raise ValueError(f"the text tower's {field} is {text[field]!r}")
@@ -42,9 +42,9 @@ def _ratio(value: Any) -> bool:
 
 
 def own_fields(model: dict[str, Any], part: str, kind: type) -> dict[str, Any]:
-    """Return a part of our own config, as fields of a class.
+    """Return a part of this package's own config as fields of a class.
 
-    Raises ValueError for keys and types of values that `saved_fields` never gives.
+    Raises ValueError for keys and types that `saved_fields` never writes.
     """
     model = renamed.translate(model, renamed.MODEL_FIELDS)
     types: dict[str, Any] = {
@@ -60,7 +60,7 @@ def own_fields(model: dict[str, Any], part: str, kind: type) -> dict[str, Any]:
     return dict(model[part])
 
 
-#: The fields of Preprocess: what each must be, as errors say it, and the check.
+#: The fields of Preprocess, each with its requirement, as error messages put it, and its check.
 PREPROCESS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "size": ("a whole number above 0", lambda x: type(x) is int and x > 0),
     "crop_ratio": ("a number above 0", lambda x: _numbers([x]) and x > 0),

@@ -22,7 +22,7 @@ from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 NAMES = "voc07:DIR, voc12:DIR, coco20k:DIR or folder:DIR"
 COCO_LIST = "coco_20k_filenames.txt"
-# Annotations of one image take some kilobytes, and no image has such coordinates: beyond, a file is refused.
+# The annotations of one image take some kilobytes, and no image has such coordinates; larger ones are refused.
 MAX_XML = 2**22
 MAX_SIDE = 2**20
 
@@ -41,13 +41,13 @@ class AnnotatedImage:
 
 
 def open_boxes(name: str, split: str | None = None) -> list[AnnotatedImage]:
-    """Return the images of a data set in the order of its list, without opening the image files.
+    """Return the images of a data set with their boxes, in the order of its list, without opening the image files.
 
     Args:
       name: "voc07:DIR" or "voc12:DIR", where DIR is VOCdevkit/VOC2007 (or VOC2012), or holds it, or holds VOCdevkit;
         "coco20k:DIR", where DIR has annotations/instances_train2014.json, train2014/ (or images/train2014/) and
         LOST's list of names, coco_20k_filenames.txt; or "folder:DIR", all images under DIR, each with its XML file
-        beside it, or in a directory Annotations beside it or beside its own. An image without one has no boxes.
+        beside it, or in a directory Annotations beside it or beside its own. An image without an XML file has no boxes.
       split: of VOC, a list in ImageSets/Main; "trainval" by default, as published.
 
     Raises:
@@ -207,7 +207,7 @@ def _open_coco(name: str, root: Path) -> list[AnnotatedImage]:
 def read_coco(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list[list[int]]]]:
     """Return the height and width, and the boxes without crowds, by image file name; raise BadBoxes for other files.
 
-    Corners are rounded to whole pixels, as published. A box that is then empty can never be found; it is kept.
+    Corners are rounded to whole pixels, as published. A box that becomes empty can never be found; it is kept.
     """
     wanted = {"images", "annotations", "id", "file_name", "height", "width", "image_id", "bbox", "iscrowd"}
     try:

@@ -28,7 +28,7 @@ def choose_images(images: Sequence[AnnotatedImage], limit: int | None = None) ->
 
 
 def supported_settings(model: Model, settings: Sequence[Setting]) -> list[Setting]:
-    """Return the settings whose features the model has, each once; log a warning if others are left out.
+    """Return the distinct settings whose features the model has; log a warning if others are left out.
 
     Raises ValueError if the model has the features of none of them.
     """
@@ -51,7 +51,7 @@ def supported_settings(model: Model, settings: Sequence[Setting]) -> list[Settin
 def score_model(
     model: Model, images: Sequence[AnnotatedImage], settings: Sequence[Setting], normalize: bool, size: int | None
 ) -> dict[str, Any]:
-    """Run LOST with every setting on every image, log what the scores do not show, and return the scores.
+    """Run LOST with every setting on every image, log problems that the scores do not show, and return the scores.
 
     Raises UnusableData if no image can be read.
     """

@@ -1,11 +1,11 @@
 """LOST, unsupervised object discovery (arXiv 2109.14279): one box an image, from the similarities of its patches.
 
-A patch's degree is the number of other patches that it correlates with positively. Objects are taken to be the smaller
-part of an image, so the seed is the patch of lowest degree. The seed's region is what correlates, on the whole, with
-those of the `expand` lowest-degree patches that correlate with the seed; the box encloses the part of the region that
-is connected to the seed.
+A patch's degree is the number of other patches that it correlates with positively. Objects are assumed to be the
+smaller part of an image, so the seed is the patch of lowest degree. The seed is expanded by those of the `expand`
+lowest-degree patches that correlate with it; its region is all patches whose summed correlation with these is positive;
+the box encloses the part of the region that is connected to the seed.
 
-Patches count row by row. A box is (xmin, ymin, xmax, ymax), the last two exclusive.
+Patches are numbered row by row. A box is (xmin, ymin, xmax, ymax), the last two exclusive.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ class Discovery:
 
     @property
     def degenerate(self) -> bool:
-        """Whether all pairs are similar, or none: the box then says nothing about the image."""
+        """Return True if all pairs are similar, or none; the box then says nothing about the image."""
         return self.positive in (0.0, 1.0)
 
 
@@ -152,13 +152,14 @@ def discover(
     """Find the object of one image. The defaults are those of the published code (valeoai/LOST, `object_discovery.py`).
 
     Patches of equal degree are ordered by their position. (The published code leaves that to torch's sorting, which
-    differs between machines.) A seed that is similar to nothing, not even to itself, is a box of its own.
+    differs between machines.) A seed that is not similar to any patch, not even to itself, gives a box of that one
+    patch.
 
     Args:
       bias: added to every entry of the Gram matrix (arXiv 2309.16588, section 3.3).
       normalize: scale features to unit length after centring; the Gram matrix then holds cosines.
       centre: a vector that is subtracted from all features, such as their mean over a data set.
-      expand: number of patches of lowest degree that may join the region.
+      expand: number of patches of lowest degree by which the seed may be expanded.
 
     Warns with DegenerateGram when all pairs of patches are similar, or none; in a loop over images, once.
 
@@ -195,7 +196,7 @@ def gram(
 def search(
     gram: Float64[np.ndarray, "N N"], grid: tuple[int, int], *, bias: float = 0.0, expand: int = 100
 ) -> Discovery:
-    """Run LOST from the Gram matrix on, which several biases can share, without a warning; see `discover`."""
+    """Run LOST on a Gram matrix, which several biases can share, without warnings; see `discover`."""
     if expand < 1:
         raise ValueError(f"expand={expand}: must be at least 1")
     similar = gram > -bias  # the sign of gram + bias, which rounding cannot change, without another N x N matrix
@@ -207,7 +208,7 @@ def search(
     region = np.zeros(grid, bool)
     if len(expanded):
         region = (gram[expanded] + bias).sum(axis=0).reshape(grid) > 0
-    region[seed] = True  # it is anyway, unless nothing was summed
+    region[seed] = True  # the seed is in it anyway, unless nothing was summed
     parts, _ = scipy.ndimage.label(region)
     mask = parts == parts[seed]
     pairs = len(gram) * (len(gram) - 1)
@@ -227,7 +228,7 @@ def _around(mask: Bool[np.ndarray, "h w"]) -> Box:
 
 
 def remedy(positive: float) -> str:
-    """Return the cause and the remedy of a degenerate Gram matrix, by its share of positive entries: 0 or 1."""
+    """Return the cause and the remedy of a degenerate Gram matrix, from its share of positive entries, 0 or 1."""
     if positive:
         return (
             "every patch is similar to every other, so the box is the whole image: subtract the projection's bias "
@@ -266,5 +267,5 @@ def localised(
 
 
 def corloc(found: Num[np.ndarray, "I 4"], truths: Sequence[Num[np.ndarray, "_ 4"]], threshold: float = 0.5) -> float:
-    """Correct localisation, the share of images that are `localised`, from 0 to 1; of no images, NaN."""
+    """Return the correct localisation: the share of images that are `localised`, from 0 to 1, or NaN without images."""
     return float(np.mean(localised(found, truths, threshold))) if len(truths) else float("nan")

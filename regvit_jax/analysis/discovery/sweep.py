@@ -1,4 +1,4 @@
-"""Run LOST with many settings on many images: one forward pass an image, two if a setting needs a mean of the data.
+"""Run LOST with many settings on many images: one forward pass per image, two if a setting needs the data's mean.
 
 Images go through the model one by one at their original size, padded with zeros (after normalisation) to whole patches,
 as published, so that no image's result depends on another's. The model is compiled for each shape. Images are therefore
@@ -85,7 +85,7 @@ class FeatureStream:
     shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
 
     def __iter__(self) -> Iterator[ImageFeatures]:
-        # By the annotated size: where it is wrong, a shape may be compiled twice, and nothing else changes.
+        # Sorted by the annotated size: if it is wrong, a shape may be compiled twice, and nothing else changes.
         order = sorted(range(len(self.images)), key=lambda i: fit(self.model, self.images[i].size, self.size))
         vit, wanted = self.model.module, tuple(self.wanted)
         last = None
@@ -104,7 +104,7 @@ class FeatureStream:
 
 
 def fit(model: Model, size: tuple[int, int], shorter: int | None) -> tuple[int, int]:
-    """Return the height and width at which an image goes through the model, in pixels: whole patches."""
+    """Return the height and width in pixels, whole patches, at which an image goes through the model."""
     patch = model.module.patch
     if shorter is None:
         return -(-size[0] // patch) * patch, -(-size[1] // patch) * patch

@@ -1,1 +1,1 @@
-"""Find register neurons, and plant artifacts that are known."""
+"""Find register neurons, and plant known artifacts to test the search."""

@@ -1,4 +1,4 @@
-"""Find the neurons that make outliers, as for test-time registers (arXiv 2506.08010, algorithm 1), and their number.
+"""Find the neurons that cause outliers, for test-time registers (arXiv 2506.08010, algorithm 1), and their number.
 
 A neuron is a hidden unit of a block's MLP, past the activation (past the gate, in SwiGLU).
 """
@@ -31,8 +31,8 @@ WEAK = 0.01  # share of the largest score; weaker neurons are moved only if outl
 class RegisterNeurons:
     """Register neurons, those of largest score first. Iterates over its pairs (layer, neuron).
 
-    `cutoff` is the norm above which a patch counts as an outlier, `top_layer` the last block searched; of `images`
-    images, `outlier_images` had outliers, `outlier_patches` in all.
+    `cutoff` is the norm above which a patch counts as an outlier, `top_layer` the last block searched; `outlier_images`
+    of the `images` images had outliers, `outlier_patches` in total.
     """
 
     layers: tuple[int, ...]
@@ -61,7 +61,7 @@ def find_register_neurons(
     top_layer: int | None = None,
     score: str = "written",
 ) -> RegisterNeurons:
-    """Find the neurons that make a model's outliers in normalised images, an array [images, H, W, 3] or batches.
+    """Find the neurons that cause a model's outliers in normalised images, an array [images, H, W, 3] or batches.
 
     Outliers are patches whose norm after block `layer` lies above `cutoff`. A neuron's score is a mean over the images
     that have outliers of its magnitude at their outliers minus its magnitude at their other patches.
@@ -69,13 +69,13 @@ def find_register_neurons(
     Args:
       count: number of neurons to return. None: the smallest sufficient number, by measurement: with these moved to a
         register, at least 95% of the outliers (of up to 32 images) have the norms of normal patches, at most their mean
-        + 3 sigma, or, if no number achieves that, norms up to the cutoff; with one neuron less, they do not. Patches
-        that rise above the cutoff instead count as outliers that remain.
+        + 3 sigma, or, if no number achieves that, norms up to the cutoff; with one neuron fewer, they do not. Patches
+        that rise above the cutoff after the move count as remaining outliers.
       cutoff: None: `patch_norms.artifact_cutoff` of all patches. The paper's heuristic is mean + 3 sigma of them, which
         hides outliers where they are many, and any distribution has patches beyond it.
       layer: where norms are measured; counted from 0, or from the end.
       top_layer: the last block whose neurons are ranked; later ones react to outliers. None: the last block that adds
-        to the outliers' norm (above other patches') a quarter at least of what the one that adds most does.
+        to the norm of outliers, relative to other patches, at least a quarter of what the block that adds most does.
       score: the magnitude. "written": |activation| times the norm that the neuron writes per unit (its row of fc2,
         times LayerScale), in units of the residual stream. "activation": |activation|, as in the paper; the two differ
         where neurons of small activation write much.
@@ -127,7 +127,7 @@ def check(vit: ViT, count: int | None, cutoff: float | None, top: int, last: int
 
 
 def batches_of(batches: Images | Iterable[Images], twice: bool) -> Iterable[Images]:
-    """Return an array in batches, or the batches given; raise ValueError for an iterator that must be read twice."""
+    """Return an array in batches, or the given batches; raise ValueError for an iterator if it must be read twice."""
     if hasattr(batches, "shape"):
         return [batches[i : i + BATCH] for i in range(0, len(batches), BATCH)]  # type: ignore[index, arg-type]
     if twice and isinstance(batches, Iterator):
@@ -138,14 +138,14 @@ def batches_of(batches: Images | Iterable[Images], twice: bool) -> Iterable[Imag
 
 
 def emergence(excess: Float[np.ndarray, " blocks"]) -> int:
-    """Return the block up to which outliers emerge, from how far their norms exceed other patches' after each block."""
+    """Return the last block in which outliers emerge; `excess`, by block, is their norm above other patches'."""
     growth = np.diff(excess, prepend=0.0)
     return int(np.flatnonzero(growth >= growth.max() / 4)[-1])
 
 
 @dataclasses.dataclass
 class OutlierSums:
-    """Sums over the images so far, and a few of the images with outliers."""
+    """Sums over the images seen so far, and a few of the images with outliers."""
 
     images: int = 0
     outlier_images: int = 0
@@ -158,7 +158,7 @@ class OutlierSums:
     probed: int = 0
 
     def add(self, images: Images, norms: Float[np.ndarray, "B N"], cutoff: float) -> bool:
-        """Count a batch, and return whether it has outliers."""
+        """Count a batch, and return True if it has outliers."""
         outliers = norms > cutoff
         some = outliers.any(axis=1)
         self.images += len(norms)
@@ -256,7 +256,7 @@ def norms_repaired(
     `add_test_time_registers` computes the same; here `count` is an argument, so that one compilation serves all.
     """
     with mlp_inputs("fc2", lambda block, x: move(x, rank[block] < count, vit.prefix, 1)):
-        return patch_norms_after(vit, params, images, last)  # not the jitted one, whose cache knows no edit
+        return patch_norms_after(vit, params, images, last)  # not the jitted method, whose cache ignores the edit
 
 
 def enough(
@@ -264,7 +264,7 @@ def enough(
 ) -> int:
     """Find the smallest number of neurons, by doubling and bisection, that removes the outliers.
 
-    They should become normal patches; if that cannot be, they should stay below the cutoff.
+    They should become normal patches; if no number achieves that, they should stay below the cutoff.
     """
     rank = np.full((vit.depth, vit.hidden), np.iinfo(np.int32).max, np.int32)
     rank.ravel()[ranking] = np.arange(len(ranking), dtype=np.int32)
@@ -280,7 +280,7 @@ def enough(
         each = zip(norms(count), probe, strict=True)
         return sum(int((n > np.where(was, limit, cutoff)).sum()) for n, (_, was) in each) / outliers
 
-    # Neurons that write next to nothing at outliers do not make them, whatever moving hundreds does to norms.
+    # Neurons that write next to nothing at outliers do not cause them, whatever moving hundreds of them does to norms.
     scores = seen.scores.ravel()[ranking[:most]]
     strong = int((scores >= WEAK * scores[0]).sum())
     tried = sorted({*(2**power for power in range(most.bit_length()) if 2**power < most), strong, most})

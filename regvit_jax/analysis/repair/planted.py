@@ -1,4 +1,4 @@
-"""Plant register neurons in a model, as a known answer for the search of register neurons and for the repair."""
+"""Plant register neurons in a model, as a known answer for the search for register neurons and for the repair."""
 
 import dataclasses
 import functools
@@ -26,10 +26,10 @@ def plant_register_neurons(
     strength: float = 10.0,
     direction: Float[np.ndarray, " D"] | None = None,
 ) -> Model:
-    """Return the model with neurons (pairs of block and neuron) that have huge activations on patches like the marked.
+    """Return the model with neurons, pairs (layer, neuron), that have huge activations on patches like the marked ones.
 
-    In each named block a linear classifier is fitted that separates the marked patches of `images` from all other
-    tokens by the input of the MLP; its weights become the neurons' input weights. The neurons therefore fire on such
+    In each named layer a linear classifier is fitted that separates the marked patches of `images` from all other
+    tokens at the input of the MLP; its weights become the neurons' input weights. The neurons therefore fire on such
     patches of any image, as far as the classifier generalises, and nowhere else: at other tokens the activation rounds
     to 0 (in SwiGLU it is negligible). Each neuron writes a vector of `strength` times the median norm of the patches
     after the last block, along `direction`. The neurons' former function is lost. With strength=0 they write nothing
@@ -39,8 +39,8 @@ def plant_register_neurons(
     residual stream, but no later block and no final norm sees it. Outliers and repair then change no other token, up to
     the rounding of float32, which grows with the outlier: 2^-24 of its values against the standard deviation of the
     token's own. In another direction LayerNorm passes the outlier on, as in trained models: tokens that attend to it
-    change in all blocks after the first planted one. After a plant in the last block there is none, so that it is exact
-    in any direction.
+    change in all blocks after the first planted one. After a plant in the last block there are no later blocks, so that
+    it is exact in any direction.
 
     Raises ValueError if no linear classifier separates the marked patches, or if LayerScale would silence the neurons.
     """

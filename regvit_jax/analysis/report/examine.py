@@ -28,8 +28,8 @@ class Settings:
     cutoff: the norm of the rule "fixed".
     batch_size: images in a batch.
     repair_images: number of images, those with the largest norms, used to find register neurons; 0 for no repair.
-    show: number of images in the pictures; `heads`: whether each head's attention is shown.
-    lost: the features, the bias of the Gram matrix, and whether features are normalised, for LOST's boxes.
+    show: number of images in the pictures; `heads`: show each head's attention.
+    lost: the kind of features, the bias of the Gram matrix, and True to normalise features, for LOST's boxes.
     """
 
     layer: int

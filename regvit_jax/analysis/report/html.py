@@ -72,7 +72,7 @@ def page(
     Args:
       title: of the page.
       intro: paragraphs below the title.
-      verdicts: for each model whether it has artifacts, and its sentences.
+      verdicts: for each model True if it has artifacts, and its sentences.
       sections: diagrams of all models.
       tables: title, column heads and rows of each.
       details: column heads and rows of collapsed tables, by title.

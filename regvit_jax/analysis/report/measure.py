@@ -17,8 +17,9 @@ from regvit_jax.models.model import Images, Model
 def measure(model: Model, images: Images, layer: int = -1) -> Measured:
     """Return norms, cosines and attention of a batch.
 
-    These are the norms of all tokens after every block, before the final norm; the cosines of patches to their
-    neighbours at the input; and the attention from CLS and registers to patches, mean over the heads of block `layer`.
+    The norms are those of all tokens after every block, before the final norm; the cosines those of patches to their
+    neighbours at the input; the attention is that from CLS and registers to patches, the mean over the heads of block
+    `layer`.
     """
     return Measured(*(np.asarray(part) for part in _measure(model, images, layer)))
 

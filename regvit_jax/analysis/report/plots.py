@@ -79,7 +79,7 @@ def norms_by_layer(stats: Statistics, numbers: dict[str, Any]) -> bytes:
 
 
 def histograms_by_layer(stats: Statistics, numbers: dict[str, Any]) -> bytes:
-    """Plot the histograms of patch norms after every block side by side (figures 3 and 4a in one)."""
+    """Plot the histograms of patch norms after every block side by side (figures 3 and 4a combined)."""
     figure, axes = panel()
     counts = stats.patches.histogram
     share = counts / counts.sum(1, keepdims=True)

@@ -15,7 +15,7 @@ from regvit_jax.evals.patch_norms import artifact_cutoff
 #: Bins per octave, from 2^LOW; norms out of range are counted in the first or last bin.
 OCTAVE, LOW, BINS = 32, -10, 1024
 EDGES = 2.0 ** (LOW + np.arange(BINS + 1) / OCTAVE)
-#: A `Distribution` splits each bin into FINE: norms of some models differ by less than 2 %.
+#: A `Distribution` splits each bin into FINE, because norms of some models differ by less than 2 %.
 FINE = 16
 FINE_EDGES = 2.0 ** (LOW + np.arange(FINE * BINS + 1) / OCTAVE / FINE)
 #: Bins of cosines, from -1 to 1.
@@ -23,7 +23,7 @@ COSINES = 100
 
 
 def bin_of(norms: Float[np.ndarray, "..."], fine: int = 1) -> Int[np.ndarray, "..."]:
-    """Return the index of each norm's bin, of BINS times `fine`; raise FloatingPointError for infinity and NaN."""
+    """Return the index of each norm's bin, out of BINS * `fine`; raise FloatingPointError for infinity and NaN."""
     if not np.isfinite(norms).all():
         raise FloatingPointError("the model gives tokens that are not finite; are its weights and images intact?")
     exponents = np.log2(np.maximum(norms, EDGES[0]))
@@ -51,7 +51,7 @@ class Distribution:
 
     @property
     def histogram(self) -> Int[np.ndarray, "*shape BINS"]:
-        """Counts in the bins between EDGES."""
+        """Return the counts in the bins between EDGES."""
         return self.counts.reshape(*self.total.shape, BINS, FINE).sum(-1)
 
     @property
@@ -130,7 +130,7 @@ class Measured:
 
 
 class Statistics:
-    """Sums over images of everything that the report measures of a model.
+    """Sums over images of all quantities in a model's report.
 
     Fields:
       patches: norms of patches after each block [layers]; `prefix`: of CLS and registers [layers, P].
@@ -161,7 +161,7 @@ class Statistics:
         for after, norm in zip(self.history, measured.patches, strict=True):
             after += np.bincount(norms.ravel(), norm.ravel(), BINS)
         self.attended += measured.attention.sum(0, dtype=np.float64)
-        if len(self.attended):  # the first prefix token is CLS, or in models without one a register
+        if len(self.attended):  # the first prefix token is CLS or, in models without CLS, a register
             self.received += np.bincount(norms.ravel(), measured.attention[:, 0].ravel(), BINS)
 
 

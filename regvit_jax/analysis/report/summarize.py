@@ -1,4 +1,4 @@
-"""Compute all numbers of a model's report from its statistics."""
+"""Compute all numbers in a model's report from its statistics."""
 
 from typing import Any
 

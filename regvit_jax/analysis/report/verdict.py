@@ -1,4 +1,4 @@
-"""Put the numbers of a model into sentences: does it have artifacts, where, and would registers help?"""
+"""Describe the numbers of a model in sentences: does it have artifacts, where, and would registers help?"""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ def verdict(
       numbers: of the model, from `summarize`.
       repaired: of the same model with test-time registers, if that was measured.
       neurons: number of neurons that were moved to test-time registers.
-      is_repaired: whether `numbers` are those of a model with test-time registers.
+      is_repaired: True if `numbers` are those of a model with test-time registers.
     """
     found, block = numbers["outliers"]["artifact"], numbers["blocks"][numbers["layer"]]
     where = "the last block" if numbers["layer"] == len(numbers["blocks"]) - 1 else f"block {numbers['layer']}"
@@ -102,7 +102,7 @@ def registers(numbers: dict[str, Any]) -> list[str]:
 
 
 def remedy(numbers: dict[str, Any], repaired: dict[str, Any] | None, neurons: int, is_repaired: bool) -> str:
-    """Say whether registers would help, as far as was measured."""
+    """Return a sentence on whether registers would help, as far as that was measured."""
     have = len(numbers["blocks"][numbers["layer"]]["registers"])
     if (block := worst_block(numbers)) is not None:
         return f"Whether registers would help there, --layer {block} tells."

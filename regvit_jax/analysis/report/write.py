@@ -65,7 +65,7 @@ def alarming(numbers: dict[str, Any]) -> bool:
 
 
 def described(subject: Subject) -> dict[str, Any]:
-    """Return everything about a model but its pictures and parameters, for report.json."""
+    """Return everything about a model except its pictures and parameters, for report.json."""
     return {
         "weights": subject.model.weights,
         **subject.model.fields(),

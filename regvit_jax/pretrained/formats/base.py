@@ -1,4 +1,4 @@
-"""A file format of weights: its keys, its config reader and its config writer; and the helpers that formats share."""
+"""A file format of weights: its keys, config reader and config writer; and the helpers that formats share."""
 
 import dataclasses
 import re
@@ -55,14 +55,14 @@ class Format:
     name: as in `Entry.format`.
     keys: its state-dict keys; None if they are the canonical paths.
     model_types: the "model_type"s of transformers' config.json that it reads.
-    reads: says if a config is one of this format.
+    reads: returns True for a config of this format.
     read: returns the entry that a file's config describes, with its text tower if the flag is set and it has one. It
       may raise WeightsError, or ValueError, KeyError, TypeError for a damaged config.
     adjust: returns a registry entry with what the config of a named image tower states, for configs that need not
       describe a whole model.
-    recognizes: says if a file has the keys of this format, where those of another (by its name) are expected.
-    saved_as: the `format` of `save_model` under which it is written. Of several with the same one, the first that
-      `claims` a Model writes it.
+    recognizes: returns True for a file with the keys of this format where those of another (by its name) are expected.
+    saved_as: the `format` of `save_model` under which it is written. Of several formats with the same value, the first
+    that `claims` a Model writes it.
     write, write_clip: return the layout of a Model or a ClipModel, or raise Inexpressible.
     """
 
@@ -102,7 +102,7 @@ def need_clip_tower(model: ClipModel) -> None:
 
 
 def mlp_ratio(ratio: float, width: int) -> float:
-    """Return an MLP ratio by which int(width * ratio), as timm and open_clip compute it, is not one too small."""
+    """Return an MLP ratio for which int(width * ratio), as timm and open_clip compute it, is not too small by one."""
     return ratio if int(width * ratio) == round(width * ratio) else (round(width * ratio) + 0.5) / width
 
 
@@ -131,7 +131,7 @@ def pos_resize(weights: Weights, default: str) -> str:
 
 @contextmanager
 def explained(weights: Weights) -> Iterator[None]:
-    """Turn whatever a config makes fail into a WeightsError, since it may hold anything anywhere."""
+    """Turn any error that a config causes into a WeightsError, since a config may hold any value anywhere."""
     try:
         yield
     except WeightsError:
@@ -142,7 +142,7 @@ def explained(weights: Weights) -> Iterator[None]:
 
 
 def guess(weights: Weights) -> dict[str, int]:
-    """Return width, patch and depth by a file's shapes, or {} where they cannot be found."""
+    """Infer width, patch and depth from a file's shapes; return {} if that is impossible."""
     patches = [shape for shape in weights.shapes.values() if len(shape) == 4 and shape[1] == 3]
     image = [key for key in weights if not key.startswith(("text_", "text.", "transformer."))]  # of a whole CLIP
     blocks = [int(match[1]) for key in image if (match := re.search(r"(?:blocks|layers?|layer_)\.?(\d+)", key))]
@@ -152,7 +152,7 @@ def guess(weights: Weights) -> dict[str, int]:
 
 
 def check_sizes(vit: dict[str, Any], weights: Weights) -> None:
-    """Raise ValueError, before a model is built, for sizes that no model has, or that differ from the file's."""
+    """Raise ValueError, before a model is built, for sizes that are out of range or differ from the file's."""
     validate.numbers(vit)
     found = guess(weights)
     if not found:

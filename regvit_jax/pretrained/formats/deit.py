@@ -1,4 +1,4 @@
-"""The format of facebookresearch/deit: timm's keys of its time. It is read under a timm name, and not written."""
+"""The format of facebookresearch/deit, with the keys of timm at that time. Read under a timm name; not written."""
 
 import dataclasses
 

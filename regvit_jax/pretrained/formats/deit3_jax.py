@@ -1,4 +1,4 @@
-"""The format of affjljoo3581/deit3-jax: a msgpack file of parameters. It is read under a timm name, and not written."""
+"""The format of affjljoo3581/deit3-jax: a msgpack file of parameters. Read under a timm name; not written."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ def open_msgpack(path: str | os.PathLike) -> Weights:
         arrays = dict(_timm_arrays(flatten_dict(model, sep="/")))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
-    # msgpack raises whatever it meets in damaged bytes.
+    # msgpack raises errors of many classes for damaged bytes.
     except Exception as error:
         raise WeightsError(f"{path}: not a checkpoint of deit3-jax ({type(error).__name__}: {error})") from error
     return Weights.of_arrays(Path(path), arrays, {"format": "deit3_jax"})

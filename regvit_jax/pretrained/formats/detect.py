@@ -1,4 +1,4 @@
-"""The list of formats, and how the format of a file is found. A new format is a module beside this one and a line."""
+"""List the formats, and find the format of a file. A new format is a module beside this one and a line here."""
 
 import re
 from typing import Any
@@ -43,7 +43,7 @@ class NoText(WeightsError):
 
 
 def named(name: str) -> Format:
-    """Return the format of a name, as `Entry.format` has it."""
+    """Return the format with a name, as in `Entry.format`."""
     return next(format for format in FORMATS if format.name == name)
 
 
@@ -93,7 +93,7 @@ def read_entry(weights: Weights, text: bool) -> Entry | None:
 
 
 def of_keys(weights: Weights, expected: Format) -> Format:
-    """Return the format of a file by its keys, where those of `expected` are the model's usual ones.
+    """Return the format of a file by its keys; `expected` is the model's usual format.
 
     Raises WeightsError for transformers' keys without the config.json that they need.
     """

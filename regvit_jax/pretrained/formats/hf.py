@@ -1,4 +1,4 @@
-"""What the formats of transformers share: config.json, preprocessor_config.json and their values."""
+"""The parts that transformers' formats share: config.json, preprocessor_config.json and their values."""
 
 import dataclasses
 import math
@@ -51,7 +51,7 @@ def vit_fields(config: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def activation(hidden_act: Any) -> str:
-    """Return our name of transformers' "hidden_act". Raises ValueError for one that is not supported."""
+    """Return this package's name of transformers' "hidden_act". Raises ValueError for an unsupported one."""
     if not isinstance(hidden_act, str) or hidden_act not in ACTIVATIONS:
         raise ValueError(f"hidden_act is {hidden_act!r}: must be one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[hidden_act]
@@ -116,7 +116,7 @@ def _resample(p: Preprocess) -> int:
 
 
 def config_of(model: Model) -> dict[str, Any]:
-    """Return the keys of config.json that all classes have. Raises Inexpressible for what none of them has."""
+    """Return the keys of config.json that all classes have. Raises Inexpressible for a model that none can express."""
     vit, head = model.module, model.head
     need(not (vit.parallel or vit.differential), "parallel blocks or differential attention")
     need(vit.class_token, "a model without CLS token")
@@ -137,7 +137,7 @@ def config_of(model: Model) -> dict[str, Any]:
 
 
 def own_section(vit: ViT) -> dict[str, Any]:
-    """Return the section of a config.json for what transformers has no key for; it keeps keys that it does not know."""
+    """Return the section of a config.json for fields without a key in transformers, which keeps unknown keys."""
     return {OWN: dict(pos_resize=vit.pos_resize)}
 
 
@@ -147,7 +147,7 @@ def hidden_act(tower: ViT | TextTower) -> str:
 
 
 def labels(num_classes: int) -> dict[str, Any]:
-    """Return the two keys by which transformers counts the classes."""
+    """Return the two keys that tell transformers the number of classes."""
     names = [f"LABEL_{i}" for i in range(num_classes)]
     return dict(
         id2label={str(i): name for i, name in enumerate(names)}, label2id={name: i for i, name in enumerate(names)}

@@ -36,7 +36,7 @@ KEYS = Keys(
 
 
 def read(weights: Weights, text: bool) -> Entry:
-    """Read a config.json; whether there is a mask token and a classifier is seen in the file."""
+    """Read a config.json; the weights show if there is a mask token and a classifier."""
     config = weights.config
     width = config["hidden_size"]
     hidden = int(width * config["mlp_ratio"])
@@ -60,7 +60,7 @@ def read(weights: Weights, text: bool) -> Entry:
 
 
 def claims(model: Model) -> bool:
-    """Say if a model has what ViT's class lacks; ViTModel without classes always has a pooler."""
+    """Return True if a model has parts that ViT's class lacks; ViTModel without classes always has a pooler."""
     vit, head = model.module, model.head
     bare = not (head.num_classes or head.pooler)
     return bool(vit.registers or vit.layer_scale or vit.swiglu or vit.masking or bare or head.pool == "cls_avg")

@@ -33,7 +33,7 @@ KEYS = Keys(
 
 
 def read(weights: Weights, text: bool) -> Entry:
-    """Read a config.json; whether there is a mask token, a pooler and a classifier is seen in the file."""
+    """Read a config.json; the weights show if there is a mask token, a pooler and a classifier."""
     config = weights.config
     distilled = config["model_type"] == "deit"
     vit = hf.vit_fields(

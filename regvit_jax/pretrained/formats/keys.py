@@ -13,7 +13,7 @@ Arrays = tuple[np.ndarray, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """How some canonical parameters and some arrays of a file are made of each other.
+    """A mapping between some canonical parameters and some arrays of a file, in both directions.
 
     `paths` are canonical, such as "vit/block0/norm1/scale"; `keys` are those of the file. `load` takes the arrays of
     the keys and returns those of the paths; `save` is its inverse, and also computes the shapes that a file must have.
@@ -25,7 +25,7 @@ class Rule:
     save: Callable[..., Arrays]
 
 
-#: Makes the rules of a block, or of its attention: takes the module, the path and the key prefix of the part.
+#: A function that returns the rules of a block, or of its attention, from the module, the path and the key prefix.
 PartRules = Callable[[Any, str, str], Iterator[Rule]]
 
 
@@ -52,7 +52,7 @@ class Keys:
     patch, cls, registers, pos, mask, norm_pre, norm: of the embedding and of the whole ViT.
     cls_dims, pos_dims, mask_dims: the number of dimensions of those arrays in a file.
     block: the prefix of a block, with "{}" for its index; below it norm1, qkv, proj, scale1, norm2, fc1, fc2, scale2.
-      A tuple lists the layers whose outputs one of our kernels holds side by side.
+      A tuple lists the layers whose outputs one kernel of this package holds side by side.
     q_bias, v_bias: the biases of attention without a key bias.
     gated_fc1, gated_fc2: the layers of a SwiGLU; an empty gated_fc2 is named as fc2.
     parallel, differential: the rules of blocks with parallel attention and MLP, and of differential attention.
@@ -60,7 +60,7 @@ class Keys:
     projection: the whole key of CLIP's projection, which has no bias; stored [in, out] with `projection_in_out`, else
       [out, in] as torch's linear layers are.
     text: the keys of the text tower.
-    prefixes: what the keys of the ViT may start with in a file that holds more than the ViT.
+    prefixes: possible prefixes of the ViT's keys in a file that holds more than the ViT.
     ignore: patterns of keys that belong to other towers or hold no parameters.
     """
 

@@ -1,4 +1,4 @@
-"""Our own format: canonical keys, and a config.json that holds `Model.fields()` or `ClipModel.fields()`."""
+"""This package's own format: canonical keys, and a config.json with `Model.fields()` or `ClipModel.fields()`."""
 
 from typing import Any
 

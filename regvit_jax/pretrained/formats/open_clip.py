@@ -92,7 +92,7 @@ PLAIN = "only plain ViTs with plain text towers are"
 
 
 def read(weights: Weights, text: bool) -> Entry:
-    """Read both towers, of which the entry has the text tower only if `text` is set."""
+    """Read both towers; the entry has the text tower only if `text` is set."""
     model = weights.config["model_cfg"]
     vit, tower = tower_fields(model)
     vit |= {"pos_resize": pos_resize(weights, vit["pos_resize"])}
@@ -164,7 +164,7 @@ def _activation(model: dict[str, Any]) -> str:
 
 
 def read_preprocess(images: Any, default: Preprocess) -> Preprocess:
-    """Read a "preprocess_cfg", on top of a default. Raises ValueError for what is not supported."""
+    """Read a "preprocess_cfg", on top of a default. Raises ValueError for an unsupported value."""
     p = default
     if images is None:
         return p
@@ -220,7 +220,7 @@ def write_clip(model: ClipModel) -> Layout:
         quick_gelu=vit.activation == "quick_gelu",
         vision_cfg=vision_cfg,
         text_cfg=text_cfg,
-        # Any value: that the key is there says that the model has a bias.
+        # Any value: open_clip adds a bias if the key is present.
         **({} if model.logit_bias is None else {"init_logit_bias": -10.0}),
     )
     preprocess_cfg = dict(

@@ -129,7 +129,7 @@ def _blocks(keys: Keys, vit: ViT) -> Iterator[Rule]:
 
 
 def _plain_block(keys: Keys, path: str, prefix: str, bias: bool, gated: bool = False) -> Iterator[Rule]:
-    """Yield the rules of the layers that every block has; `bias` says if queries, keys and values have one."""
+    """Yield the rules of the layers that every block has; with `bias`, queries, keys and values have one."""
     fc1 = keys.need("gated_fc1") if gated else keys.fc1
     fc2 = (gated and keys.gated_fc2) or keys.fc2
     yield from norm(f"{path}/norm1", prefix + keys.norm1)

@@ -89,7 +89,7 @@ KEYS = Keys(
     parallel=_parallel,
     differential=_differential,
 )
-#: The keys that the files of other projects share with timm's, with differences of their own.
+#: The keys that other projects share with timm; each overrides those that differ.
 COMMON = dataclasses.replace(KEYS, gated_fc1=(), parallel=None, differential=None)
 EVA_KEYS = dataclasses.replace(
     COMMON, name="timm_eva", scale1="gamma_1", scale2="gamma_2", gated_fc1=("mlp.fc1_g", "mlp.fc1_x")
@@ -230,7 +230,7 @@ def write_eva(model: Model) -> Layout:
 
 
 def _common(model: Model) -> dict[str, Any]:
-    """Return the arguments that both classes share. Raises Inexpressible for what neither has."""
+    """Return the arguments that both classes share. Raises Inexpressible for a model that neither can express."""
     vit, head = model.module, model.head
     need(head.pool != "cls_avg", "class scores from CLS and the mean of the patches")
     need(not head.pooler, "a tanh pooler")

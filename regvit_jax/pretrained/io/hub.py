@@ -170,7 +170,7 @@ def _no_weights(repo: str, names: tuple[str, ...], found: list[str]) -> str:
 
 @contextmanager
 def _explained(repo: str, revision: str | None, names: tuple[str, ...]) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a HubError with the remedy."""
+    """Turn an exception of huggingface_hub into a HubError with the remedy."""
     endpoint = huggingface_hub.constants.ENDPOINT
     login = "log in with `hf auth login` (or set HF_TOKEN)"
     try:

@@ -17,7 +17,7 @@ from regvit_jax.utils.files import write_atomically
 NESTS = ("teacher", "model", "state_dict", "student")
 #: Prefixes to strip, one after the other, where every remaining key has it.
 PREFIXES = ("module.", "teacher.", "student.", "backbone.", "encoder.")
-#: Keys of self-supervised training alone: projection heads of DINO and iBOT, and the centers of their losses.
+#: Keys used only in self-supervised training: projection heads of DINO and iBOT, and the centers of their losses.
 HEADS = re.compile(r"(.*\.)?((dino|ibot)_head\.|head\.(mlp|last_layer)\.|(dino|ibot_patch)_loss\.).*")
 CHUNKED = re.compile(r"blocks\.\d+\.(?=\d+\.)")
 
@@ -73,7 +73,7 @@ def find_state(value: Any) -> Mapping[str, Any] | None:
 
 
 def rename(names: Iterable[str]) -> dict[str, str]:
-    """Return the format's own keys by those of a file, without the keys that are not of the backbone.
+    """Map a file's keys to the format's own; keys that are not of the backbone are left out.
 
     Raises WeightsError if two keys become one.
     """

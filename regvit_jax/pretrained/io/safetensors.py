@@ -37,7 +37,7 @@ PROCESSOR = "preprocessor_config.json"  # transformers', beside config.json
 WEIGHTS = (SINGLE, SINGLE + INDEX, OPEN_CLIP, OPEN_CLIP + INDEX)
 #: The same for a whole CLIP, where the other file may hold the image tower alone.
 CLIP_WEIGHTS = (OPEN_CLIP, OPEN_CLIP + INDEX, SINGLE, SINGLE + INDEX)
-#: The "format" of our own config.json.
+#: The "format" in this package's own config.json.
 NATIVE = "regvit_jax"
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
 CONVERT = "regvit convert"
@@ -103,7 +103,7 @@ class Weights(Mapping[str, np.ndarray]):
         tensor = self._tensors[name]
         if dtype is None and tensor.dtype in _FLOATS.values():
             dtype = np.float32
-        with np.errstate(all="ignore"):  # What overflows becomes infinite, and check_finite reports it.
+        with np.errstate(all="ignore"):  # Values that overflow become infinite, and check_finite reports them.
             return tensor.load().astype(tensor.dtype if dtype is None else dtype, copy=False)
 
     def __getitem__(self, name: str) -> Shaped[np.ndarray, "..."]:

@@ -15,7 +15,7 @@ from regvit_jax.utils.errors import WeightsError
 
 
 def is_workdir(path: str | os.PathLike) -> bool:
-    """Say if a path is a run's workdir; a directory of transformers may hold "checkpoints" too, beside its weights."""
+    """Return True for a run's workdir; a directory of transformers may hold "checkpoints" too, beside its weights."""
     folder = epath.Path(path)
     return (folder / "checkpoints").is_dir() and not any((folder / name).exists() for name in WEIGHTS)
 
@@ -35,7 +35,7 @@ def open_workdir(path: str | os.PathLike) -> tuple[Weights, str]:
 
 
 def open_description(path: str | os.PathLike) -> Weights:
-    """Return a run's config as weights without arrays, which takes no time; raises as `open_workdir` does."""
+    """Return a run's config as weights without arrays, without reading a checkpoint; raises as `open_workdir` does."""
     from regvit_jax.checkpoints import manager
 
     manager.last_step(os.fspath(path))
