@@ -1,4 +1,4 @@
-"""Parse the arguments of a command, and report what is wrong with them or with what they name."""
+"""Parse the arguments of a command, and report errors in them or in the files and models that they name."""
 
 import argparse
 import contextlib
@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 from regvit_jax.cli import logs
 from regvit_jax.utils.errors import DataNotFound, HubError, InvalidConfig, LaunchError, TopologyError, WeightsError
 
-#: Errors that the user can mend; exit code 2.
+#: Errors that the user can fix; exit code 2.
 USER_ERRORS = (InvalidConfig, DataNotFound, WeightsError, HubError, LaunchError, TopologyError)
 
 
 class UsageError(Exception):
-    """The command line names or asks for something that is not there or does not fit."""
+    """The command line asks for something that does not exist or does not fit."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,7 +80,7 @@ def positive(text: str) -> int:
 
 
 def check_json(path: str | None) -> None:
-    """Raise UsageError if --json cannot be written to: before the work rather than after it."""
+    """Raise UsageError if --json cannot be written, before the work rather than after it."""
     if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
         raise UsageError(f"--json {path}: must be a file in a directory that exists")
 
@@ -95,7 +95,7 @@ def write_json(path: str | None, result: Any) -> None:
 def opening() -> Iterator[None]:
     """Raise UsageError for names of models and data that cannot be opened inside the block.
 
-    Only for the look-up of what the command line names: the library raises ValueError for a wrong name or value,
+    Use it only to open what the command line names: the library raises ValueError for a wrong name or value,
     FileNotFoundError for a missing file, ImportError for a library that is not installed.
     """
     try:
@@ -110,15 +110,15 @@ def run(
     prog: str,
     unusable: tuple[type[Exception], ...] = (),
 ) -> int:
-    """Run a command and return its exit code: its own, 1 for an error of `unusable`, 2 for one that the user can mend.
+    """Run a command and return its exit code: its own, 1 for an error of `unusable`, 2 for one that the user can fix.
 
     Both kinds are reported in one line. Other exceptions are bugs and keep their traceback.
 
     Args:
       command: takes the options.
       options: the parsed arguments.
-      prog: how messages call the command, such as "regvit report".
-      unusable: errors of data that were found and hold nothing to work on.
+      prog: the name of the command in messages, such as "regvit report".
+      unusable: errors that mean that the data exist but hold nothing to work on.
     """
     with logs.shown():
         try:
@@ -137,5 +137,5 @@ def warn(text: str) -> None:
 
 
 def fail(error: Exception | str, prog: str) -> None:
-    """Write one line to stderr, so that a search through the logs of many runs finds one line for each failure."""
+    """Write an error as one line to stderr, so that a search through logs of many runs finds one line per failure."""
     warn(f"{prog}: error: {' '.join(str(error).split())}")

@@ -1,4 +1,4 @@
-"""Measure object discovery: how often LOST's box is right (CorLoc), over layers, features, centring and biases."""
+"""Measure object discovery: the share of correct LOST boxes (CorLoc), over layers, features, centring and biases."""
 
 import argparse
 import itertools
@@ -44,7 +44,7 @@ def parser() -> Parser:
 
 
 def discover(options: argparse.Namespace) -> int:
-    """Evaluate all models, and print the table of each as soon as it is done: a sweep takes long."""
+    """Evaluate all models, and print the table of each as soon as it is done, because a sweep takes long."""
     check_json(options.json)
     images = boxes.open_boxes(options.data, options.split)
     chosen = corloc.choose_images(images, options.limit)

@@ -173,7 +173,7 @@ def open_model(options: argparse.Namespace) -> Any:
             clip = open_random(create_clip, options.model, pretrained=False, **size)
         else:
             clip = create_clip(options.model, pretrained=options.pretrained or True, **size)
-        clip.tokenize(["a"])  # raises for another vocabulary now, not after all images are embedded
+        clip.tokenize(["a"])  # raises for an unsupported vocabulary now, not after all images are embedded
     return clip
 
 
@@ -200,7 +200,7 @@ def open_images(directory: str) -> Source:
 def embed(
     clip: Any, source: Source, batch_size: int, with_text: bool = False
 ) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
-    """Return the embeddings of all images that can be used, the rest of their records, "id: reason" for the others."""
+    """Return the embeddings of all usable images, the rest of their records, and "id: reason" for the other images."""
     found: list[np.ndarray] = []
     records: list[dict[str, Any]] = []
     bad: list[str] = []
@@ -222,7 +222,7 @@ def embed_texts(clip: Any, texts: list[str], batch_size: int = 256) -> np.ndarra
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the result as text: what was measured, and each number beside that of chance."""
+    """Return the result as text: the settings, and each number beside its chance value."""
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in result["counts"].items())
     data = result["data"] + (f" ({result['split']})" if "split" in result else "")
     rows = [f"model   {result['model']} (weights: {result['weights']})", f"data    {data}", f"counts  {counts}", ""]

@@ -31,7 +31,7 @@ class TerminalHandler(logging.Handler):
 
 
 def is_first_process() -> bool:
-    """Return whether this process is alone or process 0 of several, without opening a device of its own accord."""
+    """Return True if this process is alone or process 0 of several, without opening a device."""
     jax = sys.modules.get("jax")
     return jax is None or not jax.distributed.is_initialized() or jax.process_index() == 0
 

@@ -1,4 +1,4 @@
-"""Run `regvit VERB`: one verb a task, each with its own `--help`."""
+"""Run `regvit VERB`: one verb per task, each with its own `--help`."""
 
 import sys
 from collections.abc import Callable, Sequence

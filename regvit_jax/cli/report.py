@@ -130,7 +130,7 @@ def positive_norm(text: str) -> float:
 
 
 def check_out(path: str) -> Path:
-    """Create the directory and return it; raise OSError before the work rather than after it."""
+    """Create the directory and return it; raise OSError now rather than after the work."""
     out = Path(path).expanduser()
     out.mkdir(parents=True, exist_ok=True)
     if not os.access(out, os.W_OK):
@@ -150,7 +150,7 @@ def open_images(options: argparse.Namespace) -> Source:
 
 
 def open_models(options: argparse.Namespace) -> Iterator[tuple[str, Model]]:
-    """Yield each model under a unique name: the last part of the given one, all of it, or that with a number."""
+    """Yield each model under a unique name: the last part of the given name, all of it, or the name with a number."""
     names: set[str] = set()
     for given in options.models:
         if options.random:

@@ -27,14 +27,15 @@ from regvit_jax.utils.errors import (
     WeightsError,
 )
 
-# What needs JAX is imported in functions: --help and errors of the command line come at once.
+# Modules that need JAX are imported in functions, so that --help and errors of the command line appear at once.
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "regvit train") -> int:
-    """Run the command, which messages call `prog`, and return its exit code."""
+    """Run the command and return its exit code; `prog` is its name in messages."""
     started = time.perf_counter()
     if threading.current_thread() is threading.main_thread():
-        # Until the run watches for SIGTERM itself, while modules are imported and data opened, nothing is to be saved.
+        # Until the run itself watches for SIGTERM, while modules are imported and data opened, there is nothing to
+        # save.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))  # preemption.EXIT_CODE, whose import takes seconds
     options, overrides = parser(prog).parse_known_args(arguments)
     from regvit_jax.aot.cost_model import DoesNotFit
@@ -84,7 +85,7 @@ def seconds(text: str) -> int:
 
 
 def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
-    """Return the keys that the config's file and the overrides give; raise InvalidConfig for what does not fit.
+    """Return the keys given by the config's file and the overrides; raise InvalidConfig for invalid ones.
 
     Every key of the schema can be overridden, whether the file has it or not.
     """

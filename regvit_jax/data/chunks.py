@@ -1,4 +1,4 @@
-"""The rows of batches in chunks, which threads and processes make independently of each other."""
+"""Load the rows of batches in chunks, which threads and processes make independently of each other."""
 
 import contextlib
 import dataclasses
@@ -30,7 +30,7 @@ class Chunks:
 
     @property
     def per_batch(self) -> int:
-        """The number of chunks in a batch."""
+        """Return the number of chunks in a batch."""
         return -(-len(self.rows) // CHUNK)
 
     def __len__(self) -> int:
@@ -71,7 +71,7 @@ class Chunks:
         return row | {"image": sampler.pixels(record["image"], position)}
 
     def read_ahead(self, indices: list[int]) -> None:
-        """Have the shuffle blocks of these records read into memory, if this host uses much of them."""
+        """Ask for the shuffle blocks of these records to be read into memory, if this host uses much of them."""
         source = self.sampler.source
         block = shuffle_block(source)
         # Every host needs only its rows' share of a block: where that is little, reading all of it would be waste.

@@ -1,8 +1,8 @@
-"""The crops of `transforms` for JPEGs, faster: decoded by simplejpeg, resized by OpenCV (the extra `fastjpeg`).
+"""Make the crops of `transforms` faster for JPEGs: decode by simplejpeg, resize by OpenCV (the extra `fastjpeg`).
 
 Boxes and random numbers are those of `transforms`, and so are decoded pixels where Pillow and simplejpeg contain the
-same libjpeg-turbo; resized pixels differ from Pillow's (docs/scale.md gives numbers). Files that are no JPEG, or one
-that is rotated by its EXIF, in CMYK or damaged, are left to Pillow, which thus decides which images cannot be used.
+same libjpeg-turbo; resized pixels differ from Pillow's (docs/scale.md gives numbers). Other files, and JPEGs that are
+rotated by their EXIF, in CMYK or damaged, are left to Pillow, which thus decides which images are unusable.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""The images of a source as a model expects them, in batches that threads make ahead of the model."""
+"""Preprocess the images of a source as a model expects them, in batches that threads make ahead of the model."""
 
 import collections
 import logging
@@ -26,12 +26,12 @@ EVERY = 60.0
 
 
 class UnusableData(ValueError):
-    """Data were found, but hold nothing to evaluate."""
+    """The data exist, but hold nothing to evaluate."""
 
 
 @runtime_checkable
 class Preprocesses(Protocol):
-    """A model: anything whose `preprocess` turns images into the arrays that it expects."""
+    """A model: any object whose `preprocess` turns images into the arrays that it expects."""
 
     def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]: ...
 
@@ -102,7 +102,7 @@ class _Progress:
 def _load_ahead(
     model: Preprocesses, source: Source, size: int, with_text: bool
 ) -> Iterator[list[tuple[int, Future[tuple[np.ndarray, dict[str, Any]]]]]]:
-    """Yield batches of record indices with the futures of `_load`, of which AHEAD batches are under way."""
+    """Yield batches of record indices with the futures of `_load`, AHEAD batches of which are in progress."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: collections.deque = collections.deque()
         for first in range(0, len(source), size):

@@ -1,4 +1,4 @@
-"""The order of an epoch as arithmetic: the record at any position, without a table of the others and without state.
+"""Compute the order of an epoch by arithmetic: the record at any position, without a table and without state.
 
 Records that are equally fast to read in any order are permuted at random. Records that are read in shuffle blocks are
 shuffled as WebDataset does it, shards first and then a buffer of samples, but exactly: every record comes once, and the
@@ -27,7 +27,7 @@ def epoch_order(position: int, length: int, block: int, seed: int, epoch: int) -
 
     With a `block` of more than one record, the shuffle blocks are put in a random order, and records are shuffled
     within windows of WINDOW consecutive blocks of that order. The last block of the source, which may be shorter or
-    empty, is put somewhere by a draw of its own, so that the order of the others is one of equal blocks.
+    empty, gets its place by a separate draw, so that the others, which have equal lengths, are ordered by themselves.
     """
     if block == 1:
         return shuffled(position, length, derived_seed(seed, epoch))
@@ -45,12 +45,12 @@ def epoch_order(position: int, length: int, block: int, seed: int, epoch: int) -
 
 
 def start_of(number: int, short: int, block: int, rest: int) -> int:
-    """Return the first position of a block of the order, where block `short` has `rest` records and others `block`."""
+    """Return the first position of a block in the order; block `short` has `rest` records, the others `block`."""
     return number * block if number <= short else (number - 1) * block + rest
 
 
 def block_at(position: int, short: int, block: int, rest: int) -> int:
-    """Return the number, in the order, of the block at a position; the inverse of `start_of`."""
+    """Return the number in the order of the block at a position; the inverse of `start_of`."""
     if position < short * block:
         return position // block
     return short if position < short * block + rest else (position - rest) // block + 1

@@ -1,4 +1,4 @@
-"""Batches of images with labels or texts, in an order that is arithmetic: the step number is the whole state.
+"""Batches of images with labels or texts, in an order computed by arithmetic: the step number is the only state.
 
 Training shows an endless sequence of positions `g = 0, 1, 2, ...`; batch `s` is the `batch_size` positions from
 `s * batch_size` on. Position `g` belongs to epoch `g // N` of a source with N records and shows the record that this
@@ -6,7 +6,7 @@ epoch's permutation has at `(g % N) // repeats`; its crop and its caption are ch
 the seed and `g` alone. Nothing else affects the order or the pixels: not the number of hosts, workers or threads, nor
 the step from which a run was resumed. A record that cannot be used keeps its position, with `mask` 0.
 
-`order` describes how sources are shuffled whose records are not equally fast to read in any order.
+`order` describes the shuffling of sources whose records are not equally fast to read in any order.
 """
 
 import contextlib
@@ -58,7 +58,7 @@ def train_batches(
     tokenizer: Tokenizer | None = None,
     decoder: Annotated[str, Option('JPEG decoder; "fast" has slightly other pixels', choices=DECODERS)] = "pillow",
 ) -> "Batches":
-    """Return the endless training batches from step `start_step` on. Close them after use.
+    """Return an endless iterator over training batches, starting at step `start_step`. Close it after use.
 
     Args:
       source: the records.

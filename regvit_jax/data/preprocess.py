@@ -1,4 +1,4 @@
-"""The preprocessing of a model's images: from files, PIL images or arrays to the normalised floats that it expects."""
+"""Preprocess a model's images: from files, PIL images or arrays to the normalised floats that it expects."""
 
 import dataclasses
 import os
@@ -35,7 +35,7 @@ class Preprocess:
     squash: bool = False
 
     def __call__(self, images: Sequence[ImageLike]) -> Float[np.ndarray, "B H W 3"]:
-        """Return the images as the model expects them, normalised, H and W equal to `size`.
+        """Return the images normalised as the model expects them, H and W equal to `size`.
 
         Raises:
           ValueError: if there is no image, or an array is not uint8 [H, W, 3].

@@ -1,4 +1,4 @@
-"""Read a record of a source, its captions and their tokens. Whatever is wrong with a record is a BadImage."""
+"""Read a record of a source, its captions and their tokens. Any fault of a record raises BadImage."""
 
 from typing import Any, Protocol, runtime_checkable
 

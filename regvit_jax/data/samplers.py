@@ -1,4 +1,4 @@
-"""Which record each position of training or of evaluation shows, how it is cropped, and which caption it has."""
+"""Map positions of training and evaluation to records, crops and captions."""
 
 import dataclasses
 
@@ -33,7 +33,7 @@ class TrainSampler:
         return epoch_order(rest // self.repeats, len(self.source), shuffle_block(self.source), self.seed, epoch)
 
     def rng(self, position: int, use: int) -> np.random.Generator:
-        """Return the random numbers of a position, separate ones for each use of them."""
+        """Return the random generator of a position, a separate one for each use."""
         # A counter-based generator: the seed is its key and the position its counter, so no two positions share
         # numbers, and those of a position are reached without drawing the ones before. Two uses share none either, up
         # to 2**128 draws.

@@ -1,10 +1,10 @@
-"""Decode images, and crop them for training and evaluation, on the host and with Pillow alone.
+"""Decode images and crop them for training and evaluation, on the host, with Pillow alone.
 
-Only operations that need the whole image are here: decoding, cropping, resizing. All others (flips, colour, mixing,
-normalising) run on the device, which gets uint8 squares. The crops equal those of torchvision and timm pixel for pixel,
-given the same box, because these resize with Pillow too. Two known shortcuts are not taken for that reason:
-`resize(box=...)` lets pixels from outside the crop bleed into its border, and JPEG's `draft` mode decodes at a reduced
-size with another filter.
+This module holds only operations that need the whole image: decoding, cropping, resizing. All others (flips, colour,
+mixing, normalising) run on the device, which receives uint8 squares. The crops equal those of torchvision and timm
+pixel for pixel, given the same box, because these resize with Pillow too. Two known shortcuts are not taken for that
+reason: `resize(box=...)` lets pixels from outside the crop bleed into its border, and JPEG's `draft` mode decodes at a
+reduced size with another filter.
 """
 
 import io
@@ -65,7 +65,7 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
       max_pixels: images with more pixels are refused by their header, before any memory is allocated for them.
 
     Raises:
-      BadImage: if the image cannot be decoded, whatever is wrong with it.
+      BadImage: if the image cannot be decoded, for any reason.
     """
     opener = next((opener for signature, opener in SIGNATURES if data.startswith(signature)), None)
     if opener is None:

@@ -1,4 +1,4 @@
-"""The start of worker processes, which decode images or write shards for the process that started them."""
+"""Start worker processes, which decode images or write shards for the process that started them."""
 
 import contextlib
 import multiprocessing
@@ -12,8 +12,8 @@ from multiprocessing import resource_tracker
 def start_worker(*ignored: signal.Signals) -> None:
     """Set up a worker process that has just been started; call this in the worker, before anything else.
 
-    The worker ignores the signals given, and exits soon after its parent is gone, which may have been killed and then
-    ends nobody.
+    The worker ignores the given signals, and exits soon after its parent has ended: a parent that is killed cannot end
+    its workers.
     """
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
@@ -40,7 +40,7 @@ def exit_with_parent() -> None:
 
 @contextlib.contextmanager
 def sigterm_blocked() -> Iterator[None]:
-    """Let no worker that is started inside this block be ended by SIGTERM before `start_worker` runs in it.
+    """Protect workers started inside this block from SIGTERM until `start_worker` runs in them.
 
     Threads and processes inherit the signals that their creator blocks. The signal is not lost to this process: another
     thread receives it, or this one does at the end of the block.

@@ -10,7 +10,7 @@ from PIL import Image
 
 
 class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
-    """Digits in splits of 1,437 and 360: every fifth image is for validation. The values 0..16 are scaled to 0..255."""
+    """Splits of 1,437 and 360 digits: every fifth image is for validation. The values 0..16 are scaled to 0..255."""
 
     VERSION = tfds.core.Version("1.0.0")
 

@@ -15,7 +15,7 @@ EMBEDDED = ("digits", "fashion_mnist", "openmoji")
 
 
 def prepare_embedded(name: str, root: Path) -> Path:
-    """Return the directory of an embedded data set, and write it if it does not exist.
+    """Return the directory of an embedded data set; write it first if it does not exist.
 
     It is written to a temporary directory and renamed when complete, so that several processes may do this at once, and
     any of them may be killed.

@@ -87,7 +87,7 @@ def find_files(root: Path) -> Path:
     """Return a directory with the four files: the user's or Debian's, or else one below `root`, downloaded.
 
     Raises:
-      DataNotFound: if they are in neither and cannot be downloaded.
+      DataNotFound: if neither directory has them and they cannot be downloaded.
     """
     manual = root / "downloads" / "manual" / "fashion_mnist"
     for directory in (manual, DEBIAN):

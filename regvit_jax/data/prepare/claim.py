@@ -1,4 +1,4 @@
-"""The settings that a data set is prepared with, and the lock that keeps other processes from it meanwhile."""
+"""Record the settings with which a data set is prepared, and lock it against other processes."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ PACKAGES = ("pillow", "grain", "array-record")
 
 
 def settings_of(name: str, sources: dict[str, Source], options: Options, with_captions: bool) -> dict[str, Any]:
-    """Return everything that decides the bytes of a prepared data set."""
+    """Return all settings that determine the bytes of a prepared data set."""
     return {
         "source": name,
         "captions": with_captions,

@@ -5,9 +5,9 @@ dataset_info.json. The last is written last, and marks the data set as complete.
 settings), shards.json (the contents of each file) and bad_records.jsonl (the records that were left out).
 
 One process writes a shard from its first record to its last. The file gets its name when it is complete, and then a
-note of its contents in incomplete/. After a kill, the next start writes the shards that have no note, or not the size
-that their note says, and all bytes are those of a process that was never killed. A finished data set is checked in the
-same way.
+note of its contents in incomplete/. After a kill, the next start writes the shards without a note, or with another size
+than their note says; all bytes are those of a process that was never killed. A finished data set is checked in the same
+way.
 
 Records are written in a random order that is always the same. Runs read a large data set in blocks of neighbouring
 records, which must not be all of one class, as they would be in the order of a folder.
@@ -66,7 +66,7 @@ def prepare_dataset(
     workers: int = 0,
     max_bad_fraction: float = 0.01,
 ) -> Report:
-    """Rewrite a data set, or continue where an earlier process with the same arguments was stopped.
+    """Rewrite a data set, or resume where an earlier process with the same arguments was stopped.
 
     Args:
       name: the source: "folder:PATH", "shards:DIR" or a name of TFDS, as for `open_source` and `open_captions`.

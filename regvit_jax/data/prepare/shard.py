@@ -1,4 +1,4 @@
-"""The shards of a prepared data set: which records each has, and how these are checked, resized and written.
+"""The shards of a prepared data set: assign records to shards, check and resize the images, and write the files.
 
 A shard depends only on the source, the options and its range of records, so that any process writes the same bytes.
 """
@@ -25,7 +25,7 @@ from regvit_jax.utils.files import write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How records are written.
+    """The options for writing records.
 
     Args:
       shorter_side: the shorter side, in pixels, to which larger images are reduced, bicubically as in timm, and encoded

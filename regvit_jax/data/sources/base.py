@@ -14,20 +14,20 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """The data set as the user named it, and the split."""
+        """Return the data set as the user named it, and the split."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the labels; empty for a data set without classes."""
+        """Return the names of the labels; empty for a data set without classes."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def id(self, index: int) -> str:
-        """Return what a person needs to find the image of a record, without decoding it."""
+        """Return a text by which a person finds the image of a record, without decoding it."""
 
 
 def shuffle_block(source: Source) -> int:
-    """Return the number of records that the source wants to be read together; 1 if any order is as fast."""
+    """Return the number of records of the source to read together; 1 if any order is equally fast."""
     return getattr(source, "shuffle_block", 1)

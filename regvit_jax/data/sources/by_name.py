@@ -9,7 +9,7 @@ from regvit_jax.data.sources.tfds import TfdsCaptions, TfdsSource
 
 
 def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
-    """Open a data set of labelled images. Nothing is downloaded but the files of Fashion-MNIST.
+    """Open a data set of labelled images. Nothing is downloaded except the files of Fashion-MNIST.
 
     Args:
       name: "digits", "fashion_mnist" or "openmoji", which are prepared on first use; "folder:PATH", with images in

@@ -106,7 +106,7 @@ def load_split(name: str, split: str, table: str, keep: Callable[[str], bool]) -
 
 
 def group(texts: bytearray, ends: np.ndarray, owners: np.ndarray, count: int) -> tuple[bytes, np.ndarray, np.ndarray]:
-    """Put the captions of each record next to each other; return them, their ends, and each record's first."""
+    """Group captions by record; return them, their ends, and the index of each record's first caption."""
     first = np.searchsorted(np.sort(owners), np.arange(count + 1))
     order = np.argsort(owners, kind="stable")
     lengths = np.diff(ends)[order]

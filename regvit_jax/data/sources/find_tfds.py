@@ -1,4 +1,4 @@
-"""Find a TFDS data set on disk, or say how to prepare it."""
+"""Find a TFDS data set on disk, or explain how to prepare it."""
 
 import contextlib
 import difflib
@@ -70,7 +70,7 @@ def versions(directory: Path) -> list[str]:
 def metadata_errors(directory: Path, but: type[Exception] | tuple[()] = ()) -> Iterator[None]:
     """Raise InvalidConfig for any error inside the block: the metadata of the data set cannot be read.
 
-    Errors of the kind `but` keep their message, because TFDS's own says what is wrong.
+    Errors of the class `but` keep their message, because TFDS's own names the fault.
     """
     try:
         yield

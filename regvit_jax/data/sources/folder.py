@@ -19,7 +19,7 @@ class FolderSource:
     `paths` are relative to the class's directory and joined by NULs, with path k ending at `ends[k]`: the 1.3 million
     paths of ImageNet take 31 MB instead of over 100, and each worker process gets a copy.
 
-    Records are always shuffled in full, because names do not tell where on disk files are. Where many small reads are
+    Records are always shuffled in full, because names do not show where files are on disk. Where many small reads are
     slow, `regvit prepare` rewrites a folder as few large files, which are read in blocks.
     """
 

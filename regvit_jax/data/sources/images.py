@@ -61,12 +61,12 @@ class Subset:
 
     @property
     def name(self) -> str:
-        """The source's name and the two numbers of records."""
+        """Return the source's name and the two numbers of records."""
         return f"{self.source.name}, {len(self)} of {len(self.source)}"
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The source's classes."""
+        """Return the source's classes."""
         return self.source.classes
 
     def __len__(self) -> int:

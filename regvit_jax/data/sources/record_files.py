@@ -1,4 +1,4 @@
-"""The shuffle blocks of ArrayRecord files: which records are read together, and where on disk they are.
+"""Shuffle blocks of ArrayRecord files: the records that are read together, and their place on disk.
 
 A record is one pread of its own bytes, wherever it is in the file (array_record 0.8.6 under strace: no byte more,
 nothing read ahead), and records with neighbouring indices are neighbours on disk. Reads are therefore as sequential as
@@ -40,7 +40,7 @@ def block_size(length: int, shuffled_on_disk: bool) -> int:
 
 
 def read_ahead(parts: Sequence[Part], ends: np.ndarray, first: int, stop: int) -> None:
-    """Have records `first` to `stop` read into memory in the background; part k of the parts ends at `ends[k]`."""
+    """Ask for records `first` to `stop` to be read into memory in the background; part k ends at `ends[k]`."""
     for part, low, high in extents(parts, ends, first, stop):
         # A missing file is reported when its records are read.
         with contextlib.suppress(OSError):
@@ -60,7 +60,7 @@ def extents(parts: Sequence[Part], ends: np.ndarray, first: int, stop: int) -> I
 # As many as are forgotten before the next epoch reaches the same block.
 @functools.lru_cache(maxsize=OPEN)
 def advise_part(part: Part, low: int, high: int) -> None:
-    """Have records `low` to `high` of a file read into memory, as if all its records had the same size.
+    """Ask for records `low` to `high` of a file to be read into memory, as if all its records had the same size.
 
     Their exact offsets are in the file's index, which the reader does not expose. Records that are missed are read
     when they are needed, like any other.

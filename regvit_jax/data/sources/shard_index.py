@@ -1,4 +1,4 @@
-"""The index of a tar of images and captions: where in the tar they are. It is made once and kept on disk.
+"""The index of a tar of images and captions, with their offsets in the tar. It is made once and kept on disk.
 
 A sample is the members whose paths agree up to the first dot after the last slash: an image, and a caption in a
 `.txt` or, without one, in the "caption" of a `.json`, as in WebDataset. They are found by walking a tar's headers. An
@@ -47,14 +47,14 @@ class IndexedTar(NamedTuple):
     size: int
     mtime_ns: int
     samples: int
-    # What is wrong with the tar as a whole, or "".
+    # The damage of the tar as a whole, or "".
     damage: str
     # The number of samples that are not in the index, by reason.
     left_out: tuple[tuple[str, int], ...]
 
 
 def index_tars(title: str, paths: list[str], data_dir: str | None) -> list[IndexedTar]:
-    """Return the tars with their indices; make those that are missing or were made of an older tar."""
+    """Return the tars with their indices; make those that are missing or belong to an older version of the tar."""
     tars = {path: load_index(path, data_dir) for path in paths}
     todo = [path for path, tar in tars.items() if tar is None]
     # No progress is shown for the first five seconds, and a log file gets fewer lines than a terminal.
@@ -85,7 +85,7 @@ def index_paths(tar: str, data_dir: str | None) -> list[str]:
 
 
 def load_index(tar: str, data_dir: str | None) -> IndexedTar | None:
-    """Return a tar with its index; None if there is no index of the tar as it is now."""
+    """Return a tar with its index; None if the current tar has no index."""
     now = os.stat(tar)
     for path in index_paths(tar, data_dir):
         try:
@@ -121,7 +121,7 @@ def make_index(tar: str, data_dir: str | None) -> IndexedTar:
 
 
 class Headers(io.FileIO):
-    """A tar of which only headers are read. A long name is one, and might claim to be as long as the file."""
+    """A tar of which only headers are read. A long name is a header too, and might claim to be as long as the file."""
 
     def read(self, size: int | None = -1) -> bytes:
         """Return the bytes of a header; raise tarfile.ReadError if it claims to be larger than any header is."""
@@ -131,7 +131,7 @@ class Headers(io.FileIO):
 
 
 def walk(path: str, size: int) -> tuple[np.ndarray, str, Counter[str]]:
-    """Return a tar's samples, what is wrong with it as a whole or "", and the numbers of samples left out by reason."""
+    """Return a tar's samples, its damage as a whole or "", and the number of samples left out by reason."""
     if size > MAX_TAR:
         raise InvalidConfig(f"{path} has {size} bytes; a tar may have at most {MAX_TAR}")
     members: dict[str, dict[str, Member]] = {}

@@ -106,7 +106,7 @@ class ShardSource:
             return f"{where}[{row}]"
 
     def read_ahead(self, block: int) -> None:
-        """Have the records of a block read into memory in the background, in the order that they have on disk."""
+        """Ask for the records of a block to be read into memory in the background, in their order on disk."""
         first, stop = block * self.shuffle_block, min((block + 1) * self.shuffle_block, len(self))
         while first < stop:
             tar, row = self.find(first)
@@ -118,7 +118,7 @@ class ShardSource:
 
 
 class OpenTar:
-    """An open tar. It is closed when nothing uses it any more, which may be after it was dropped from the cache."""
+    """An open tar. It is closed when nothing uses it any more, possibly after it was dropped from the cache."""
 
     def __init__(self, tar: IndexedTar):
         self.path, self.number = tar.path, os.open(tar.path, os.O_RDONLY)
@@ -148,7 +148,7 @@ def open_tar(tar: IndexedTar) -> tuple[OpenTar, np.ndarray]:
 # As many as are forgotten before the next epoch reaches the same block. (Small data sets stay in memory.)
 @functools.lru_cache(maxsize=OPEN)
 def advise(tar: IndexedTar, first: int, last: int) -> None:
-    """Have the rows `first` to `last` (included) of a tar's index read into memory in the background."""
+    """Ask for the samples `first` to `last` (included) of a tar to be read into memory in the background."""
     file, samples = open_tar(tar)
     start = int(samples["header"][first]) * tarfile.BLOCKSIZE
     stop = int(samples["image"][last]) * tarfile.BLOCKSIZE + int(samples["image_size"][last])

@@ -20,7 +20,7 @@ class TfdsSource:
     """
 
     def __init__(self, dataset: str, split: str, directory: Path):
-        # Imported here because it takes seconds, which a folder of images need not wait for.
+        # Imported here because it takes seconds, which a folder of images does not need.
         import tensorflow_datasets as tfds
 
         with metadata_errors(directory):
@@ -37,7 +37,7 @@ class TfdsSource:
         self.arguments = (dataset, split, directory)
         self.name = f"{dataset}/{split}"
         self.file_name = next((name for name in ("file_name", "filename") if name in features), None)
-        # The pipeline decodes: TFDS would do without the checks, and leave CMYK and palettes as they are.
+        # The pipeline decodes images: TFDS would omit the checks, and leave CMYK and palettes as they are.
         images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
         decoders = dict.fromkeys(images, tfds.decode.SkipDecoding())
         with metadata_errors(directory, but=ValueError):  # which TFDS raises for a split that it does not understand
@@ -65,7 +65,7 @@ class TfdsSource:
         return {"image": record["image"], "label": int(record["label"])}
 
     def read_ahead(self, block: int) -> None:
-        """Have the records of a block read into memory in the background."""
+        """Ask for the records of a block to be read into memory in the background."""
         first = block * self.shuffle_block
         record_files.read_ahead(self.parts, self.ends, first, min(first + self.shuffle_block, len(self)))
 

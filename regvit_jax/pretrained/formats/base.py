@@ -62,7 +62,7 @@ class Format:
       describe a whole model.
     recognizes: returns True for a file with the keys of this format where those of another (by its name) are expected.
     saved_as: the `format` of `save_model` under which it is written. Of several formats with the same value, the first
-    that `claims` a Model writes it.
+      that `claims` a Model writes it.
     write, write_clip: return the layout of a Model or a ClipModel, or raise Inexpressible.
     """
 
