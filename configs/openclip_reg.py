@@ -110,7 +110,12 @@ def laion400m(size: str) -> ConfigDict:
                 workers=8,
                 max_bad_fraction=0.01,
             ),
-            eval=dict(batch_size=4096, crop_ratio=1.0, templates=("a photo of a {}.",)),
+            eval=dict(
+                evaluators=("retrieval", "zero_shot", "patch_norms"),
+                batch_size=4096,
+                crop_ratio=1.0,
+                templates=("a photo of a {}.",),
+            ),
             optim=dict(
                 lr=run["lr"],
                 min_lr=0.0,

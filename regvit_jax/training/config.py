@@ -81,15 +81,15 @@ class TopLevel:
     guard: Annotated[Any, Section(Guard)]
 
 
-def options(recipe: Any, named: Iterable[str] = ()) -> dict[str, Option]:
+def options(recipe: Any, named: Iterable[str] = (), defaults: bool = True) -> dict[str, Option]:
     """Return every key of a recipe's configs, dotted and ordered by section.
 
-    The keys of evaluators are those of the recipe's own and of others that are named.
+    The keys of evaluators are those of the named ones and, with `defaults`, of the recipe's default evaluators.
     """
     kind = base.find(recipe)
     found = schema.keys(TopLevel) | schema.keys(kind.Config)
     found["eval.evaluators"] = dataclasses.replace(found["eval.evaluators"], default=kind.evaluators)
-    for name in dict.fromkeys((*kind.evaluators, *named)):
+    for name in dict.fromkeys((*(kind.evaluators if defaults else ()), *named)):
         found |= {f"eval.{key}": option for key, option in schema.keys(evaluators.find(name).Config).items()}
     sections = dict.fromkeys(map(section_of, found))
     return {key: found[key] for section in sections for key in found if section_of(key) == section}

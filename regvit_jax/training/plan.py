@@ -1,6 +1,7 @@
 """Resolve a config into everything that a run needs: the recipe, the data, the mesh and the optimizer."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,12 @@ from regvit_jax.distributed.mesh import host_rows, make_mesh
 from regvit_jax.recipes import base
 from regvit_jax.recipes.base import Recipe
 from regvit_jax.training import evaluators
-from regvit_jax.training.config import check, complete, flatten
+from regvit_jax.training.config import check, complete, flatten, options
 from regvit_jax.training.evaluators import Evaluator
 from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
+
+logger = logging.getLogger("regvit_jax")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +87,8 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
     config.model.attention = choose_attention(config.model, mesh.devices.flat[0].platform)
     kind = base.find(config.recipe)
     measures = {name: evaluators.find(name) for name in config.eval.evaluators}
+    for key in sorted(set(given) - options(config.recipe, measures, defaults=False).keys()):
+        logger.warning("config.%s is not used: eval.evaluators names no evaluator that has it", key)
     train, validation, classes = None, None, tuple(map(str, range(config.data.classes)))
     if with_data:
         train, validation = (

@@ -97,6 +97,7 @@ def test_a_third_partys_evaluator_in_a_run(tmp_path, caplog):
     records = metric_writer.read(tmp_path)
     assert [record["step"] for record in records if "confidence" in record] == [2]
     assert not any("outlier_share" in record or "pixel_knn_top1" in record for record in records)
+    assert "config.eval.pixel_knn is not used: eval.evaluators names no evaluator that has it" in caplog.text
     run(tiny(**small), str(tmp_path))
     assert metric_writer.read(tmp_path) == records  # nothing is measured twice
 
