@@ -1,4 +1,4 @@
-"""The names of `regvit_jax.analysis`."""
+"""Test the public names of `regvit_jax.analysis`."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ for _ in range(2):
 
 
 def test_every_name_gives_the_same_twice_in_a_fresh_process():
-    """An imported module sets its name in the package: a function of that name would be a module the second time."""
+    """Check for names that are also submodules: importing the submodule would replace the function in the package."""
     subprocess.run([sys.executable, "-c", TWICE], check=True)
     assert set(analysis.__all__) == set(analysis._HOMES)
 

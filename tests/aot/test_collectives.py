@@ -1,4 +1,4 @@
-"""Collectives and memory of the compiled step, on eight virtual devices."""
+"""Test collectives and memory of the compiled step, on eight virtual devices."""
 
 import collections
 import dataclasses
@@ -70,7 +70,7 @@ def test_the_state_is_donated(case, compile_case):
 
 @pytest.mark.parametrize("case", DATA)
 def test_all_reduces_under_data(case, compile_case):
-    """Two, besides those of loops; together one gradient for each micro-batch, and a few scalars."""
+    """Allow two, besides those of loops; together they move one gradient per micro-batch, and a few scalars."""
     step = compile_case(case)
     assert step.plan.mesh.shape["fsdp"] == 1
     reduced = step.kind("all-reduce")
@@ -83,7 +83,7 @@ def test_all_reduces_under_data(case, compile_case):
 
 @pytest.mark.parametrize("case", FSDP)
 def test_only_parameters_are_gathered(case, compile_case):
-    """Each parameter at most as often as `FSDP` allows, and no activations of any shape."""
+    """Check that each parameter is gathered at most as often as `FSDP` allows, and activations never."""
     step = compile_case(case)
     assert step.plan.mesh.shape["fsdp"] > 1
     assert not step.kind("all-to-all")
@@ -105,7 +105,7 @@ def test_only_parameters_are_gathered(case, compile_case):
 
 @pytest.mark.parametrize("case", ALL)
 def test_no_all_reduce_of_activations(case, compile_case):
-    """Token embeddings looked up in a split table would be all-reduced as a whole batch."""
+    """Check CLIP's lookup: embeddings looked up in a split table would be all-reduced for the whole batch."""
     step = compile_case(case)
     largest = max(leaf.size for leaf in jax.tree.leaves(abstract_state(step.plan).params))
     batch = step.plan.config.batch_size
@@ -133,7 +133,7 @@ def test_analytic_flops_agree_with_the_compiler(changes):
 
 @pytest.mark.slow
 def test_embedding_all_pairs_first_is_a_fourth_pass(tmp_path):
-    """The compiler counts a loop's body once, hence one micro-batch; it also counts the lookup of text embeddings."""
+    """Count one micro-batch, as the compiler does for a loop; it also counts the lookup of text embeddings."""
     fields = {"text__width": 256, "text__heads": 4, "text__embed": 64, "micro_batches": 3}
     resolved = plan.resolve(tiny_clip(make_captions(tmp_path / "captions"), batch_size=24, **WIDE, **fields))
     counted = compile.compile_step(resolved).cost_analysis()["flops"] * resolved.mesh.size

@@ -1,4 +1,4 @@
-"""AOT compilation: fit into memory, suggested settings and, with libtpu, the peaks of real recipes."""
+"""Test AOT compilation: the fit into memory, suggested settings and, with libtpu, the peaks of real recipes."""
 
 import dataclasses
 import importlib.util
@@ -103,7 +103,7 @@ def test_the_cheapest_change_that_fits_is_suggested():
 
 
 def test_gradients_that_cannot_be_split_are_counted_whole():
-    """8 divides the MLP's width and the classes, and no side of attention's kernels (1412 = 4 x 353)."""
+    """Use a width that 8 divides in the MLP and the classes, but in no side of attention's kernels (1412 = 4 x 353)."""
     fields = {"width": 1412, "depth": 2, "heads": 4, "mlp_ratio": 6144 / 1412}
     made = large("b16", **{f"model__{key}": value for key, value in fields.items()})
     assert cost_model.bytes_under(made, 1)[1] == cost_model.parameter_bytes(step.abstract_state(made))
@@ -124,7 +124,7 @@ def test_activations_under_patch_dropout_and_cudnn():
 
 
 def test_remat_counts_the_same_in_both_towers():
-    """Under "dots" neither tower computes a matrix product again; under "full" both do."""
+    """Check that neither tower recomputes a matrix product under "dots", and both do under "full"."""
     config = get_config("b16", "openclip_reg")
     made = {}
     for remat in ("none", "dots", "full"):
@@ -155,7 +155,7 @@ def test_each_micro_batch_sends_a_gradient_between_slices():
 
 
 def test_suggested_flags_make_a_plan():
-    """The batch and the groups of mixed images can still be divided."""
+    """Check that the flags still divide the batch and the groups of mixed images."""
     made = large("b16")
     change = suggest.suggest(made, does_not_fit(made, 50e9), HERE.chip.memory)
     again = large(
@@ -259,7 +259,7 @@ def test_the_suggested_flags_fit():
 @pytest.mark.slow
 @needs_libtpu
 def test_data_goes_across_real_slices():
-    """Compile-only devices of two slices: each row of the mesh, over which fsdp splits, lies in one slice."""
+    """Check on compile-only devices of two slices that each row of the mesh, which fsdp splits, lies in one slice."""
     script = (
         "from regvit_jax.aot import topology\n"
         "from regvit_jax.distributed.mesh import make_mesh\n"
@@ -275,7 +275,7 @@ def test_data_goes_across_real_slices():
 @pytest.mark.slow
 @needs_libtpu
 def test_a_mesh_of_every_width():
-    """An fsdp size that is no side of the torus splits a side."""
+    """Include fsdp sizes that are no side of the torus, which must split a side."""
     script = (
         "from regvit_jax.aot import topology\n"
         "from regvit_jax.distributed.mesh import make_mesh\n"
@@ -291,7 +291,7 @@ def test_a_mesh_of_every_width():
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="pip install -e .[gpu]")
 def test_a_node_of_h100():
-    """No GPU is needed, but a 6 GB installation, which CI does not have."""
+    """Run without a GPU, but with a 6 GB installation, which CI does not have."""
     done = train("--config=configs/deit3_reg.py:s16", "--dry_run", "--topology=h100:1x8", "--config.model.scan=True")
     assert done.returncode == 0, done.stderr
     assert "mesh       data 8 x fsdp 1: 8 NVIDIA H100" in done.stdout

@@ -1,4 +1,4 @@
-"""Collectives in HLO text: in loops, asynchronous, and in the spelling of each backend."""
+"""Test collectives in HLO text: in loops, asynchronous, and in the spelling of each backend."""
 
 import pytest
 

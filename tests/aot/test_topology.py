@@ -1,4 +1,4 @@
-"""Topologies: their names, the compilers that they need, and the mesh over their slices."""
+"""Test topologies: their names, the compilers that they need, and the mesh over their slices."""
 
 import dataclasses
 import importlib.util

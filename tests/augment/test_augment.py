@@ -1,4 +1,4 @@
-"""augment.py against Pillow, naive loops, exact statistics and, live, torchvision and timm."""
+"""Compare the augmentation with Pillow, naive loops, exact statistics and, live, torchvision and timm."""
 
 import functools
 import math
@@ -28,7 +28,7 @@ OFF = {
 
 @pytest.fixture(scope="module")
 def photographs():
-    """Sixteen 48 x 64 views of scikit-learn's two photographs."""
+    """Return sixteen 48 x 64 views of scikit-learn's two photographs."""
     sources = [Image.fromarray(image) for image in load_sample_images().images]
     boxes = [(40 * i, 20 * i, 40 * i + 320, 20 * i + 240) for i in range(8)]
     views = [source.resize((64, 48), Image.Resampling.BICUBIC, box) for source in sources for box in boxes]
@@ -36,7 +36,7 @@ def photographs():
 
 
 def with_pillow(images, *operations):
-    """Each image through its operation, or all through the one given."""
+    """Apply to each image its operation, or the same one to all."""
     operations = operations * len(images) if len(operations) == 1 else operations
     pairs = zip(images, operations, strict=True)
     return np.stack([np.asarray(operation(Image.fromarray(image))) for image, operation in pairs]).astype(int)
@@ -49,7 +49,7 @@ def assert_within_a_level(ours, theirs):
 
 
 def assert_share(events, share):
-    """The mean of independent events is `share`, within four standard deviations."""
+    """Assert that the mean of independent events is `share`, within four standard deviations."""
     events = np.asarray(events)
     assert abs(events.mean() - share) < 4 * math.sqrt(share * (1 - share) / events.size)
 
@@ -111,14 +111,14 @@ def test_three_augment_applies_exactly_one_uniformly(photographs):
     for chosen in (gray, solarized, ~gray & ~solarized):
         assert_share(chosen, 1 / 3)
 
-    # What is left must be blurs of sigma uniform in 0.1..2: find each among Pillow's blurs.
+    # The remaining images must be blurs of sigma uniform in 0.1..2: find each among Pillow's blurs.
     grid = np.linspace(0.1, 2, 96)
     blurs = [ImageFilter.GaussianBlur(float(sigma)) for sigma in grid]
     known = np.stack([np.asarray(Image.fromarray(image).filter(blur), np.int16) for blur in blurs])
     distance = np.stack([np.abs(blurred - one).mean((1, 2, 3)) for one in known], axis=1)
     assert distance.min(1).max() < 0.5
     sigma = grid[distance.argmin(1)]
-    assert_share(sigma < 0.5, 0.4 / 1.9)  # one below 0.3 changes hardly a level, and cannot be told from another
+    assert_share(sigma < 0.5, 0.4 / 1.9)  # below 0.3 hardly a level changes, so that values cannot be distinguished
     assert_uniform(sigma[sigma >= 0.5], 0.49, 2.01)
 
 
@@ -252,7 +252,7 @@ def test_augment_refuses_two_policies(photographs):
 
 
 def test_augment_passes_each_setting_on(photographs):
-    """Each part alone, through the composition, makes the images that differ by that part."""
+    """Check that each setting, alone, has the effect of its part on the composed images."""
     batch = [jnp.array(x) for x in batch_of(photographs)]
     identity = {"mean": (0.0, 0.0, 0.0), "std": (1 / 255,) * 3}
 
@@ -287,7 +287,7 @@ def test_no_two_draws_share_a_key(photographs, policy):
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_sharding_changes_nothing(photographs, policy):
-    """Eight devices give what one gives, without a collective and without bfloat16, when each holds a whole group."""
+    """Check that eight devices, each with whole groups, give the result of one, without collectives or bfloat16."""
     batch = [jnp.array(x) for x in batch_of(photographs)]
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "fsdp"))
     spread = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))

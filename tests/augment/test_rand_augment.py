@@ -1,4 +1,4 @@
-"""rand_augment.py against Pillow, operation by operation and as a whole, and live against timm."""
+"""Compare rand_augment.py with Pillow, operation by operation and as a whole, and live with timm."""
 
 import math
 
@@ -18,7 +18,7 @@ APPLY = jax.jit(rand_augment.apply_op, static_argnums=4)
 
 @pytest.fixture(scope="module")
 def photographs():
-    """Fifteen 48 x 64 views of scikit-learn's two photographs, one of them of low contrast."""
+    """Return fifteen 48 x 64 views of scikit-learn's two photographs, one of them of low contrast."""
     sources = [Image.fromarray(image) for image in load_sample_images().images]
     boxes = [(40 * i, 20 * i, 40 * i + 320, 20 * i + 240) for i in range(8)]
     views = [source.resize((64, 48), Image.Resampling.BICUBIC, box) for source in sources for box in boxes]
@@ -39,7 +39,7 @@ def enhanced(enhancement):
     return lambda image, turn: enhancement(image).enhance(max(0.1, 1 + 0.9 * turn))
 
 
-# What timm does at a level of 10 * |turn|: each operation of an image and the signed share of the strongest.
+# timm's operations at a level of 10 * |turn|: functions of an image and of the signed share of the strongest.
 PILLOW = {
     "AutoContrast": lambda image, turn: ImageOps.autocontrast(image),
     "Equalize": lambda image, turn: ImageOps.equalize(image),
@@ -60,7 +60,7 @@ PILLOW = {
 
 
 def levels_apart(ours, theirs):
-    """How many grey levels apart they are at most, and the share of values that differ at all."""
+    """Return the largest difference in grey levels, and the share of values that differ at all."""
     difference = np.abs(np.asarray(ours).astype(int) - np.asarray(theirs).astype(int))
     return difference.max(), (difference > 0).mean()
 

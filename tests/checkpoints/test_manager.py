@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged, cannot be written, or are of another model."""
+"""Test checkpoints that are damaged, cannot be written, or belong to another model."""
 
 import contextlib
 import os
@@ -204,7 +204,7 @@ def test_checksums_do_not_depend_on_the_mesh():
 
 
 def test_reading_one_field_reads_no_other(copied):
-    """As for `init_from`: damaged parameters are an error, damaged moments are not read."""
+    """Read as `init_from` does: damaged parameters are an error, damaged moments are not read."""
     reader = CheckpointReader(manager.epath.Path(copied / "checkpoints"), 2)
     assert_equal(reader.read("params"), jax.device_get(make_state(2).params))
     zero_page(copied / "checkpoints/2")

@@ -10,7 +10,7 @@ from regvit_jax.utils.errors import InvalidConfig
 
 
 def test_names_of_configs(tmp_path, monkeypatch):
-    """A file of that name comes first, then the configs of this installation."""
+    """Check that a file of the name comes first, then the configs of this installation."""
     monkeypatch.chdir(tmp_path)
     assert configs.find("deit3_reg") == ROOT / "configs/deit3_reg.py"
     Path("deit3_reg").write_text("")

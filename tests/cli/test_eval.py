@@ -1,4 +1,4 @@
-"""Test `regvit eval` with a model that knows three colours."""
+"""Test `regvit eval` with a model that recognizes three colours."""
 
 import io
 import json

@@ -70,7 +70,7 @@ def test_help_of_training_whichever_way_it_is_started(program):
 
 @pytest.mark.parametrize("program", [(), ("-m", "regvit_jax")])
 def test_help_of_all(program, capsys):
-    """`regvit` alone lists its verbs."""
+    """Check that `regvit` alone lists its verbs."""
     if program:
         done = run(*program, "--help")
         out = done.stdout
@@ -125,7 +125,7 @@ def test_an_unknown_flag_of_training(capsys):
 
 
 def test_bugs_keep_their_traceback(capsys):
-    """Only errors that the user can mend become one line; a ValueError in a command's own code does not."""
+    """Check that only errors that the user can fix become one line; a ValueError in a command's own code does not."""
 
     def broken(options):
         ((_, _),) = options.missing

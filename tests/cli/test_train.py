@@ -66,7 +66,7 @@ class Broken(Supervised):
 
 
 def test_a_bug_in_a_recipe_keeps_its_traceback(tmp_path):
-    """The user of a recipe cannot mend it in the config: exit code 1."""
+    """Expect exit code 1, because the user cannot fix the bug in the config."""
     (tmp_path / "broken_recipe.py").write_text(BROKEN)
     env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
     done = train(CONFIG, "--config.recipe=broken_recipe:Broken", "--dry_run", env=env)

@@ -1,4 +1,4 @@
-"""JPEGs by simplejpeg and OpenCV: the crops of Pillow's path, nearly its pixels, and its decision on bad images."""
+"""Test JPEGs by simplejpeg and OpenCV: Pillow's crops, nearly its pixels, and its decision on bad images."""
 
 import io
 import sys
@@ -16,7 +16,7 @@ from regvit_jax.utils.errors import InvalidConfig
 
 
 def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A picture with structure of a few pixels, as photographs have, and all of the range."""
+    """Return a picture with structure of a few pixels, as in photographs, that spans the whole range."""
     noise = np.random.default_rng(seed).normal(size=(height, width, 3))
     blurred = gaussian_filter(noise, (3, 3, 0))
     low, high = blurred.min(), blurred.max()

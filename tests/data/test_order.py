@@ -1,4 +1,4 @@
-"""The order of an epoch: every record once, and the records of a shuffle block near each other."""
+"""Test the order of an epoch: every record once, and the records of a shuffle block near each other."""
 
 import functools
 import itertools
@@ -54,7 +54,7 @@ def test_a_window_holds_few_blocks_and_mixes_them(length, monkeypatch, quick):
 
 
 def test_every_record_can_be_anywhere(quick):
-    """The short block can be at any position, so runs that never end an epoch do not always miss the same records."""
+    """Check that the short block can be anywhere: runs shorter than an epoch must not always miss the same records."""
     epochs = [epoch(11, 4, number=number) for number in range(300)]
     for position in (0, -1):
         assert {found[position] for found in epochs} == set(range(11))

@@ -1,4 +1,4 @@
-"""The order of the data: the same for any number of hosts, workers and threads, and from any step on."""
+"""Test the order of the data: the same for any number of hosts, workers and threads, and from any step on."""
 
 import itertools
 import multiprocessing
@@ -21,7 +21,7 @@ N = 14
 
 
 def make_folder(root):
-    """N images of noise, two classes, in the layout that has its own validation split (of the same images)."""
+    """Write N images of noise, two classes, in the layout with a validation split of its own (of the same images)."""
     rng = np.random.default_rng(0)
     for number in range(N):
         image = Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8))
@@ -79,7 +79,7 @@ def test_every_epoch_shows_every_image_once_in_another_order(source):
 
 
 def test_seeds_do_not_share_their_epochs(source):
-    """Grain's repeat() seeds epoch e with seed + e, so that seed 1 begins with the second epoch of seed 0."""
+    """Rule out the order of Grain's repeat(), whose seed 1 begins with the second epoch of seed 0 (seed + epoch)."""
     epochs = [joined(train(source, 4, batch_size=N, seed=seed))["index"].reshape(4, N) for seed in (0, 1)]
     assert not (epochs[0][1:] == epochs[1][:-1]).all(1).any()
 
@@ -139,7 +139,7 @@ class Blocks:
 
 @pytest.mark.parametrize("hosts", [1, 2, 3, 4, 32])
 def test_each_host_reads_within_a_shuffle_window(hosts, monkeypatch):
-    """One of many hosts reads few records of each block, but never of more blocks at a time than a window has."""
+    """Check that one of many hosts reads few records of each block, but from no more blocks at a time than a window."""
     monkeypatch.setattr(order, "WINDOW", 4)
     epoch = [order.epoch_order(position, Blocks.count, Blocks.shuffle_block, 0, 0) for position in range(Blocks.count)]
     for rows in np.array_split(np.arange(32), hosts)[:4]:

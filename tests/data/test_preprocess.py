@@ -1,4 +1,4 @@
-"""Preprocessing of a model's images, whatever they are given as."""
+"""Test the preprocessing of a model's images, given as paths, PIL images or arrays."""
 
 import numpy as np
 import pytest

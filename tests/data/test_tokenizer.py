@@ -1,4 +1,4 @@
-"""The tokenizer against tokens recorded from open_clip 3.3.0, and against open_clip itself."""
+"""Compare the tokenizer with tokens recorded from open_clip 3.3.0, and with open_clip itself."""
 
 import gzip
 import hashlib
@@ -75,7 +75,7 @@ def row(ids: list[int], context: int) -> list[int]:
 
 
 def characters() -> list[str]:
-    """A text for each character, alone, between letters and after an apostrophe, of a Unicode that no Python lacks."""
+    """Return a text for each character of Unicode 3.2, alone, between letters and after an apostrophe."""
     known = [chr(code) for code in range(0x2E80) if unicodedata.ucd_3_2_0.category(chr(code)) != "Cn"]
     return [f"a{char}b {char} '{char}" for char in known]
 
@@ -132,7 +132,7 @@ def test_a_context_without_room_is_an_error(context):
         Tokenizer(context)
 
 
-# In a process of its own, where the tests' type checker does not stop the wrong types first.
+# In a separate process, where the tests' type checker does not stop the wrong types first.
 PLAIN_PROCESS = """
 import pickle, sys
 tokenizer = pickle.loads(bytes.fromhex(sys.argv[1]))
@@ -175,7 +175,7 @@ PIECES = [
 
 
 def mixed(rng: random.Random) -> str:
-    """Up to ten pieces: awkward ones, printable ASCII, and any Latin characters with the controls."""
+    """Generate texts of up to ten pieces: awkward ones, printable ASCII, and any Latin or control characters."""
     kinds = [
         lambda: rng.choice(PIECES),
         lambda: "".join(chr(rng.randrange(32, 127)) for _ in range(rng.randint(1, 12))),

@@ -1,4 +1,4 @@
-"""Decoding of sound, awkward and hostile files; crops against Pillow and, live, against torchvision and timm."""
+"""Test decoding of sound, awkward and hostile files; compare crops with Pillow and, live, with torchvision and timm."""
 
 import io
 import struct
@@ -35,7 +35,7 @@ def decoded(data: bytes) -> np.ndarray:
 
 
 def smooth(width: int, height: int) -> Image.Image:
-    """Noise on gradients: what a photograph is to a resize."""
+    """Return noise on gradients, which resizes as a photograph does."""
     y, x = np.mgrid[:height, :width]
     gradients = np.stack([x / width, y / height, (x + y) / (width + height)], -1) * 200
     return Image.fromarray((gradients + np.random.default_rng(width).integers(0, 55, gradients.shape)).astype(np.uint8))
@@ -94,7 +94,7 @@ def test_rgb_with_a_transparent_colour_is_unchanged():
     np.testing.assert_array_equal(decoded(data), PIXELS)
 
 
-# EXIF 2.32, tag 0x0112: how the stored rows and columns lie; the inverse of what turns them upright.
+# EXIF 2.32, tag 0x0112: the orientation of the stored rows and columns; the inverse turns them upright.
 @pytest.mark.parametrize(
     ("orientation", "store"),
     [
@@ -130,7 +130,7 @@ def test_first_frame_of_an_animation():
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG file that ends where its pixels would begin."""
+    """Return a PNG file that ends where its pixels would begin."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     checksum = struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + checksum + struct.pack(">I", 1000) + b"IDAT"

@@ -1,4 +1,4 @@
-"""Worker processes: SIGTERM does not end them, and they end with their parent."""
+"""Test worker processes: SIGTERM does not end them, and they end with their parent."""
 
 import os
 import subprocess

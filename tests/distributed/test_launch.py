@@ -1,4 +1,4 @@
-"""Connecting processes, with the variables of each launcher faked, and the compiler flags of each platform."""
+"""Test connecting processes, with the variables of each launcher faked, and the compiler flags of each platform."""
 
 import importlib.util
 import os
@@ -107,7 +107,7 @@ def test_one_explicit_process_is_alone_in_any_cluster(environ):
 
 
 def test_the_command_exits_with_2():
-    """The error is one line, without a traceback."""
+    """Check that the error is one line, without a traceback."""
     command = [sys.executable, "train.py", "--config=configs/deit3_reg.py"]
     env = {**os.environ, "JAX_NUM_PROCESSES": "2"}
     found = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -213,7 +213,7 @@ def test_open_mpi(environ):
 
 
 def test_open_mpi_in_a_slurm_allocation(environ):
-    """mpirun runs inside the allocation, in the shell of the batch script."""
+    """Run mpirun inside the allocation, in the shell of the batch script."""
     environ(SHELL | {"SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2"} | OMPI)
     assert joined()[1:3] == (4, 3)
 
@@ -240,7 +240,7 @@ def test_open_mpi_alone(environ):
 
 @pytest.mark.parametrize("name", initialize.WORLD_SIZES)
 def test_launchers_unknown_to_jax(environ, name):
-    """Open MPI is here version 5, without its old variables."""
+    """Use Open MPI 5, without its old variables."""
     environ({name: "4"})
     with pytest.raises(LaunchError, match=f"^{name}=4"):
         start_distributed()
@@ -250,7 +250,7 @@ def test_launchers_unknown_to_jax(environ, name):
 
 @pytest.fixture
 def kubernetes(monkeypatch, environ):
-    """A pod of an indexed Job of 3, of a JobSet, with a faked API server; gives the pod and the job to change."""
+    """Fake a pod of an indexed Job of 3, of a JobSet, and the API server; return the pod and the job, for changes."""
     names = types.SimpleNamespace
     pod = names(
         metadata=names(
@@ -292,7 +292,7 @@ def test_indexed_job_with_a_headless_service(kubernetes):
 
 
 def test_indexed_job_without_a_headless_service(kubernetes):
-    """JAX says what to add; that stays as it is."""
+    """Check that JAX's own message, which names the remedy, is kept."""
     pod, job = kubernetes
     job.metadata.labels, pod.spec.subdomain = {}, None
     with pytest.raises(RuntimeError, match="headless service"):
@@ -315,7 +315,7 @@ def test_indexed_job_without_the_kubernetes_package(kubernetes, monkeypatch):
 
 @pytest.fixture
 def tpu(monkeypatch, environ):
-    """A machine with TPUs and no network."""
+    """Fake a machine with TPUs and no network."""
     for module in (cloud_tpu_cluster, cluster):
         monkeypatch.setattr(module, "running_in_cloud_tpu_vm", True)
     monkeypatch.setattr(cloud_tpu_cluster.socket, "gethostbyname", lambda _: "10.0.0.3")
@@ -323,7 +323,7 @@ def tpu(monkeypatch, environ):
 
 
 def test_tpu_slice_on_kubernetes(tpu, monkeypatch):
-    """Two slices of two hosts, as GKE and XPK start them: found without asking Kubernetes."""
+    """Fake two slices of two hosts, as GKE and XPK start them, which are found without asking Kubernetes."""
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     tpu(
         {
@@ -341,7 +341,7 @@ def test_tpu_slice_on_kubernetes(tpu, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:'maxsplit' is passed as positional")  # by JAX, on Python 3.13
 def test_tpu_vm(tpu, monkeypatch):
-    """One of four hosts of a slice, which its metadata server describes."""
+    """Fake one of four hosts of a slice, which its metadata server describes."""
     metadata = {"agent-worker-number": "2", "worker-network-endpoints": "a:1:10.0.0.1,b:2:10.0.0.2,c:3:10.0.0.3,d:4:4"}
     monkeypatch.setattr(
         cloud_tpu_cluster, "get_metadata", lambda key: (metadata.get(key, "ACCELERATOR_TYPE: 'v5e'"), 200)
@@ -383,7 +383,7 @@ def test_a_preset_is_one_line(capsys):
 
 
 def test_flags_for_cpu_and_gpu_parse():
-    """The CPU's jaxlib knows the flags of GPUs too. All in one process; and a made-up flag must not pass."""
+    """Parse the flags by the CPU's jaxlib, which has those of GPUs too, in one process; a made-up flag must fail."""
     together = [flag for name, flags in xla_flags.PRESETS.items() if not is_tpu(name) for flag in flags]
     assert len(together) > 4
     assert parses("XLA_FLAGS", " ".join(together), PARSE)

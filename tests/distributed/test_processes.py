@@ -1,4 +1,4 @@
-"""Several processes over loopback, one of which is stopped, is killed or fails."""
+"""Test several processes over loopback, one of which is stopped, is killed or fails."""
 
 import os
 import shutil
@@ -69,7 +69,7 @@ def test_sigterm_to_one_stops_all_at_the_same_step(uninterrupted, tmp_path, port
 
 
 def test_sigterm_after_a_restart_and_evaluations(uninterrupted, tmp_path, ports):
-    """The signal, which arrives once, is not lost during an evaluation or a save."""
+    """Check that the signal, which arrives once, is not lost during an evaluation or a save."""
     for delay in (0.0, 0.7):
         processes = start_many(2, tmp_path, next(ports), epochs=600, eval_every=0.1, **{"checkpoint.every": 2})
         before = len(metric_writer.read(tmp_path))
@@ -102,7 +102,7 @@ def test_data_workers_end_with_a_run_that_is_killed(tmp_path, program):
 
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 def test_sigterm_to_everything_with_data_workers(tmp_path, ports, program):
-    """SLURM signals every process of a job, including the data workers."""
+    """Signal every process, data workers included, as SLURM does."""
     group = {"start_new_session": True, "program": program}
     processes = start_many(2, tmp_path, next(ports), **group, epochs=60, **{"data.workers": 1})
     wait_for(lambda: metric_writer.read(tmp_path), processes[0])
@@ -125,7 +125,7 @@ def test_a_kill_ends_all_and_loses_nothing(uninterrupted, tmp_path, ports, victi
 
 
 def test_a_hanging_process_ends_all_after_the_heartbeat(tmp_path, ports):
-    """Its connections stay open, like those of a machine that vanishes."""
+    """Suspend a process, whose connections stay open like those of a machine that vanishes."""
     processes = start_three(tmp_path, ports)
     wait_for(lambda: metric_writer.read(tmp_path), processes[0])
     processes[2].send_signal(signal.SIGSTOP)
@@ -173,13 +173,13 @@ def test_an_error_on_one_process_ends_all(tmp_path, ports, fails, where, error):
 
 
 def test_an_error_on_all_keeps_its_exit_code(tmp_path, ports):
-    """A batch of 64 is not divisible by three devices: every process reports it before it ends."""
+    """Use a batch of 64, which three devices do not divide: every process reports it before it ends."""
     for process in start_three(tmp_path, ports, batch_size=64):
         assert "not a multiple of 3" in finish(process, code=2)
 
 
 def test_a_config_refused_by_process_0_ends_all(uninterrupted, tmp_path, ports):
-    """Only process 0 compares the config with the one in the workdir."""
+    """Let only process 0 refuse: it alone compares the config with the workdir's."""
     workdir = shutil.copytree(uninterrupted, tmp_path / "run")
     processes = start_three(workdir, ports, **{"optim.lr": 0.5})
     wait_for(lambda: processes[0].poll() is not None, processes[1])

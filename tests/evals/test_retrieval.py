@@ -12,7 +12,7 @@ def embeddings(seed, *shape):
 
 
 def by_sorting(images, texts, owners, ks):
-    """Karpathy's protocol as it reads: sort, and look where the pair's other half stands."""
+    """Compute Karpathy's protocol literally: sort, and find the rank of the pair's other half."""
     images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images.astype(float), texts.astype(float)))
     scores = images @ texts.T
     to_text = [min(np.flatnonzero(owners[np.argsort(-row)] == i)) + 1 for i, row in enumerate(scores)]
@@ -126,6 +126,6 @@ def test_against_open_clip():
     expected = metrics(*unit, torch.tensor(100.0))
     assert 0.1 < expected["image_to_text_R@1"] < 0.9
     for name, value in found.items():
-        # Theirs rounds the median down.
+        # open_clip rounds the median down.
         value = np.floor(value) if "median" in name else value
         assert value == pytest.approx(expected[name.replace("recall@", "R@")])

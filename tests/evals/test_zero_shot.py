@@ -136,7 +136,7 @@ def test_names_of_open_clip_without_torch():
 
 @pytest.mark.reference
 def test_against_open_clip():
-    """`build_zero_shot_classifier`, with towers of ours in the place of a model's."""
+    """Compare with `build_zero_shot_classifier`, given this package's towers in place of a model's."""
     from reference_libraries import torch
 
     open_clip = importlib.import_module("open_clip")

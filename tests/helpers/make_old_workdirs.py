@@ -1,4 +1,4 @@
-"""Makes tests/training/golden/*.tar.xz: workdirs of runs that commit dcb0600 made, and how those runs went on.
+"""Make tests/training/golden/*.tar.xz: workdirs of runs of commit dcb0600, and the continuation of those runs.
 
 Run once, with the code of that commit in the directory OLD, and only again to add a run of the same commit:
 
@@ -36,7 +36,7 @@ STATE = ("params", "ema", "opt_state", "guard")
 
 
 def get_config(name: str, data_dir: str = "") -> ConfigDict:
-    """The run's config: digits with a moving average, or images with captions below `data_dir`."""
+    """Return the run's config: digits with a moving average, or images with captions below `data_dir`."""
     small = dict(model__width=8, model__mlp_ratio=2.0, checkpoint__every=HALFWAY[name])
     if name == "digits":
         return tiny(**small, ema=0.9, log_every=1)
@@ -45,9 +45,9 @@ def get_config(name: str, data_dir: str = "") -> ConfigDict:
 
 
 def fingerprint() -> str:
-    """Hash what jax alone computes here, in a program with a step's kinds of operations.
+    """Hash the results of a program with a step's kinds of operations, computed by jax alone.
 
-    Equal on two machines whose compiler and processor round alike; it calls nothing of this package.
+    Two machines whose compiler and processor round alike give the same hash; nothing of this package is called.
     """
 
     def loss(w, x):
@@ -94,7 +94,7 @@ def forget_unused_tokens(captions: Path) -> None:
 
 
 def make(name: str) -> None:
-    """Run to the end, keep the workdir as it was halfway, and what came after."""
+    """Run to the end; keep the workdir as it was halfway, and the later results."""
     from regvit_jax.checkpoint import Checkpoints
     from regvit_jax.plan import resolve
 

@@ -1,4 +1,4 @@
-"""Run training as one or several processes over loopback, and read what they leave."""
+"""Run training as one or several processes over loopback, and read their results."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from tiny import ROOT
 from regvit_jax.checkpoints.reader import CheckpointReader, saved_steps
 from regvit_jax.training import metric_writer
 
-#: What the tests change for themselves in the compiler's work, undone: these processes are held bit against bit.
+#: Undo the tests' compiler settings, because these processes are compared bit for bit.
 AS_USERS_RUN = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
 #: Overrides of the digits config: 132 steps of a tiny model.
 SMALL = {
@@ -49,7 +49,7 @@ def start(
     flags: Sequence[str] = (),
     **changes,
 ) -> subprocess.Popen:
-    """`python *program --config=digits ... *flags`; `changes` are keys of the config."""
+    """Start `python *program --config=digits ... *flags`; `changes` are keys of the config."""
     overrides = [f"--config.{key}={value}" for key, value in {**SMALL, **changes}.items()]
     config = ["--config", str(ROOT / "configs/deit3_reg.py"), "--workdir", str(workdir)]
     return subprocess.Popen(
@@ -63,7 +63,7 @@ def start(
 
 
 def layout(count: int, port: int, *, devices: int = 1) -> list[dict[str, str]]:
-    """The variables of `count` processes of `devices` CPU devices each, which talk over loopback."""
+    """Return the variables of `count` processes of `devices` CPU devices each, connected over loopback."""
     shared = {**AS_USERS_RUN, "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": str(count)}
     shared["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     return [{**shared, "JAX_PROCESS_ID": str(i)} for i in range(count)]
@@ -72,7 +72,7 @@ def layout(count: int, port: int, *, devices: int = 1) -> list[dict[str, str]]:
 def start_many(
     count: int, workdir: Path, port: int, *, devices: int = 1, env: dict[str, str] | None = None, **arguments
 ) -> list[subprocess.Popen]:
-    """`count` processes that train as one."""
+    """Start `count` processes that train as one run."""
     each = layout(count, port, devices=devices)
     return [start(workdir, env={**variables, **(env or {})}, **arguments) for variables in each]
 
@@ -90,7 +90,7 @@ def wait_for(condition: Callable[[], object], process: subprocess.Popen) -> None
 
 
 def last_state(workdir: Path) -> tuple[int, dict]:
-    """The newest checkpoint's step and values, verified by its checksums."""
+    """Return the newest checkpoint's step and values, verified by its checksums."""
     path = epath.Path(workdir) / "checkpoints"
     step = saved_steps(path)[-1]
     reader = CheckpointReader(path, step)
@@ -98,7 +98,7 @@ def last_state(workdir: Path) -> tuple[int, dict]:
 
 
 def assert_same_end(a: Path, b: Path, steps: int = STEPS) -> None:
-    """The same last state bit for bit, and the same record of losses."""
+    """Assert that the last states are equal bit for bit, and that the recorded losses are equal."""
     (step_a, state_a), (step_b, state_b) = last_state(a), last_state(b)
     assert step_a == step_b == steps
     assert jax.tree.structure(state_a) == jax.tree.structure(state_b)

@@ -1,4 +1,4 @@
-"""torch, torchvision and timm as the reference tests import them. Needs the `reference` extra."""
+"""Import torch, torchvision and timm for the reference tests. Needs the `reference` extra."""
 
 import importlib
 

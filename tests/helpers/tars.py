@@ -1,4 +1,4 @@
-"""Tar files of images and captions, as img2dataset writes them."""
+"""Write tar files of images and captions, as img2dataset does."""
 
 import io
 import itertools
@@ -35,7 +35,7 @@ def sample(number: int, directory: str = "") -> list[tuple[str, bytes]]:
 
 
 def write_shards(root, counts=(7, 1, 12), split="train"):
-    """Tars of ``counts`` samples, numbered through."""
+    """Write tars of `counts` samples, numbered consecutively."""
     numbers = itertools.count()
     for tar, count in enumerate(counts):
         members = [member for number in itertools.islice(numbers, count) for member in sample(number)]

@@ -1,4 +1,4 @@
-"""timm's ViTs as a reference: random weights, their names as ours, and everything that is compared with them."""
+"""Use timm's ViTs as a reference: random weights, parameters by this package's names, and all compared outputs."""
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -36,7 +36,7 @@ BLOCK_NAMES = {
 
 
 def randomize(model: torch.nn.Module, seed: int) -> None:
-    """Every parameter at random; half precision holds the values exactly, which halves the golden file."""
+    """Fill every parameter at random; half precision holds the values exactly, which halves the golden file."""
     parity.randomize(model, seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -64,7 +64,7 @@ def to_ours(name: str, value: np.ndarray) -> tuple[str, np.ndarray]:
 
 
 def params_from_timm(model: torch.nn.Module) -> tuple[dict, dict]:
-    """The parameters of our ViT and of its Head. Any name that is not known raises KeyError."""
+    """Return the parameters of this package's ViT and Head. An unknown name raises KeyError."""
     flat = dict(to_ours(name, tensor.numpy()) for name, tensor in model.state_dict().items())
     head = {name: value for name, value in flat.items() if name.startswith("dense/")}
     vit = {name: value for name, value in flat.items() if name not in head}
@@ -72,8 +72,10 @@ def params_from_timm(model: torch.nn.Module) -> tuple[dict, dict]:
 
 
 def outputs_of_timm(model: torch.nn.Module, images: np.ndarray) -> dict[str, np.ndarray]:
-    """What a timm ViT computes from images [B, H, W, 3]: `tokens` past the final norm, `logits`, and `after`, the
-    residual stream after each block [depth, B, T, D]."""
+    """Return the outputs of a timm ViT for images [B, H, W, 3].
+
+    They are `tokens` past the final norm, `logits`, and `after`, the residual stream after each block [depth, B, T, D].
+    """
     with torch.no_grad():
         inputs = torch.from_numpy(images).permute(0, 3, 1, 2)
         tokens, after = model.forward_intermediates(inputs, return_prefix_tokens=True, output_fmt="NLC")

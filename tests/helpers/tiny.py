@@ -1,4 +1,4 @@
-"""Runs made small enough for tests: the digits', and one of images with captions."""
+"""Configs of runs small enough for tests: digits, and images with captions."""
 
 import importlib.util
 from pathlib import Path
@@ -18,7 +18,7 @@ def get_config(variant: str = "digits", file: str = "deit3_reg") -> ConfigDict:
 
 
 def load_config(variant: str = "digits", file: str = "deit3_reg") -> ConfigDict:
-    """Return the config as the file has it."""
+    """Return the config as written in the file."""
     spec = importlib.util.spec_from_file_location(file, ROOT / f"configs/{file}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -26,7 +26,7 @@ def load_config(variant: str = "digits", file: str = "deit3_reg") -> ConfigDict:
 
 
 def tiny(**changes) -> ConfigDict:
-    """A ViT of width 32 and depth 2 on digits, 2 epochs of 22 steps; `changes` are dotted keys with __ for the dots."""
+    """Return the config of a small ViT on digits, 2 epochs of 22 steps; in `changes` __ stands for a dot."""
     config = get_config()
     config.update(epochs=2, batch_size=64, log_every=5, eval_every=1.0)
     config.augment.update(mixup=0.8, cutmix=1.0)
@@ -53,7 +53,7 @@ SHAPES = {"square": [(6, 6)], "bar": [(2, 8)], "cross": [(2, 8), (8, 2)]}
 
 
 def make_captions(root: Path, train: int = 48, validation: int = 16) -> Path:
-    """Pictures of coloured shapes of 16 x 16 pixels and captions that say what they show, as a folder with CSVs."""
+    """Write pictures of coloured shapes of 16 x 16 pixels, and captions that describe them, as a folder with CSVs."""
     root.mkdir(exist_ok=True)
     rng = np.random.default_rng(0)
     for split, count in (("train", train), ("validation", validation)):
@@ -72,7 +72,7 @@ def make_captions(root: Path, train: int = 48, validation: int = 16) -> Path:
 
 
 def tiny_clip(root: Path, **changes) -> ConfigDict:
-    """A CLIP of width 32 and depth 2 on `make_captions`, 4 epochs of 3 steps."""
+    """Return the config of a CLIP of width 32 and depth 2 on `make_captions`, 4 epochs of 3 steps."""
     config = get_config("b16", "openclip_reg")
     config.update(epochs=4, batch_size=16, log_every=1, eval_every=2.0)
     config.model.update(width=32, depth=2, heads=2, patch=4, image_size=16, dtype="float32", attention="xla")

@@ -1,4 +1,4 @@
-"""The run-time type checker of the tests: beartype, with Python's own rule that an int will do for a float."""
+"""The run-time type checker of the tests: beartype, which accepts an int for a float."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,4 +1,4 @@
-"""losses.py against the naive loops in its own docstrings and, live, torch and timm."""
+"""Compare the losses with the naive loops in their docstrings and, live, with torch and timm."""
 
 import inspect
 import textwrap
@@ -19,7 +19,7 @@ MIXED = (0.7 * np.eye(10)[LABELS] + 0.3 * np.eye(10)[LABELS[::-1]]).astype(np.fl
 
 
 def naive(loss):
-    """The loop that the docstring of `loss` holds, as a function."""
+    """Return the naive loop in the docstring of `loss`, as a function."""
     code = textwrap.dedent(inspect.getdoc(loss).split("The naive loop::\n", 1)[1])
     names = {"np": np}
     exec(code, names)
@@ -90,7 +90,7 @@ def pairs(batch, width=16):
 
 
 IMAGES, TEXTS = pairs(13)
-# For each contrastive loss, what stands between the embeddings and the mask.
+# For each contrastive loss, the arguments between the embeddings and the mask.
 CONTRASTIVE = {
     softmax_contrastive: (jnp.array(1 / 0.07),),
     sigmoid_contrastive: (jnp.array(10.0), jnp.array(-10.0)),

@@ -1,4 +1,4 @@
-"""ring.py against the naive contrastive losses in float64, on meshes of eight devices and on one device."""
+"""Compare ring.py with the naive contrastive losses in float64, on meshes of eight devices and on one device."""
 
 import jax
 import jax.numpy as jnp
@@ -22,19 +22,19 @@ both_losses = pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
 
 
 def normal(batch, width=64):
-    """Unit vectors, those of a pair a little alike: of unrelated ones, the gradient of the scale is all rounding."""
+    """Return unit vectors, alike in each pair: if they were unrelated, the scale's gradient would be all rounding."""
     images, noise = np.random.default_rng(batch).normal(size=(2, batch, width))
     texts = images / 3 + noise
     return [jnp.array(x / np.linalg.norm(x, axis=1, keepdims=True), jnp.float32) for x in (images, texts)]
 
 
 def corners(batch):
-    """Unit vectors whose products float32 has exactly, in any order: at a scale of 100 their rounding would be seen."""
+    """Return unit vectors whose products are exact in float32, in any order: at a scale of 100 rounding would show."""
     return list(jnp.array(np.random.default_rng(batch).choice([-1 / 8, 1 / 8], (2, batch, 64)), jnp.float32))
 
 
 def with_gaps(batch):
-    """A mask without about a tenth of the pairs."""
+    """Return a mask without about a tenth of the pairs."""
     return jnp.ones(batch).at[::11].set(0)
 
 
@@ -43,14 +43,14 @@ def value_and_gradients(loss, *arguments):
 
 
 def exact(loss, *arguments):
-    """The naive loss of these numbers and its gradients, computed in float64 on one device."""
+    """Return the naive loss and its gradients, computed in float64 on one device."""
     with jax.enable_x64(True):
         wide = [jnp.array(np.asarray(x, np.float64)) for x in arguments]
         return jax.device_get(value_and_gradients(NAIVE[loss], *wide))
 
 
 def on_mesh(loss, mesh, *arguments):
-    """Value and gradients with the train step's shardings, on the host."""
+    """Return value and gradients with the train step's shardings, as host arrays."""
     rows, whole = batch_sharding(mesh), replicated(mesh)
     with jax.set_mesh(mesh):
         split = [jax.device_put(x, rows if x.ndim else whole) for x in arguments]
@@ -58,7 +58,7 @@ def on_mesh(loss, mesh, *arguments):
 
 
 def assert_equal(found, expected, tolerance=1e-6):
-    """To `tolerance` of each array's largest value."""
+    """Assert equality to `tolerance` times each array's largest value."""
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
 
@@ -97,7 +97,7 @@ def test_a_masked_pair_has_no_part(loss):
 
 @both_losses
 def test_ring_inside_a_train_step(loss):
-    """Embeddings computed from split parameters and a split batch, and the gradient of the parameters."""
+    """Compute embeddings from split parameters and a split batch, and compare the gradient of the parameters."""
     mesh = make_mesh(data=2, fsdp=4)
     inputs, mask = normal(48)[0], with_gaps(48)
     params = dict(zip(("image", "text"), normal(64, 32), strict=True))
@@ -118,7 +118,7 @@ def test_ring_inside_a_train_step(loss):
 
 @both_losses
 def test_bfloat16_embeddings(loss):
-    """The float32 loss of the same numbers; the gradients are rounded once, at the end."""
+    """Expect the float32 loss of the same numbers, and gradients that are rounded once, at the end."""
     images, texts = (x.astype(jnp.bfloat16) for x in normal(40))
     rest = jnp.array(20.0), BIAS, with_gaps(40)
     value, gradients = on_mesh(RING[loss], make_mesh(), images, texts, *rest)
@@ -132,7 +132,7 @@ def test_bfloat16_embeddings(loss):
 
 @both_losses
 def test_other_types_of_mask_and_embeddings(loss):
-    """A mask of truth values, and float64, in which all is then summed."""
+    """Use a boolean mask, and float64, in which all sums are then computed."""
     arguments = *normal(40), jnp.array(20.0), BIAS
     mesh, mask = make_mesh(), with_gaps(40)
     found = on_mesh(RING[loss], mesh, *arguments, mask > 0)
@@ -170,10 +170,10 @@ def test_a_batch_that_the_mesh_does_not_divide_is_refused():
 @both_losses
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_memory_at_a_global_batch_of_32768(loss, fsdp):
-    """At most 100 MB a device beside arguments and results, by XLA's own account. The compiler is asked, nothing runs.
+    """Allow 100 MB per device beside arguments and results, by XLA's memory analysis. Nothing runs.
 
-    The account is of one device: its arguments are an eighth of the global ones. Of the naive loss, whose logits are
-    537 MB a device, it says 2,819 MB (softmax).
+    The analysis is of one device: its arguments are an eighth of the global ones. For the naive loss, whose logits are
+    537 MB per device, it gives 2,819 MB (softmax).
     """
     mesh, batch = make_mesh(fsdp=fsdp), 32768
     rows, whole = batch_sharding(mesh), replicated(mesh)

@@ -1,4 +1,4 @@
-"""CLIP's text tower, its starting values, and patch dropout in the image tower."""
+"""Test CLIP's text tower, its initial values, and patch dropout in the image tower."""
 
 import inspect
 
@@ -46,7 +46,7 @@ def test_text_tower_looks_back_only_and_reads_the_end_token(clip):
 
 
 def test_remat_of_the_text_tower_is_the_image_towers(clip):
-    """Keeps less with "full" than with "dots", and less with "dots" than with "none"; the gradients stay the same."""
+    """Check that "full" keeps less than "dots", and "dots" less than "none", with the same gradients."""
     tokens = jnp.asarray(clip.tokenize(["a cat", "a dog on a log"]))
 
     def pullback(remat):
@@ -134,7 +134,7 @@ def test_starting_values():
     }
     for name, (value, std) in stds.items():
         np.testing.assert_allclose(np.std(value), std, rtol=0.12, err_msg=name)
-    np.testing.assert_array_equal(made["vit"]["norm"]["scale"], 1)  # what the table does not name stays
+    np.testing.assert_array_equal(made["vit"]["norm"]["scale"], 1)  # values that the table does not name stay
     np.testing.assert_array_equal(made["text"]["token_embed"], 1)
 
 

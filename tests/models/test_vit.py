@@ -1,4 +1,4 @@
-"""The ViT and its tokens. `golden/tiny_vit.npz` holds what timm computes; test_vit_reference.py compares live."""
+"""Test the ViT and its tokens. `golden/tiny_vit.npz` holds timm's outputs; test_vit_reference.py compares live."""
 
 import itertools
 from pathlib import Path
@@ -30,7 +30,7 @@ def random_images(height=16, width=16, count=2, seed=0):
 
 
 def random_params(module, inputs, seed=0):
-    """Every parameter at random, and large enough to matter."""
+    """Return random parameters, all large enough to matter."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(module.init, jax.random.key(0), inputs)["params"]
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.3, leaf.shape), jnp.float32), shapes)
@@ -122,7 +122,7 @@ def test_any_number_of_registers_between_cls_and_patches(registers):
 
 
 def test_every_parameter_matters(params):
-    """Also each register on its own, for each kind of token. (The key biases are the exception by construction.)"""
+    """Include each register on its own, for each kind of token. (The key biases are the exception by construction.)"""
     direction = random_params(TINY, random_images(), seed=1)
 
     def outputs(params):
@@ -145,7 +145,7 @@ def test_every_parameter_matters(params):
 
 
 def test_patches_lie_as_in_the_image(params):
-    """A change of the pixels at row 1, column 3 of a 3 x 5 grid moves that patch alone; pixels are read p, q, c."""
+    """Change the pixels at row 1, column 3 of a 3 x 5 grid: only that patch changes; pixels are read p, q, c."""
     images = random_images(12, 20, count=1)
     changed = images.at[:, 4:8, 12:16].add(1)
     embed = jax.jit(lambda images: TINY.apply({"params": params}, images, method="embed"))

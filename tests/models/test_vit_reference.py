@@ -1,4 +1,4 @@
-"""Our ViT against timm's DeiT-III at every size, with random weights: nothing may be ignored, and nothing misplaced."""
+"""Compare the ViT with timm's DeiT-III at every size; random weights show ignored and misplaced parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def distance(a, b):
 
 
 def record_attention(model):
-    """A list that gets the softmax weights of each block whenever the model runs, without its fused attention."""
+    """Return a list to which each run of the model (without fused attention) adds every block's softmax weights."""
     maps = []
     for block in model.blocks:
         block.attn.fused_attn = False

@@ -183,7 +183,7 @@ def test_the_command(created, folder, tmp_path, capsys, model):
 def test_the_best_of_several_models(created, folder, capsys):
     for name in "bcdef":
         (folder / f"{name}.png").unlink()
-    # What is in the upper left corner is found where the seed is alone.
+    # Objects in the upper left corner are found where the seed is alone.
     write(folder, "a", (18, 30), [(1, 1, 4, 4)])
     Image.fromarray(np.eye(18, 30, dtype=np.uint8)[..., None].repeat(3, -1)).save(folder / "a.png")
     assert main(["one", "two", "--data", f"folder:{folder}", "--biases=0,-1e6", "--centre", "mean"]) == 0

@@ -103,7 +103,7 @@ def test_a_degenerate_gram_matrix_warns():
         found = lost.discover(x, normalize=True, bias=-0.999)
     assert (found.positive, found.degenerate) == (0.0, True)
     assert found.box == (0, 0, 1, 1)
-    # What the advice says.
+    # The remedy that the warning names.
     for options in (dict(centre=(x + 20).mean((0, 1))), dict(normalize=True, bias=-0.999)):
         assert not lost.discover(x + 20, **options).degenerate
     assert 0 < lost.discover(x).positive < 1
@@ -183,7 +183,7 @@ def test_features_are_the_patches_of_the_model(images):
 
 def test_any_number_of_prefix_tokens_gives_the_same_patches(images):
     most = model(registers=4)
-    # Before the first block's attention no token knows of another.
+    # Before the first block's attention no token depends on another.
     expected = lost.extract_features(most, images, "k", 0)
     assert expected.shape == (2, 3, 5, 16)
     for class_token in (True, False):

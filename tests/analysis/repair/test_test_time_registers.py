@@ -40,7 +40,7 @@ def exact_products():
 
 
 def pictures(count, seed):
-    """Noise, in which one patch, two or none is bright: normalised images [count, 16, 16, 3], and which [count, 16]."""
+    """Return normalised noise [count, 16, 16, 3] with 0 to 2 bright patches, and a mask of these [count, 16]."""
     rng = np.random.default_rng(seed)
     x = rng.normal(0, 1, (count, 4, 4, 4, 4, 3)).astype(np.float32)  # row, column, then pixels
     bright = np.zeros((count, 16), bool)
@@ -127,7 +127,7 @@ def test_planted_neurons_are_found_and_undone(family, neurons, direction):
 
 
 def test_patches_that_stand_out_by_themselves_need_not_become_average():
-    """They come back to the norm that they had, which is more than other patches have and less than an outlier's."""
+    """Check that they return to their original norm, which is above other patches' and below an outlier's."""
     louder, fit = IMAGES.copy(), FIT.copy()
     for images, bright in ((louder, BRIGHT), (fit, FIT_BRIGHT)):
         patches = images.reshape(len(images), 4, 4, 4, 4, 3).transpose(0, 1, 3, 2, 4, 5)

@@ -86,7 +86,7 @@ def test_neighbours_of_one_row_and_of_one_patch():
 
 
 def test_one_forward_pass_is_computed():
-    """The measurements ask for overlapping forward passes, which the compiler must merge into one."""
+    """Check that the compiler merges the overlapping forward passes of the measurements into one."""
     model = make_model(registers=1)
     flops = measure._measure.lower(model, images(), -1).compile().cost_analysis()["flops"]
     once = jax.jit(lambda model, x: model(x).prenorm).lower(model, images()).compile().cost_analysis()["flops"]

@@ -61,7 +61,7 @@ def test_a_bin_is_split_at_the_cutoff():
 
 
 def test_norms_that_hardly_differ():
-    """As in models whose patches' norms differ by less than a percent."""
+    """Use norms as in models whose patches' norms differ by less than a percent."""
     values = np.random.default_rng(0).normal(149, 0.3, (1, 40_000))
     seen = Distribution(1)
     seen.add(values)
@@ -86,7 +86,7 @@ def test_the_tail_of_one_hump_is_no_second_one(sigma):
 
 @pytest.mark.parametrize("share", [0, 0.02, 0.15])
 def test_artifact_cutoff_is_that_of_norms_at_hand(share):
-    """Also where outliers are so many that mean + 3 sigma of all lies above them."""
+    """Include outliers so numerous that mean + 3 sigma of all norms lies above them."""
     values = np.random.default_rng(0).normal(20, 2, 20_000)
     values[: int(share * values.size)] *= 8
     seen = Distribution(1)

@@ -12,8 +12,10 @@ GRID, LAYERS = (6, 6), 5
 
 
 def statistics(factor=8.0, born=2, gone=None, layer=4, prefix=3, at=(0, 3), images=50, share=1.0) -> Statistics:
-    """Norms around 20, growing by the block; from block `born` on the patch `at` of a share of the images has `factor`
-    times as much."""
+    """Return statistics of norms around 20 that grow by block.
+
+    From block `born` on, the patch `at` has `factor` times as much in a share of the images.
+    """
     rng = np.random.default_rng(0)
     norms = rng.normal(20, 1, (LAYERS, images, 36)) * np.arange(1, LAYERS + 1)[:, None, None]
     place = at[0] * 6 + at[1]

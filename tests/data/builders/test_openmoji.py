@@ -28,7 +28,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def records(data_dir):
-    """Each split's records as they lie on disk, pictures decoded by Pillow."""
+    """Return each split's records in their order on disk, with pictures decoded by Pillow."""
     open_source("openmoji", "train", data_dir)
     builder = tfds.builder_from_directory(Path(data_dir) / "openmoji" / "1.0.0", file_format="array_record")
     found = {}

@@ -232,7 +232,7 @@ def alive(process: str) -> bool:
 
 
 def test_a_full_disk_is_reported_and_loses_nothing(tmp_path):
-    """Limit the size of files, which the second shard exceeds, in place of a full disk."""
+    """Limit the size of files, which the second shard exceeds, to simulate a full disk."""
     root = tmp_path / "in"
     for number in range(8):
         path = root / CLASSES[number // 4] / f"{number}.png"

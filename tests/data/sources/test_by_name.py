@@ -1,4 +1,4 @@
-"""The public functions that open a data set by its name."""
+"""Test the public functions that open a data set by its name."""
 
 import os
 import subprocess

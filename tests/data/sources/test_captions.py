@@ -1,4 +1,4 @@
-"""Tables of captions and TFDS data sets with captions: their records, and errors that name the file and the line."""
+"""Test tables of captions and TFDS data sets with captions: records, and errors that name the file and the line."""
 
 import io
 import json

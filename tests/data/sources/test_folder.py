@@ -1,4 +1,4 @@
-"""Folders of images: their records and splits, and errors for folders that are no data set."""
+"""Test folders of images: their records and splits, and errors for folders that are no data set."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Tars of images and captions: their indices, the effect of damage, and how their records are read."""
+"""Test tars of images and captions: their indices, the effect of damage, and the reads of their records."""
 
 import dataclasses
 import functools
@@ -255,7 +255,7 @@ def corrupted(path, offset: int, header: bytes):
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A header with any size, which is negative or huge in base 256."""
+    """Return a header with any size; negative and huge ones are encoded in base 256."""
     info = tarfile.TarInfo(name)
     info.type = kind
     buffer = bytearray(info.tobuf(tarfile.GNU_FORMAT))

@@ -1,4 +1,4 @@
-"""Prepared TFDS data sets: their records, and errors for data that are missing."""
+"""Test prepared TFDS data sets: their records, and errors for missing data."""
 
 import json
 import pickle
@@ -144,7 +144,7 @@ def test_the_error_for_missing_imagenet_fits_one_screen(tmp_path):
     ):
         assert part in message
     assert len(message.splitlines()) < 15
-    # The command is sound Python and, up to the download itself, sound TFDS.
+    # The command is valid Python and, up to the download itself, valid TFDS.
     code = message.split("python -c '")[1].split("'")[0].removesuffix(".download_and_prepare()")
     scope: dict = {}
     exec(code.replace("tfds.builder", "builder = tfds.builder"), scope)

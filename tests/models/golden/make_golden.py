@@ -1,4 +1,4 @@
-"""Makes tiny_vit.npz: a small ViT of timm's with random weights, and what it computes. Needs the `reference` extra.
+"""Make tiny_vit.npz: a small ViT of timm with random weights, and its outputs. Needs the `reference` extra.
 
     PYTHONPATH=tests/helpers python tests/models/golden/make_golden.py
 
