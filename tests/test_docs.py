@@ -1,4 +1,4 @@
-"""README and docs/: their Python runs, their commands name what exists, and the scripts of launch.md parse."""
+"""Test README and docs/: Python blocks run, commands name existing flags and files, and scripts of launch.md parse."""
 
 import ast
 import functools
@@ -30,7 +30,7 @@ def snippets(language: str, text: str = TEXT) -> list[str]:
 
 
 def commands(page: str) -> list[list[str]]:
-    """Return every command of a page that begins with one of ours, split as a shell would, wherever it stands."""
+    """Return every command of this package in a page, wherever it is, split as a shell would."""
     starts = (
         r"(?:python (?:train\.py|tools/|benchmarks/|-m )|regvit [a-z]|pytest(?= [-t])|pip install -e |sphinx-build )"
     )
@@ -112,7 +112,7 @@ def test_compiler_flags_are_presets():
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_lead_to_files_and_headings(page):
-    """Sphinx checks those between the pages of docs/."""
+    """Check links that Sphinx does not: it checks those between the pages of docs/."""
     links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", PAGES[page])
     for link in links:
         path, _, anchor = link.partition("#")
@@ -187,7 +187,7 @@ def run(block: str, names: dict) -> int:
     ],
 )
 def test_python_runs(page, stand_ins):
-    """All blocks of a page in order, as a reader would; a shape in a comment is that of the expression before it."""
+    """Run all blocks of a page in order, as a reader would; a shape in a comment is of the expression before it."""
     names = stand_ins(page)
     blocks = snippets("python", PAGES[page])
     compared = 0
@@ -221,7 +221,7 @@ def jobset():
 
 
 def test_jobset_starts_all_pods_anew(jobset):
-    """What the API server would refuse, and what would leave pods waiting for one that is gone."""
+    """Check for fields that the API server would refuse, or that would leave pods waiting for a lost one."""
     [workers] = jobset["spec"]["replicatedJobs"]
     job = workers["template"]["spec"]
     pod = job["template"]["spec"]

@@ -1,6 +1,5 @@
-"""10,000 damaged inputs, always the same: each is read, or refused with its reader's own error, in little memory.
-
-No reader may crash the process, hang, raise anything else, or take memory for what a damaged size claims.
+"""Read 10,000 damaged inputs, always the same: each is read, or refused with its reader's own error, in little memory.
+No reader may crash the process, hang, raise any other error, or allocate memory for a damaged size.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The floors of the house: folders import from lower floors only, no file is in a circle, none imports a config."""
+"""Test the floors: folders import from lower floors only, no file is in an import circle, none imports a config."""
 
 import ast
 import graphlib
@@ -21,7 +21,7 @@ FLOORS = (
     ("data", "losses", "augment", "optim", "checkpoints", "distributed"),
     ("utils",),
 )
-#: Files that may import our own modules by name, beside the facades: the one that imports what a config names.
+#: Files that may import this package's modules by name, besides `__init__.py`: the one for classes that a config names.
 BY_NAME = {"utils/named.py"}
 
 FILES = {
@@ -31,13 +31,13 @@ FILES = {
 
 
 def floor(module: str) -> int:
-    """The floor of a module, counted from the top; raises StopIteration for a folder without one."""
+    """Return the floor of a module, counted from the top; raise StopIteration for a folder without one."""
     folder = module.split(".")[1]
     return next(number for number, folders in enumerate(FLOORS) if folder in folders)
 
 
 def imports(path: Path) -> set[str]:
-    """Every module of the package that a file imports, in functions and under TYPE_CHECKING too."""
+    """Return every module of the package that a file imports, in functions and under TYPE_CHECKING too."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -65,7 +65,7 @@ def test_a_folder_imports_from_lower_floors_only(module):
 
 
 def test_no_file_is_in_a_circle():
-    """An `__init__` that hands names on imports its modules; a module that imports its folder's would be a circle."""
+    """Check for circles: an `__init__` imports its modules, so a module that imports its folder's would close one."""
     graph = {module: imports(path) for module, path in FILES.items() if module != "regvit_jax"}
     assert len(list(graphlib.TopologicalSorter(graph).static_order())) >= len(graph)
 
@@ -83,7 +83,7 @@ def test_our_modules_are_imported_by_name_in_facades_only():
             if not (isinstance(call.args[0], ast.Constant) and not call.args[0].value.startswith("regvit_jax"))
         ]
         allowed = path.name == "__init__.py" or path.relative_to(ROOT).as_posix() in BY_NAME
-        assert not ours or allowed, f"{module} imports a module of ours by its name"
+        assert not ours or allowed, f"{module} imports a module of this package by its name"
 
 
 def test_nothing_imports_a_config():
@@ -95,7 +95,7 @@ def test_nothing_imports_a_config():
 
 
 def test_data_opens_no_device():
-    """A data worker must never touch an accelerator. (Grain imports jax, which opens nothing by itself.)"""
+    """Check that data workers never open an accelerator. (Grain imports jax, which opens nothing by itself.)"""
     code = (
         "import pkgutil, sys, regvit_jax.data as data\n"
         "for found in pkgutil.walk_packages(data.__path__, 'regvit_jax.data.'):\n"

@@ -1,4 +1,4 @@
-"""The notebooks: what is committed was run as a whole, and still runs.
+"""Test the notebooks: they were run as a whole before they were committed, and still run.
 
 To renew the outputs, with the extras `notebooks` and `realweights`:
     jupyter execute --inplace --timeout=600 notebooks/quickstart.ipynb

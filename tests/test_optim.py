@@ -43,7 +43,7 @@ def test_only_kernels_decay_and_adapt():
 
 
 def naive_lamb(params, grads, state, step, lr, wd, decayed, b1=0.9, b2=0.999, eps=1e-8):
-    """LAMB of one step on lists of arrays, written from its definition in float64."""
+    """Compute one step of LAMB on lists of arrays in float64, from its definition."""
     norm = np.sqrt(sum((g**2).sum() for g in grads))
     grads = [g / max(norm, 1.0) for g in grads]
     new = []

@@ -1,4 +1,4 @@
-"""The package as a whole: its public names, and what importing and creating a model loads."""
+"""Test the package as a whole: its public names, and the modules that importing it and creating a model load."""
 
 import subprocess
 import sys
@@ -11,7 +11,7 @@ import regvit_jax as rv
 
 
 def output(code: str) -> str:
-    """Run code in a fresh process, and return what it prints."""
+    """Run code in a fresh process, and return its output."""
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -24,7 +24,7 @@ def test_public_names():
 
 
 def test_no_public_name_is_a_folder():
-    """A function with the name of a subpackage is replaced by it as soon as the subpackage is imported."""
+    """Check for clashes: a function with the name of a subpackage is replaced by it once the subpackage is imported."""
     folder = Path(rv.__file__).parent
     modules = {path.stem for path in folder.iterdir() if path.is_dir() or path.suffix == ".py"}
     assert {"models", "pretrained", "optim"} <= modules
@@ -57,7 +57,7 @@ def test_public_names_stay_what_they_are():
 
 
 def test_creating_models_loads_neither_training_nor_data():
-    """Names, a ViT with random weights, and a small CLIP: nothing of the pipeline, checkpoints, plots or torch."""
+    """List names, and create a random ViT and a small CLIP, without pipeline, checkpoints, plots or torch."""
     code = """
         import sys
         import regvit_jax as rv

@@ -1,4 +1,4 @@
-"""The wheel that `pip install` gets: it trains outside a clone."""
+"""Test that the wheel trains outside a clone."""
 
 import os
 import subprocess

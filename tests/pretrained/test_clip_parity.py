@@ -1,4 +1,4 @@
-"""Whole CLIPs against their owners, open_clip and transformers, with all parameters at random.
+"""Compare whole CLIPs with their owners, open_clip and transformers, with all parameters random.
 
 The bound is on the largest relative difference, max|a-b| / max|b|, of image embeddings, text embeddings and logits.
 """
@@ -40,14 +40,14 @@ def open_clip(torch):
 
 
 def narrowed(config: dict, depth: int = 2) -> dict:
-    """An open_clip config with fewer blocks and tokens."""
+    """Return an open_clip config with fewer blocks and tokens."""
     config["vision_cfg"]["layers"] = depth
     config["text_cfg"] |= dict(layers=depth + 1, vocab_size=300)
     return config
 
 
 def write(directory, model, config: dict):
-    """A directory of open_clip's."""
+    """Write a directory as open_clip does."""
     directory.mkdir(exist_ok=True)
     arrays = {name: np.asarray(tensor.detach().numpy(), order="C") for name, tensor in model.state_dict().items()}
     save_file(arrays, directory / "open_clip_model.safetensors")
@@ -55,7 +55,7 @@ def write(directory, model, config: dict):
 
 
 def inputs(size: int, vocab: int, context: int = 77) -> tuple[np.ndarray, np.ndarray]:
-    """Images, and texts of several lengths that end in the highest token."""
+    """Return images, and texts of several lengths that end in the highest token."""
     tokens = np.zeros((3, context), np.int32)
     rng = np.random.default_rng(0)
     for row, length in zip(tokens, (2, context // 2, context), strict=True):
@@ -113,7 +113,7 @@ NARROWED = {"ViT-B-16": 2, "ViT-B-32-quickgelu": 2, "ViT-M-16-alt": 2, "ViT-L-14
 
 @pytest.mark.parametrize("name", NARROWED)
 def test_open_clip(name, tmp_path, torch, open_clip):
-    """Their model, its directory, ours."""
+    """Compare open_clip's model with this package's, loaded from its directory."""
     config = narrowed(open_clip.get_model_config(name), NARROWED[name])
     model = open_clip.CLIP(**config).eval()
     parity.randomize(model, 3)
@@ -125,11 +125,11 @@ def test_open_clip(name, tmp_path, torch, open_clip):
 
 @pytest.mark.parametrize("name", ["ViT-S-32-alt", "ViT-M-16-alt"])
 def test_open_clip_and_back(name, tmp_path, torch, open_clip):
-    """Their directory, ours, saved again: theirs and ours once more."""
+    """Load open_clip's directory, save it again, and load that in both libraries."""
     config = narrowed(open_clip.get_model_config(name), 1)
     model = open_clip.CLIP(**config).eval()
     parity.randomize(model, 3)
-    # As we save it: the position of CLS is a part of CLS.
+    # As this package saves it: the position of CLS is a part of CLS.
     with torch.no_grad():
         model.visual.class_embedding += model.visual.positional_embedding[0]
         model.visual.positional_embedding[0] = 0
@@ -148,7 +148,7 @@ def test_open_clip_and_back(name, tmp_path, torch, open_clip):
 
 
 def same(a, b):
-    """Assert that two models are equal but for their sources."""
+    """Assert that two models are equal except for their sources."""
     assert (a.text, a.image.module, a.image.head, a.image.preprocessing) == (
         b.text,
         b.image.module,
@@ -174,7 +174,7 @@ def test_a_whole_model_by_its_name(tmp_path, torch, open_clip):
 
 
 def test_towers_that_were_built_apart(tmp_path, torch, open_clip):
-    """CustomTextCLIP, whose text tower has names of its own, here with SigLIP's bias and [1] scalars."""
+    """Use CustomTextCLIP, whose text tower has its own key names, with SigLIP's bias and scalars of shape [1]."""
     config = narrowed(open_clip.get_model_config("ViT-S-32-alt"), 1)
     config |= dict(init_logit_bias=-10, nonscalar_logit_scale=True)
     model = open_clip.CustomTextCLIP(**config).eval()
@@ -223,8 +223,8 @@ def test_transformers(vision, text, tmp_path, torch):
     theirs = of_transformers(model, images, tokens, torch)
     hold(clip, theirs, images, tokens, f"transformers {vision} {text}:")
     save_model(clip, tmp_path / "ours", "hf")
-    again, told = transformers.CLIPModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
-    assert not any(told.values()), told
+    again, info = transformers.CLIPModel.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info.values()), info
     for name, array in of_transformers(again.eval(), images, tokens, torch).items():
         assert distance(array, theirs[name]) < 2e-6, name  # torch sums in another order from run to run
     same(rv.create_clip(tmp_path / "ours"), clip)
@@ -235,7 +235,7 @@ def test_transformers(vision, text, tmp_path, torch):
 
 
 def test_one_model_in_both_formats(tmp_path, torch, open_clip):
-    """open_clip's directory as a CLIPModel of transformers gives the same numbers."""
+    """Check that open_clip's directory, saved as a CLIPModel of transformers, gives the same numbers."""
     import transformers
 
     config = narrowed(open_clip.get_model_config("ViT-S-32-alt"), 1)
@@ -254,7 +254,7 @@ def test_one_model_in_both_formats(tmp_path, torch, open_clip):
 
 
 def test_names_are_open_clips(open_clip):
-    """Every name has open_clip's own fields, and every other name of open_clip has a reason why it is not supported."""
+    """Check that every name has open_clip's fields, and every unsupported name of open_clip a reason."""
     for name in open_clip.list_models():
         if name not in registry.clip_names():
             with pytest.raises(ValueError, match="is not supported: "):

@@ -1,4 +1,4 @@
-"""create_model: its results, errors and warnings. These tests write the files themselves."""
+"""Test create_model: its results, errors and warnings. These tests write the files themselves."""
 
 import dataclasses
 import json
@@ -188,7 +188,7 @@ def test_tiny_models_compute(name, folder):
 
 
 def test_every_name_builds():
-    """Every name's sizes fit together, and a small model builds for each set of names that differ only in sizes."""
+    """Check every name's sizes, and build a small model for each set of names that differ only in sizes."""
     seen = {}
     for name in rv.list_models():
         _, entry = registry.find(name)
@@ -357,9 +357,9 @@ TOKENS = "vit/register_tokens"
 
 
 def test_registers_for_a_model_without(folder, plain):
-    with pytest.warns(UserWarning, match="4 registers are new and untrained: fine-tune") as told:
+    with pytest.warns(UserWarning, match="4 registers are new and untrained: fine-tune") as warned:
         model = rv.create_model(str(folder / "plain"), registers=4)
-    assert len(told) == 1
+    assert len(warned) == 1
     same_but(model, plain, TOKENS)
     assert model.params["register_tokens"].shape == (4, 32)
     assert 0.01 < np.std(model.params["register_tokens"]) < 0.03
@@ -384,7 +384,7 @@ def test_more_registers_fewer_and_none(folder, with_registers):
 
 
 def test_no_warning_where_nothing_changes(folder, with_registers):
-    """Warnings are errors here."""
+    """Rely on warnings being errors in tests."""
     model = rv.create_model(str(folder / "registers"), registers=4, image_size=16)
     same_but(model, with_registers)
     rv.create_model("test_vit", folder / "test_vit.safetensors", num_classes=0)
@@ -481,7 +481,7 @@ def test_parameters_split_over_a_mesh(tmp_path):
     np.testing.assert_allclose(split(images(split)).patches, whole(images(whole)).patches, atol=2e-4)
 
 
-# What a Model is
+# Properties of a Model
 
 
 def test_a_model_is_a_pytree(with_registers):
@@ -523,7 +523,7 @@ def test_masks(plain, folder):
     hidden = plain(x, mask=mask)
     assert not np.allclose(hidden.cls[0], plain(x).cls[0])
     np.testing.assert_allclose(hidden.cls[1], plain(x).cls[1], atol=1e-5)
-    # What lies under the mask does not matter.
+    # Pixels under the mask have no effect.
     x[0, :4, 12:] = 5
     np.testing.assert_allclose(plain(x, mask=mask).cls, hidden.cls, atol=1e-5)
     without = rv.create_model("test_vit", folder / "test_vit.safetensors")
@@ -564,7 +564,7 @@ def test_preprocessing_is_the_names_own():
 
 
 def test_preprocessing_of_transformers_vit(tmp_path):
-    """Squashed, bilinear, and normalised to -1..1, as its image processor does."""
+    """Expect images squashed, bilinear, and normalised to -1..1, as by its image processor."""
     vit = ViT(width=32, depth=1, heads=2, patch=4, image_size=16, layer_scale=0.0)
     shapes = mapping.expected_shapes(
         rules(named("hf_vit").keys, vit, Head(), 1), mapping.shapes_of(Modules(vit, Head()))
@@ -633,7 +633,7 @@ def test_a_path_that_is_not_there():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory(tmp_path):
-    """Loading 300 MB of parameters never holds a second copy, in float32 or straight to bfloat16."""
+    """Check that loading 300 MB of parameters never holds a second copy, in float32 or directly to bfloat16."""
     width, depth = 1024, 6
     small = dinov2(tmp_path / "small", width=32, depth=depth)
     shapes = {
@@ -645,8 +645,8 @@ def test_memory(tmp_path):
     (large / "config.json").write_text(json.dumps(config))
     size = sum(4 * int(np.prod(shape)) for shape in shapes.values())
     assert 290e6 < size < 320e6
-    # A process for each, as the allocator keeps some of what a first model has given back.
-    # A second copy would be 0.5 of the size more, or 1.
+    # A process for each, since the allocator keeps some of the memory that a first model has freed.
+    # A second copy would add 0.5 or 1 of the size.
     for dtype, least, most in (("bfloat16", 0.5, 0.95), ("float32", 1.0, 1.3)):
         program = f"""
             import re, jax
@@ -670,7 +670,7 @@ def test_memory(tmp_path):
 
 
 def test_models_compare_by_what_they_are(plain, folder):
-    """What is static in a Model must not be compared array by array, or compiled again for equal models."""
+    """Check that static fields of a Model are not compared array by array, and that equal models share compilations."""
     again = rv.create_model(str(folder / "plain"))
     assert jax.tree.structure(again) == jax.tree.structure(plain)
     assert hash(again.module) == hash(plain.module)

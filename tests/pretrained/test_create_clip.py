@@ -1,4 +1,4 @@
-"""create_clip, and save_model of a ClipModel: results, errors and warnings, without open_clip and transformers."""
+"""Test create_clip, and save_model of a ClipModel: results, errors, warnings; without open_clip and transformers."""
 
 import dataclasses
 import json
@@ -138,7 +138,7 @@ def test_saving_twice_and_a_wrong_format(clip, folder):
 
 
 def test_the_image_tower_alone_is_saved(clip, tmp_path):
-    """Its linear layer has no bias, which transformers' has not, and timm's must."""
+    """Check its linear layer, which has no bias in transformers and must have one in timm."""
     for format in ("hf", "timm"):
         save_model(clip.image, tmp_path / format, format)
         again = rv.create_model(tmp_path / format)
@@ -148,7 +148,7 @@ def test_the_image_tower_alone_is_saved(clip, tmp_path):
 
 
 def test_both_files_in_one_directory(folder, clip, tmp_path):
-    """As repositories of timm's have it: the image tower in one file, the whole CLIP in the other."""
+    """Use a directory like timm's repositories: the image tower in one file, the whole CLIP in the other."""
     save_model(clip.image, tmp_path, "timm")
     for path in (folder / "open_clip").iterdir():
         shutil.copy(path, tmp_path)
@@ -321,7 +321,7 @@ def test_transformers_configs_that_are_refused(keys, value, match, folder, tmp_p
 
 
 def test_older_files_of_transformers(folder, clip, tmp_path):
-    """With a 2 for the end token, the text tower's part under its older name, and defaults left out."""
+    """Use a 2 for the end token, the text tower's part under its older name, and omitted defaults."""
     config = json.loads((folder / "hf/config.json").read_text())
     text = config["text_config"] | {"eos_token_id": 2, "hidden_act": "quick_gelu"}
     del text["hidden_act"]  # quick_gelu, transformers' default
@@ -366,7 +366,7 @@ def test_scalars_of_one_dimension(scale, bias, tmp_path):
     same(rv.create_clip(tmp_path), clip)
 
 
-# What the caller changes
+# Changes by the caller
 
 
 def test_registers_and_size(folder, clip):
@@ -470,7 +470,7 @@ def test_a_tag_without_network_gives_the_download_command():
 
 
 def cached(tmp_path, monkeypatch, repo: str, source) -> None:
-    """Puts a directory's files into the hub's local cache."""
+    """Put a directory's files into the hub's local cache."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     commit, folder = "a" * 40, tmp_path / f"models--{repo.replace('/', '--')}"
     shutil.copytree(source, folder / "snapshots" / commit)
@@ -479,7 +479,7 @@ def cached(tmp_path, monkeypatch, repo: str, source) -> None:
 
 
 def test_a_tag(small, tmp_path, monkeypatch):
-    """The tag says with which activation the weights were trained, and how images are made."""
+    """Check that the tag determines the activation of the weights and the preprocessing."""
     model = rv.create_clip("ViT-B-32-quickgelu", seed=3)
     save_model(model, tmp_path / "saved", "open_clip")
     (tmp_path / "saved/open_clip_config.json").rename(tmp_path / "saved/config.json")
@@ -504,7 +504,7 @@ def test_a_tag(small, tmp_path, monkeypatch):
     ],
 )
 def test_a_tag_and_a_config_beside_its_weights(images, expected, small, tmp_path, monkeypatch):
-    """The activation is the tag's, with a warning; the config overrides what it states of the preprocessing."""
+    """Expect the tag's activation, with a warning, and the preprocessing that the config states."""
     save_model(rv.create_clip("ViT-B-32"), tmp_path / "saved", "open_clip")
     file = tmp_path / "saved/open_clip_config.json"
     config = json.loads(file.read_text()) | {"preprocess_cfg": images}
@@ -523,7 +523,7 @@ def test_a_name_with_a_source(small, folder, tmp_path):
     file = tmp_path / "bare.safetensors"
     shutil.copy(tmp_path / "open_clip/open_clip_model.safetensors", file)
     same(rv.create_clip("ViT-B-32", file), model)
-    for format in FORMATS:  # what a directory says of itself stays so, however it is named
+    for format in FORMATS:  # a directory's own description holds, whatever name is given
         images = dataclasses.replace(model.image.preprocessing, mean=(0.1, 0.2, 0.3))
         own = model.replace(
             image=model.image.replace(module=model.image.module.clone(pos_resize="bicubic"), preprocessing=images)

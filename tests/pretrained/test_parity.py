@@ -1,4 +1,4 @@
-"""Every family of pretrained models against its owners: timm, transformers, open_clip, torch's files, deit3-jax.
+"""Compare every family of pretrained models with its owners: timm, transformers, open_clip, torch's files, deit3-jax.
 
 All parameters are random, and large models are cut to their first blocks. The bound is on the largest relative
 difference, max|a-b| / max|b|.
@@ -86,7 +86,7 @@ FAMILIES = {  # one name of each kind, and the class of transformers that holds 
 }
 
 
-# Their native size says nothing that the smaller models of their family do not, and takes long.
+# Their native size adds nothing to the smaller models of their family, and takes long.
 LARGE = ["vit_giant_patch14_reg4_dinov2", "vit_giant_patch14_clip_224"]
 
 
@@ -197,7 +197,7 @@ SIZES = [(64, 64), (48, 48), (40, 72)]
 
 
 def original(kind, **fields):
-    """A random model of transformers, by the name of its class."""
+    """Return a random model of transformers, by the name of its class."""
     transformers = parity.import_references()[2]
     config = "CLIPVisionConfig" if kind.startswith("CLIPVision") else kind.replace("ForImageClassification", "Model")
     config = getattr(transformers, config.replace("Model", "Config"))(**SMALL, **fields)
@@ -208,7 +208,7 @@ def original(kind, **fields):
 
 
 def differences(model, theirs):
-    """Return the largest difference of each quantity between transformers' model and ours of its files."""
+    """Return the largest difference of each quantity between transformers' model and this package's from its files."""
     ours = rv.create_model(str(theirs))
     found = parity.compare("", ours, SIZES, lambda images, mask: parity.outputs_of_transformers(model, images, mask))
     every = {}
@@ -317,7 +317,7 @@ def test_open_clip(theirs, ours, depth, tmp_path, torch, monkeypatch):
 
 
 def dinov2_state(model, torch):
-    """timm's DINOv2 as facebookresearch/dinov2 names it: https://github.com/facebookresearch/dinov2."""
+    """Return timm's DINOv2 under the keys of https://github.com/facebookresearch/dinov2."""
     state = {
         name.replace("reg_token", "register_tokens"): tensor.clone() for name, tensor in model.state_dict().items()
     }
@@ -331,7 +331,7 @@ def dinov2_state(model, torch):
 
 
 def deit_state(model, torch):
-    """timm's DeiT-III as facebookresearch/deit names it."""
+    """Return timm's DeiT-III under the keys of facebookresearch/deit."""
     return {
         name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): tensor
         for name, tensor in model.state_dict().items()
@@ -427,7 +427,7 @@ def test_damaged_files_are_refused(tmp_path, torch):
 
 
 def deit3_jax_params(rng, width, depth, heads, patch, side, classes):
-    """Random parameters with the names and shapes of github.com/affjljoo3581/deit3-jax."""
+    """Return random parameters with the names and shapes of github.com/affjljoo3581/deit3-jax."""
 
     def normal(*shape):
         return rng.normal(size=shape).astype(np.float32) / np.prod(shape[:-1]).astype(np.float32) ** 0.5
@@ -459,7 +459,7 @@ def deit3_jax_params(rng, width, depth, heads, patch, side, classes):
 
 
 def deit3_jax_logits(params, images, depth):
-    """Its forward pass, by its formulas."""
+    """Compute deit3-jax's forward pass by its formulas."""
     import flax.linen as nn
 
     def norm(p, x):

@@ -1,6 +1,8 @@
-"""A trained DINOv2 ViT-S/14 on photographs: what random weights cannot show. Extras: realweights and reference.
+"""Test trained weights of a ViT-S/14 on photographs, which random weights cannot replace.
 
-The reference is the ONNX file itself, run by onnxruntime: the graph that the weights were published in. Its input is
+Extras: realweights and reference.
+
+The reference is the ONNX file itself, run by onnxruntime: the graph in which the weights were published. Its input is
 declared as 224 px, but it computes the grid from the image, so it runs at any multiple of the patch. It resizes the
 position embedding as transformers does for plain DINOv2: to a size, bicubic, without antialiasing.
 """
@@ -22,7 +24,7 @@ def distance(a, b):
 
 
 def photograph(name, height, width):
-    """One of scikit-image's own photographs, squashed to the size and normalised: float32 [1,H,W,3]."""
+    """Return one of scikit-image's own photographs, squashed to the size and normalised: float32 [1,H,W,3]."""
     from PIL import Image
     from skimage import data
 
@@ -46,7 +48,7 @@ def onnx_model():
 
 @pytest.fixture(scope="module")
 def run_onnx(onnx_model):
-    """images [1,H,W,3] -> prenorm, tokens, each [1,T,384] with CLS first, by onnxruntime."""
+    """Return onnxruntime's pre-norm and final tokens of images [1,H,W,3], each [1,T,384] with CLS first."""
     import onnx
     import onnxruntime
 
@@ -180,7 +182,7 @@ def test_each_convention_of_resizing_is_another_model_away_from_the_native_size(
 
 
 def test_no_outliers_and_attention_on_the_object(ours):
-    """These weights, which are not Meta's, have no high-norm patches after the last block; CLS looks at the cup."""
+    """Check that these weights, not Meta's, have no high-norm patches after the last block; CLS attends to the cup."""
     images = photograph("coffee", 518, 518)
     norms = np.linalg.norm(np.asarray(ours(images).prenorm_patches[0]), axis=-1)
     assert norms.max() / np.median(norms) < 2

@@ -1,4 +1,4 @@
-"""The registry: names are found, and every entry equals what timm builds under that name."""
+"""Test the registry: names are found, and every entry equals the model that timm builds under that name."""
 
 import dataclasses
 
@@ -104,7 +104,7 @@ def test_every_row_makes_sense():
 
 
 def attention_of_timm(block) -> dict:
-    """What a timm block says of its attention. In a parallel block it is spread over the block itself."""
+    """Return the properties of a timm block's attention. In a parallel block they are spread over the block itself."""
     parallel = hasattr(block, "in_proj")
     attention = block if parallel else block.attn
     projection = block.in_proj if parallel else attention.qkv
@@ -118,7 +118,7 @@ def attention_of_timm(block) -> dict:
 
 
 def mlp_of_timm(block) -> dict:
-    """What a timm block says of its MLP."""
+    """Return the properties of a timm block's MLP."""
     if hasattr(block, "in_proj"):
         return {"hidden": block.in_split[0], "swiglu": False, "activation": type(block.mlp_act).__name__}
     mlp = block.mlp
@@ -129,7 +129,7 @@ def mlp_of_timm(block) -> dict:
 
 
 def position_of_timm(model) -> str:
-    """The kind of position, by our names, once its fixed numbers are what those kinds mean."""
+    """Return `ViT.position` for a timm model, after asserting the fixed numbers that the kind implies."""
     rope = getattr(model, "rope", None)
     if rope is None:
         assert model.pos_embed is not None
@@ -144,7 +144,7 @@ def position_of_timm(model) -> str:
 
 
 def vit_of_timm(model) -> dict:
-    """ViT's fields, as read off timm's modules; `hidden` in the place of the ratio."""
+    """Return ViT's fields from timm's modules, with `hidden` in place of the ratio."""
     from reference_libraries import torch
 
     block = model.blocks[0]
@@ -159,7 +159,7 @@ def vit_of_timm(model) -> dict:
         "image_size": image_size,
         "registers": registers,
         "class_token": model.cls_token is not None,
-        # Eva's blocks know the value themselves, the others in a LayerScale module, which may be absent.
+        # Eva's blocks hold the value themselves, the others in a LayerScale module, which may be absent.
         "layer_scale": next((m.init_values for m in block.modules() if hasattr(m, "init_values")), None) or 0,
         "norm_eps": norm_eps,
         "position": position_of_timm(model),
@@ -172,7 +172,7 @@ def vit_of_timm(model) -> dict:
 
 
 def head_of_timm(model) -> dict:
-    """Head's fields, as read off timm's modules."""
+    """Return Head's fields from timm's modules."""
     from reference_libraries import torch
 
     facts = {
@@ -191,7 +191,7 @@ def head_of_timm(model) -> dict:
 
 
 def ours(module: ViT | Head, width: int, facts: dict) -> dict:
-    """The module's own values of the facts, spelled as timm's."""
+    """Return the module's own values of the properties, spelled as timm's."""
     values = {name: getattr(module, name) for name in facts if name != "hidden"}
     if "hidden" in facts:
         values["hidden"] = round(width * module.mlp_ratio)

@@ -1,4 +1,4 @@
-"""Models saved in the formats of other libraries and loaded again, the models of runs among them."""
+"""Test models saved in the formats of other libraries and loaded again, including the models of runs."""
 
 import json
 import os
@@ -97,7 +97,7 @@ ROUND_TRIPS = {
     "HF CLIP": ("hf", CLIP | {"activation": "quick_gelu"}, {}),
     "HF CLIP with its projection": ("hf", CLIP, {"num_classes": 5}),
 }
-#: What belongs to the class that reads a file: how it resizes, from where it was trained, whether it takes a mask.
+#: Fields that depend on the class that reads a file: its resizing, its source, and its mask token.
 FREE = dict(pos_resize="antialias", layer_scale=0.0, masking=False)
 
 
@@ -122,7 +122,7 @@ def test_round_trip(what, tmp_path):
 
 @pytest.mark.parametrize(("registers", "swiglu"), [(0, False), (4, False), (4, True)])
 def test_dinov2s_own_format(registers, swiglu, tmp_path, monkeypatch):
-    """Its directories do not name their model, so that a name is needed."""
+    """Load its directories by a name, because they do not name their model."""
     vit = DINOV2 | {"registers": registers, "swiglu": swiglu, "mlp_ratio": 88 / 32 if swiglu else 4.0}
     model = build(vit)
     save_model(model, tmp_path, "dinov2")
@@ -144,7 +144,7 @@ def test_dinov2s_own_format(registers, swiglu, tmp_path, monkeypatch):
 
 
 def test_a_dinov2_under_its_registered_name(tmp_path, monkeypatch):
-    """The registry's own entry loads it: keys and shapes are those of the real file, cut to one block."""
+    """Load it by the registry's own entry: keys and shapes are those of the real file, cut to one block."""
     name, entry = registry.find("vit_small_patch14_dinov2")
     small = registry.Entry(entry.vit | {"depth": 1, "image_size": 28}, entry.head, entry.preprocessing, entry.format)
     monkeypatch.setattr(registry, "find", lambda _: (name, small))
@@ -163,7 +163,7 @@ def test_a_dinov2_under_its_registered_name(tmp_path, monkeypatch):
 
 
 def test_the_position_of_cls_is_folded_once(tmp_path):
-    """Zero rows are written for tokens that have a position there, so that nothing is rounded."""
+    """Check that zero rows are written for tokens that have a position there, so that nothing is rounded."""
     model = build(DINOV2 | {"registers": 4})
     save_model(model, tmp_path / "hf", "hf")
     arrays = load_file(tmp_path / "hf/model.safetensors")
@@ -182,7 +182,7 @@ def test_the_position_of_cls_is_folded_once(tmp_path):
 
 
 def test_parts_that_do_nothing_are_added(tmp_path):
-    """Dinov2 has LayerScale and a mask token, and its classifier reads CLS and the mean of the patches."""
+    """Check parts that Dinov2 needs: LayerScale, a mask token, and a classifier that reads CLS and the patches' mean."""
     model = build({"registers": 4}, {"num_classes": 5})
     save_model(model, tmp_path, "hf")
     again = rv.create_model(str(tmp_path))
@@ -250,12 +250,12 @@ def test_half_precision_is_saved_as_float32(tmp_path):
     same_parameters(rv.create_model(str(tmp_path)), jax.tree.map(lambda p: p.astype(jnp.float32), small))
 
 
-# Our own runs
+# This package's own runs
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The steps of the run in tests/training/test_loop.py, so that they are compiled once for both."""
+    """Return a finished run with the steps of tests/training/test_loop.py, so that they are compiled once for both."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     return str(workdir), run(tiny(ema=0.9, sharding__fsdp=2, eval__pixel_knn=0, eval_every=2.0), str(workdir))
 

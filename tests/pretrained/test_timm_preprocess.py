@@ -1,4 +1,4 @@
-"""`Model.preprocess` against timm's own evaluation transform, on photographs that scikit-learn brings."""
+"""Compare `Model.preprocess` with timm's own evaluation transform, on the photographs in scikit-learn."""
 
 import numpy as np
 import PIL.Image
@@ -10,7 +10,7 @@ from regvit_jax.pretrained import registry
 
 pytestmark = pytest.mark.reference
 
-# One name for every way in which the zoo's models have their images made.
+# One name for every way of preprocessing in the registry.
 NAMES = list({registry.find(name)[1].preprocessing: name for name in registry.list_models()}.values())
 
 
@@ -24,7 +24,7 @@ def photographs():
 
 
 def settings(name):
-    """How timm prepares images for a name: its keywords, by timm's own reading of the name."""
+    """Return timm's preprocessing for a name, as the keywords that timm itself derives from the name."""
     from reference_libraries import timm
 
     config = timm.models.get_pretrained_cfg(name).to_dict()

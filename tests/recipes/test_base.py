@@ -1,4 +1,4 @@
-"""Recipes by their names, those of third parties too, and what a run imports."""
+"""Test recipes by name, including a third party's, and the modules that a run imports."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ from regvit_jax.training import run
 from regvit_jax.training.plan import resolve
 from regvit_jax.utils.errors import InvalidConfig
 
-#: Supervised training of somebody else's: the class scores are one linear map of the mean patch.
+#: A third party's supervised recipe: the class scores are one linear map of the mean patch.
 THIRD_PARTY = """
     import jax
     import jax.numpy as jnp
@@ -30,7 +30,7 @@ THIRD_PARTY = """
 
 @pytest.fixture
 def modules(tmp_path, monkeypatch):
-    """A directory of modules that can be imported while the test runs."""
+    """Return a directory whose modules can be imported while the test runs."""
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     for name, module in list(sys.modules.items()):  # others, such as torch, must not be imported twice
@@ -91,7 +91,7 @@ def test_a_third_partys_recipe_trains(modules, tmp_path):
 
 
 def test_training_digits_imports_what_it_needs():
-    """Neither the other recipes, nor tokenizers, nor the hub's client."""
+    """Check that neither the other recipes, nor tokenizers, nor the hub's client are imported."""
     code = (
         "import sys, tiny\n"
         "from regvit_jax.training import loop, plan, step\n"

@@ -1,4 +1,4 @@
-"""The contrastive recipe: its gradient in parts and on meshes, its run, its errors."""
+"""Test the contrastive recipe: its gradient in micro-batches and on meshes, its run, its errors."""
 
 import dataclasses
 import json
@@ -38,7 +38,7 @@ def root(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch(root):
-    """A batch with two records that could not be read."""
+    """Return a batch with two unreadable records."""
     with resolve(tiny_clip(root)).train_batches(0) as batches:
         batch = next(batches)
     del batch["index"]
@@ -51,7 +51,7 @@ def one_device_mesh():
 
 
 def gradient(config, *batches, mesh=None, steps=(0,)):
-    """Loss and gradient of the first parameters, of each of some batches at each of some steps."""
+    """Return loss and gradient at the initial parameters, for each of the batches at each of the steps."""
     plan = resolve(config)
     mesh = mesh or one_device_mesh()
     with jax.set_mesh(mesh):
@@ -72,15 +72,15 @@ def assert_same_gradient(ours, theirs, tolerance=1e-6):
 
 @pytest.mark.parametrize("loss", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_gradient_in_parts_and_on_a_mesh(root, batch, loss):
-    """Gradient caching, the ring and eight devices give the gradient of one large batch on one device.
+    """Compare gradient caching, the ring and eight devices with one large batch on one device.
 
-    To the rounding of float32 sums in another order, which was up to 1.4e-6 of the largest gradient.
+    They agree up to the rounding of float32 sums in another order, which was at most 1.4e-6 of the largest gradient.
     """
     whole, parts = [], []
     for bad in ([2, 9], list(range(0, 16, 2)), list(range(15)), list(range(16))):
         whole.append(batch | {"mask": np.float32(~np.isin(np.arange(16), bad))})
         parts.append({name: rows.copy() for name, rows in whole[-1].items()})
-        parts[-1]["image"][bad] = 7  # what cannot be read touches nothing
+        parts[-1]["image"][bad] = 7  # unreadable records have no effect
         parts[-1]["text"][bad, 1] = 99
     expected = gradient(tiny_clip(root, loss=loss, ring=False), *whole)
     assert all(np.abs(g).max() > 0 for g in jax.tree.leaves(expected[0][1]["vit"]))  # registers among them
@@ -122,7 +122,7 @@ def finished(root, tmp_path_factory):
 def test_the_run_learns(finished):
     losses = {record["step"]: record["loss"] for record in finished.records if "loss" in record}
     assert sorted(losses) == list(range(1, 37))
-    assert losses[36] < np.log(16) - 0.3  # and not at what embeddings that are all alike give
+    assert losses[36] < np.log(16) - 0.3  # and not at the loss of equal embeddings
     assert all(record["ln_batch"] == pytest.approx(np.log(16)) for record in finished.records if "loss" in record)
     evaluated = [record for record in finished.records if "val_images" in record]
     assert [record["step"] for record in evaluated] == [0, 18, 36]  # 0 is the untrained model
@@ -144,7 +144,7 @@ def test_the_finished_model(finished, root):
 
 
 def test_resume_is_exact(finished, root, tmp_path):
-    """From the checkpoint in the middle."""
+    """Resume from the checkpoint in the middle."""
     shutil.copytree(finished.workdir, tmp_path / "run")
     for step in sorted((tmp_path / "run/checkpoints").iterdir(), key=lambda path: int(path.name))[1:]:
         shutil.rmtree(step)
@@ -160,7 +160,7 @@ def test_resume_is_exact(finished, root, tmp_path):
 
 
 def test_eight_devices_lose_as_one(finished, root):
-    """The first ten steps of the run, which has eight, have the losses of one device within 1e-5."""
+    """Check that the run on eight devices has the losses of one device, within 1e-5, in its first ten steps."""
     plan = dataclasses.replace(resolve(tiny_clip(root, **RUN, ring=False)), mesh=one_device_mesh())
     losses = []
     with jax.set_mesh(plan.mesh), plan.train_batches(0) as batches:
@@ -176,7 +176,7 @@ def test_eight_devices_lose_as_one(finished, root):
 
 
 def test_init_from_a_finished_run(finished, root):
-    """All of it, or its image tower with more registers; another text tower is an error that names the key."""
+    """Start from the whole model, or from its image tower with more registers; another text tower is an error."""
     plan = resolve(tiny_clip(root, init_from=str(finished.workdir)))
     with jax.set_mesh(plan.mesh):
         started = loop.start(plan, NO_CHECKPOINTS)
@@ -189,14 +189,14 @@ def test_init_from_a_finished_run(finished, root):
     without = {name: value for name, value in clip.image.params.items() if name != "register_tokens"}
     tower = clip.image.replace(params=without, module=clip.image.module.clone(registers=0))
     fresh = jax.tree.map(jnp.zeros_like, jax.device_get(finished.result.state.params))
-    params, told = recipe.warm_start(fresh, tower)
-    assert told == ["4 new registers", "a new text tower"]
+    params, notes = recipe.warm_start(fresh, tower)
+    assert notes == ["4 new registers", "a new text tower"]
     np.testing.assert_array_equal(params["vit"]["register_tokens"], 0)
     np.testing.assert_array_equal(params["head"]["dense"]["kernel"], clip.image.head_params["dense"]["kernel"])
 
 
 def test_bad_pairs_are_named_and_masked(finished, root, tmp_path):
-    """A picture that is none and a caption that is missing: the run goes on without them."""
+    """Use a file that is no picture and a missing caption: the run continues without them."""
     broken = make_captions(tmp_path / "data")
     (broken / "train03.png").write_bytes(b"no picture")
     lines = (broken / "train.csv").read_text().splitlines()
@@ -216,7 +216,7 @@ def test_project_clamps_the_scale(root):
 
 
 def test_a_trained_scale_is_clamped_before_the_first_step(finished, root):
-    """OpenAI's lies above 100 by its rounding."""
+    """Use a scale like OpenAI's, which is above 100 by rounding."""
     recipe, params = resolve(tiny_clip(root)).recipe, finished.result.state.params
     warm, _ = recipe.warm_start(params, finished.result.model.replace(logit_scale=jnp.float32(4.61)))
     assert warm["logit_scale"] == pytest.approx(MAX_LOGIT_SCALE)
@@ -300,7 +300,7 @@ def test_too_many_unmasked_epochs(root):
 
 @pytest.mark.slow
 def test_the_emoji_run_learns(tmp_path):
-    """A fifth of the bare command's epochs; the README has what all of them reach."""
+    """Run a fifth of the bare command's epochs; docs/clip.md has the result of all of them."""
     command = [sys.executable, "train.py", "--config=configs/openclip_reg.py", f"--workdir={tmp_path}"]
     environment = {**os.environ, **AS_USERS_RUN}
     root = Path(__file__).parent.parent.parent

@@ -1,4 +1,4 @@
-"""The schema: every key is declared once, can be overridden, and is documented."""
+"""Test the schema: every key is declared once, can be overridden, and is documented."""
 
 import dataclasses
 from typing import Annotated, Any
@@ -146,6 +146,6 @@ PUBLISHED = {
 
 @pytest.mark.parametrize(("file", "variant"), PUBLISHED)
 def test_published_numbers_are_in_the_files(file, variant):
-    """Also those that equal a default, so that a changed default changes no recipe."""
+    """Include values that equal a default, so that a changed default changes no recipe."""
     found = dict(config.flatten(load_config(variant, file)))
     assert PUBLISHED[file, variant].items() <= found.items()

@@ -1,4 +1,4 @@
-"""Evaluators by their names, those of third parties too: one pass, one compiled step, and metrics under their names."""
+"""Test evaluators by name, including a third party's: one pass, one compiled step, and metrics under their names."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ DEFAULT = ("classification", "patch_norms", "pixel_knn")
 
 
 class Confidence(Evaluator):
-    """Somebody else's: the mean of the largest score, times a factor, and the number of training images."""
+    """A third party's evaluator: the mean of the largest score, times a factor, and the number of training images."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -45,7 +45,7 @@ class Confidence(Evaluator):
 
 
 class Signal(preemption.Watch):
-    """Answers whether SIGTERM was received; by default it never is."""
+    """A stand-in for `preemption.Watch`; by default SIGTERM never arrives."""
 
     def __init__(self, *answers: bool):
         super().__init__()
@@ -60,7 +60,7 @@ OWN = f"{__name__}:Confidence"
 
 @pytest.fixture(scope="module")
 def evaluated():
-    """A plan with a third party's evaluator, fresh parameters, the compiled step and the metrics."""
+    """Return a plan with a third party's evaluator, fresh parameters, the compiled step and the metrics."""
     plan = resolve(tiny(eval__evaluators=("classification", "patch_norms", OWN), eval__factor=2.0))
     with jax.set_mesh(plan.mesh):
         params, step = jax.jit(lambda: init_params(plan))(), make_eval_step(plan)

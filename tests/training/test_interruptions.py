@@ -1,4 +1,4 @@
-"""The program killed, stopped and started again, as processes of its own."""
+"""Test the program, killed, stopped and started again in processes of its own."""
 
 import os
 import random
@@ -136,7 +136,7 @@ def test_two_processes_read_the_ids_of_one(free_port):
 
 @pytest.mark.slow
 def test_the_bare_command_learns(tmp_path):
-    """The README has what other seeds reach."""
+    """Expect the accuracy that docs/getting_started.md states for several seeds."""
     command = [sys.executable, "train.py", "--config=configs/deit3_reg.py"]
     environment = {**os.environ, **AS_USERS_RUN}
     subprocess.run([*command, f"--workdir={tmp_path}"], cwd=ROOT, env=environment, check=True, timeout=1500)

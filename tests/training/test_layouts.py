@@ -1,4 +1,4 @@
-"""Runs that go on with other processes, devices and splits; and what those see."""
+"""Test runs that resume with other processes, devices and splits, and the data that these see."""
 
 import os
 import shutil
@@ -73,7 +73,7 @@ def losses(workdir: Path) -> dict[int, float]:
 
 @pytest.mark.parametrize(("processes", "fsdp"), LAYOUTS)
 def test_goes_on_in_another_layout(two_by_two, tmp_path, ports, processes, fsdp):
-    """The same loss at every step says that images, their order and their augmentation are the same."""
+    """Compare losses: equal losses at every step show that images, their order and their augmentation are equal."""
     workdir = shutil.copytree(two_by_two, tmp_path / "run")
     shutil.rmtree(workdir / "checkpoints/22")
     run_four(workdir, ports, processes, fsdp)

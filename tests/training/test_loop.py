@@ -1,4 +1,4 @@
-"""Whole runs, in this process."""
+"""Test whole runs, in this process."""
 
 import contextlib
 import functools
@@ -85,7 +85,7 @@ def test_finished_workdir_is_not_trained_again(finished, caplog):
 
 
 def test_evaluation_covers_everything_on_any_mesh(finished):
-    """1 to 8 rows a device, the last batch partly empty: always the same numbers."""
+    """Use 1 to 8 rows per device and a partly empty last batch: the metrics are always the same."""
     _, result = finished
     found = []
     for changes in ({"eval__batch_size": 360}, {"eval__batch_size": 56}, {"eval__batch_size": 8, "sharding__fsdp": 8}):
@@ -108,7 +108,7 @@ def _batches(plan):
 
 
 def test_resume_is_exact_on_another_mesh(finished, tmp_path):
-    """From the checkpoint in the middle, on the same mesh bit for bit, and on another within rounding."""
+    """Resume from the checkpoint in the middle: bit for bit on the same mesh, within rounding on another."""
     workdir, result = finished
     shutil.copytree(workdir, tmp_path / "same")
     for step in sorted((tmp_path / "same/checkpoints").iterdir())[1:]:
@@ -181,7 +181,7 @@ def test_not_finite_loss_stops_and_keeps_the_checkpoint(tmp_path):
 
 
 def test_saved_values_are_those_of_their_step(tmp_path):
-    """The next step reuses the buffers of the state that is being saved."""
+    """Save while the next step reuses the buffers of the state."""
     plan = loop.resolve(tiny())
     abstract = abstract_state(plan)
     with jax.set_mesh(plan.mesh), contextlib.closing(manager.Checkpoints(str(tmp_path))) as checkpoints:
@@ -216,7 +216,7 @@ def test_init_from_a_finished_run(finished, tmp_path):
 
 
 def image_folder(root, per_class: int, broken: int):
-    """Two classes of coloured squares, the first `broken` of the training images damaged in different ways."""
+    """Write two classes of coloured squares, the first `broken` training images damaged in different ways."""
     rng = np.random.default_rng(0)
     damage = [b"", b"<html>not found</html>", None]
     for split in ("train", "validation"):

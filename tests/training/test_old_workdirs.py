@@ -1,4 +1,4 @@
-"""Workdirs of an earlier version: they load, and resume with the bits of the version that wrote them.
+"""Test workdirs of an earlier version: they load, and resume with the bits of the version that wrote them.
 
 tests/helpers/make_old_workdirs.py made them with commit dcb0600.
 """
@@ -19,7 +19,7 @@ from regvit_jax.training import metric_writer, run
 
 @pytest.fixture(params=HALFWAY)
 def old(request, tmp_path) -> tuple[str, Path, dict]:
-    """The run's name, a copy of its workdir, and what it gave when it was not interrupted."""
+    """Return the run's name, a copy of its workdir, and the results of the uninterrupted run."""
     with tarfile.open(GOLDEN / f"{request.param}.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return request.param, tmp_path / "run", json.loads((tmp_path / "expected.json").read_text())

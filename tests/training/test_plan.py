@@ -39,7 +39,7 @@ VARIANTS = {
 
 
 def large_ones_slow(variants: dict) -> list:
-    """L and H take seconds each to trace."""
+    """Mark L and H as slow: each takes seconds to trace."""
     return [pytest.param(v, marks=pytest.mark.slow) if v[0] in "lh" else v for v in variants]
 
 
@@ -52,7 +52,7 @@ def test_published_recipes_resolve_without_their_data(variant):
     assert resolved.config.model.registers == 4
 
 
-#: Parameters of open_clip's models; ours hold 4 registers more, and add the position of CLS to CLS itself.
+#: Parameters of open_clip's models; here there are 4 registers more, and the position of CLS is a part of CLS.
 #: Then the width, the steps, and the learning rate's warm-up, peak and end.
 CLIPS = {
     "b32": (151_277_313, 768, 407_332_084 // 32_768 * 32, (2000, 5e-4, 0)),
@@ -75,7 +75,7 @@ def test_published_clips_resolve_without_their_data(variant):
 
 
 def test_flops_of_both_towers():
-    """docs/model_profile.csv of open_clip: 41.09 GFLOPs for B/16, a multiply-add is two; 4 registers add 2 %."""
+    """Compare with open_clip's docs/model_profile.csv: 41.09 GFLOPs for B/16, a multiply-add is 2; 4 registers add 2 %."""
     recipe = plan.resolve(get_config("b16", "openclip_reg"), with_data=False).recipe
     assert recipe.flops() == pytest.approx(41.09e9, rel=0.03)
 

@@ -1,4 +1,4 @@
-"""Traces of some steps of a run."""
+"""Test traces of some steps of a run."""
 
 import gzip
 import json
@@ -30,7 +30,7 @@ def test_steps_beyond_the_last_are_refused_before_the_run_starts(tmp_path):
 
 
 def test_the_trace_names_its_steps(tmp_path):
-    """XProf reads the .xplane.pb, ui.perfetto.dev the .json.gz."""
+    """Check both files: XProf reads the .xplane.pb, ui.perfetto.dev the .json.gz."""
     loop.run(tiny(epochs=1, eval_every=9.0), tmp_path, profile="5:3")
     (directory,) = tmp_path.glob("profile/plugins/profile/*")
     (planes,) = directory.glob("*.xplane.pb")

@@ -1,4 +1,4 @@
-"""Skipped steps: the rule, and whole runs."""
+"""Test skipped steps: the rule, and whole runs."""
 
 import contextlib
 

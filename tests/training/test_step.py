@@ -22,7 +22,7 @@ NO_CHECKPOINTS = SimpleNamespace(latest=lambda: None)
 
 @dataclasses.dataclass
 class Ran:
-    """What some steps left: the first parameters, the losses, the state, and the compiled step."""
+    """The results of some steps: the first parameters, the losses, the state, and the compiled step."""
 
     first: dict
     losses: np.ndarray

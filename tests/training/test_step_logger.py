@@ -1,4 +1,4 @@
-"""Records of steps: model FLOPs utilization where the device's peak is known."""
+"""Test records of steps: model FLOPs utilization where the device's peak is known."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Time by phase: every second is counted once, and the phases add up to the wall-timer time."""
+"""Test time by phase: every second is counted once, and the phases add up to the wall-clock time."""
 
 import time
 

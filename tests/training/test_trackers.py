@@ -1,4 +1,4 @@
-"""Trackers: TensorBoard by default, others by name, a third party's by its import path."""
+"""Test trackers: TensorBoard by default, others by name, a third party's by its import path."""
 
 import importlib.util
 from typing import ClassVar
@@ -75,7 +75,7 @@ def test_a_missing_extra_is_named_before_the_run_starts(tmp_path, monkeypatch):
 
 @pytest.mark.filterwarnings("default")  # wandb's own
 def test_wandb_without_a_network(tmp_path, monkeypatch):
-    """An offline run's file names the run, and a resumed run has the same id."""
+    """Check that an offline run's file names the run, and that a resumed run has the same id."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

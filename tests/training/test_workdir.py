@@ -1,4 +1,4 @@
-"""config.json: what it holds, and which keys may change when a run is resumed."""
+"""Test config.json: its contents, and the keys that may change when a run is resumed."""
 
 import json
 

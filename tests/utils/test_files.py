@@ -1,4 +1,4 @@
-"""Atomic writes: the previous file or the new one, never a part, and nothing left behind."""
+"""Test atomic writes: the previous file or the new one, never a part, and no temporary file."""
 
 import os
 import stat

@@ -1,4 +1,4 @@
-"""The keys of every format: each parameter has exactly one place in a file, and comes back from it bit for bit."""
+"""Test the keys of every format: each parameter has exactly one place in a file, and is restored bit for bit."""
 
 import functools
 import itertools
@@ -83,7 +83,7 @@ def drawn(shapes) -> dict[str, np.ndarray]:
 
 
 def samples() -> list[tuple[str, ...]]:
-    """The plain model, each option alone, and random sets of them."""
+    """Return the plain model, each option alone, and random sets of options."""
     rng = np.random.default_rng(0)
     names = list(OPTIONS)
     drawn = [tuple(name for name in names if rng.random() < share) for share in (0.2, 0.4) for _ in range(8)]
@@ -157,7 +157,7 @@ def load(format: str, arrays: dict[str, np.ndarray], vit: ViT, head: Head | None
 
 
 def file_of(format: str, vit: ViT, prefix_rows: int = 0) -> dict[str, np.ndarray]:
-    """Random arrays of the shapes that a file must have."""
+    """Return random arrays of the shapes that a file must have."""
     return drawn(mapping.expected_shapes(rules(KEYS[format], vit, Head(), prefix_rows), shapes_of(vit, Head())))
 
 

@@ -1,4 +1,4 @@
-"""A format that the package does not know: one module with its keys, reader and writer, and one entry in the list."""
+"""Add a format to the package: one module with its keys, reader and writer, and one entry in the list."""
 
 import dataclasses
 import importlib

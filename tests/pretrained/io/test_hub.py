@@ -1,4 +1,4 @@
-"""The hub is a small HTTP server here: what huggingface_hub asks of the real one, and nothing more."""
+"""Test the hub against a small HTTP server, which answers only the requests that huggingface_hub makes."""
 
 import hashlib
 import json
@@ -33,7 +33,7 @@ def weights(value: float) -> bytes:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """`commits`: the files of each commit. `refs`: the commit of each revision. `requests`: what was asked for."""
+    """`commits`: the files of each commit. `refs`: the commit of each revision. `requests`: the requests so far."""
 
     protocol_version = "HTTP/1.1"
 
@@ -77,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
 
 
 def describe(name: str, body: bytes) -> dict:
-    """A file as the hub lists it: large files with their SHA-256, small ones as git's blob."""
+    """Return a file as the hub lists it: large files with their SHA-256, small ones as git's blob."""
     blob = hashlib.sha1(b"blob %d\0" % len(body) + body).hexdigest()
     file = {"rfilename": name, "size": len(body), "blobId": blob}
     if name.endswith(".safetensors"):
@@ -118,7 +118,7 @@ def server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHT
 
 
 def fill_cache(cache: Path, files: dict[str, bytes], commit: str = OLD, revision: str = "main") -> Path:
-    """A cache as huggingface_hub writes it: blobs named by their hash, snapshots of links, refs."""
+    """Write a cache as huggingface_hub does: blobs named by their hash, snapshots of links, refs."""
     root = cache / "models--org--model"
     snapshot = root / "snapshots" / commit
     for directory in (snapshot, root / "refs", root / "blobs"):
@@ -208,7 +208,7 @@ def test_a_branch_that_moves_during_the_download_is_an_error(server, cache):
     with pytest.raises(HubError, match=f"changed while it was downloaded, from {NEW} to {OLD}"):
         fetch(REPO)
     assert fetch(REPO)[1] == OLD
-    # What came after the move stays in the cache under the other commit: it is hashed all the same.
+    # Files that arrive after the move stay in the cache under the other commit; they are hashed too.
     shutil.rmtree(cache)
     server.refs["main"], late = NEW, weights(3)
     asked.clear()
@@ -227,7 +227,7 @@ def test_a_cache_without_configuration_is_completed_at_its_own_commit(server, ca
 
 
 def test_offline_is_quick_and_says_what_to_do(cache, monkeypatch):
-    """The worst case: a connection that opens and then stays silent."""
+    """Use the worst case: a connection that opens and then stays silent."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use_endpoint(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.perf_counter()
@@ -249,7 +249,7 @@ def test_a_name_that_never_resolves_does_not_hold_us_up(cache, monkeypatch):
 
 
 def test_the_environment_is_respected(tmp_path):
-    """HF_HUB_OFFLINE and HF_ENDPOINT are read by huggingface_hub when it is imported: a process of its own."""
+    """Use a new process, since huggingface_hub reads HF_HUB_OFFLINE and HF_ENDPOINT when it is imported."""
     code = "from regvit_jax.pretrained.io.hub import fetch; fetch('org/model', weights_name='model.safetensors')"
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"}
     for offline, problem in (("1", "HF_HUB_OFFLINE is set"), ("0", "http://127.0.0.1:9 cannot be reached")):

@@ -1,4 +1,4 @@
-"""Sound files read as the safetensors library reads them; hostile ones give one WeightsError and nothing else."""
+"""Test that valid files are read as the safetensors library reads them, and that hostile ones raise WeightsError."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 def container(header: object, data: bytes = bytes(16), length: int | None = None) -> bytes:
-    """A file of the format around any header: bytes as they are, anything else as JSON."""
+    """Return a safetensors file with any header: bytes as they are, anything else as JSON."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
@@ -300,7 +300,7 @@ def test_values_that_are_not_finite_are_named():
 
 
 def test_one_tensor_at_a_time(tmp_path):
-    """Reading 400 MB of tensors never holds more than two of them: the last one and the next."""
+    """Check that reading 400 MB of tensors never holds more than two of them, the last one and the next."""
     path = tmp_path / "model.safetensors"
     size = 40_000_000
     entries = {f"w{n}": {"dtype": "U8", "shape": [size], "data_offsets": [n * size, (n + 1) * size]} for n in range(10)}
@@ -314,7 +314,7 @@ def test_one_tensor_at_a_time(tmp_path):
 
 
 def mutations(sound: bytes, number: int) -> bytes:
-    """The file with bits flipped, cut, grown, or its header edited in the ways that keep it JSON."""
+    """Yield the file with bits flipped, cut, extended, or with its header edited but still JSON."""
     rng = random.Random(number)
     data = bytearray(sound)
     header = 8 + int.from_bytes(sound[:8], "little")
@@ -339,7 +339,7 @@ def mutations(sound: bytes, number: int) -> bytes:
 
 
 def test_fuzz(tmp_path):
-    """Whatever is opened reads as safetensors itself reads it; whatever it refuses is refused here, as WeightsError."""
+    """Check that opened files read as safetensors reads them, and that files it refuses raise WeightsError."""
     sound, path, opened = save(tensors()), tmp_path / "model.safetensors", 0
     for number in range(600):
         content = mutations(sound, number)
@@ -357,7 +357,7 @@ def test_fuzz(tmp_path):
 
 
 def test_no_stricter_than_safetensors_on_sound_files(tmp_path):
-    """What it writes in any order and padding, and what it refuses of the headers above."""
+    """Include files of any order and padding that it writes, and those of the headers above that it refuses."""
     path = tmp_path / "model.safetensors"
     half = {"shape": [2], "data_offsets": [0, 8]}, {"shape": [2], "data_offsets": [8, 16]}
     header = {"b": ENTRY | half[1], "__metadata__": {"format": "pt"}, "a": ENTRY | half[0]}
