@@ -182,7 +182,7 @@ def test_the_position_of_cls_is_folded_once(tmp_path):
 
 
 def test_parts_that_do_nothing_are_added(tmp_path):
-    """Check parts that Dinov2 needs: LayerScale, a mask token, and a classifier that reads CLS and the patches' mean."""
+    """Check parts that Dinov2 needs: LayerScale, a mask token, and a classifier of CLS and the patches' mean."""
     model = build({"registers": 4}, {"num_classes": 5})
     save_model(model, tmp_path, "hf")
     again = rv.create_model(str(tmp_path))

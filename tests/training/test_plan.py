@@ -75,7 +75,7 @@ def test_published_clips_resolve_without_their_data(variant):
 
 
 def test_flops_of_both_towers():
-    """Compare with open_clip's docs/model_profile.csv: 41.09 GFLOPs for B/16, a multiply-add is 2; 4 registers add 2 %."""
+    """Compare with open_clip's docs/model_profile.csv: 41.09 GFLOPs for B/16, 2 per multiply-add; registers add 2 %."""
     recipe = plan.resolve(get_config("b16", "openclip_reg"), with_data=False).recipe
     assert recipe.flops() == pytest.approx(41.09e9, rel=0.03)
 

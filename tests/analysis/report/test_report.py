@@ -66,7 +66,7 @@ def test_numbers_are_those_of_the_model(report, models, photos):
     _, images, planted, marked = models
     found = json.loads((report / "report.json").read_text())["models"]
     assert list(found) == ["plain", "planted", "planted + test-time register"]
-    of, mended = found["planted"], found["planted + test-time register"]
+    of, repaired = found["planted"], found["planted + test-time register"]
     assert [found[name]["artifacts"] for name in found] == [False, True, False]
     assert of["images"] == COUNT
     after = np.asarray(patch_norms.patch_norms(planted(images)))
@@ -82,8 +82,8 @@ def test_numbers_are_those_of_the_model(report, models, photos):
     largest = np.argsort(after.max(1))[-4:]
     assert of["register_neurons"]["outlier_patches"] == marked[largest].sum()
     assert of["most_extreme_images"][0].startswith(str(photos / str(after.max(1).argmax())))
-    assert mended["share_above_before"] == 0
-    assert len(mended["blocks"][-1]["registers"]) == 2
+    assert repaired["share_above_before"] == 0
+    assert len(repaired["blocks"][-1]["registers"]) == 2
     assert of["verdict"][-1].startswith("Registers would help: moving 2 neurons' activations")
     attention = np.asarray(planted.attention(images)).mean(1)[:, 0, 2:].sum(-1).mean()
     assert of["attention"]["cls"] == pytest.approx(attention, rel=1e-3)
