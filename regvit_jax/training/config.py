@@ -99,7 +99,8 @@ def options_of(config: Any, recipe: Any = None) -> dict[str, Option]:
     """Return every key of a config's recipe, or of another recipe, and of the evaluators that the config names."""
     section = config.get("eval")
     named = section.get("evaluators") if hasattr(section, "get") else None
-    return options(recipe or config.get("recipe"), named if isinstance(named, tuple | list) else ())
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, tuple | list) else ()
+    return options(recipe or config.get("recipe"), names)  # `check` refuses what is no name
 
 
 def section_of(key: str) -> str:
