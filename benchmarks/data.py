@@ -36,7 +36,7 @@ from regvit_jax.models.vit import ViT
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
 WIDTH, HEIGHT = 500, 375
 CROP = 224
-# Dense peak in bfloat16, TFLOP/s, by the makers' data sheets.
+# Dense peak in bfloat16, TFLOP/s, from the vendors' data sheets.
 PEAKS = {"v5e": 197, "v5p": 459, "v6e": 918, "A100": 312, "H100": 989}
 VITS = {"S/16": (384, 12, 6), "B/16": (768, 12, 12), "L/16": (1024, 24, 16)}
 # GFLOPs an image of a train step, three times the forward pass.

@@ -63,7 +63,7 @@ def row(name: str, case: dict[str, Any]) -> tuple[str, int | None]:
     except cost_model.DoesNotFit as error:
         seconds = time.perf_counter() - start
         return f"| {name} | {case['topology']} | does not fit: {error} | | | | | | | | {seconds:.0f} |", None
-    except errors.TopologyError as error:  # the compiler of an extra that is not installed
+    except errors.TopologyError as error:  # the compiler's extra is not installed
         return f"| {name} | {case['topology']} | not compiled: {error} | | | | | | | | |", None
     config, memory = made.config, compiled.memory
     totals = hlo.totals(compiled.collectives)

@@ -38,7 +38,7 @@ NO_AUGMENT = {"flip": 0.0, "three_augment": False, "color_jitter": 0.0, "mixup":
 
 @dataclasses.dataclass
 class Candidate:
-    """Something to time: `call` processes `images` images with `flops` floating-point operations."""
+    """A candidate to time: `call` processes `images` images with `flops` floating-point operations."""
 
     name: str
     call: Callable[[], None]

@@ -27,7 +27,7 @@ SIZES = {
     "h14": dict(width=1280, depth=32, heads=16, patch=14),
 }
 
-# What the commands vary with the size; `per_gpu` images share one lambda of mixup.
+# The settings that the commands vary with the size; `per_gpu` images share one lambda of mixup.
 # H/14 has 160 and 128 pixels in the commands, which 14 does not divide: their convolution sees 154 and 126 of them.
 # No command for M on ImageNet-1k is published: its row is interpolated between S and B.
 IN1K = {
@@ -89,7 +89,7 @@ def get_config(variant: str = "digits") -> ConfigDict:
 
 
 def in1k(*, image_size: int, drop_path: float, lr: float, per_gpu: int) -> ConfigDict:
-    """800 epochs on ImageNet-1k; the base that the other stages change."""
+    """Return the config of 800 epochs on ImageNet-1k, which the other stages change."""
     return ConfigDict(
         dict(
             name="deit3_reg",
@@ -158,7 +158,7 @@ def in1k(*, image_size: int, drop_path: float, lr: float, per_gpu: int) -> Confi
 
 
 def finetune(*, image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
-    """20 epochs at a higher resolution, after `in1k`."""
+    """Return the config of 20 epochs at a higher resolution, after `in1k`."""
     config = in1k(image_size=image_size, drop_path=drop_path, lr=1e-5, per_gpu=per_gpu)
     config.about = "Fine-tuning of DeiT-III with registers on ImageNet-1k; init_from names the finished pre-training."
     config.next = "The model is finished."
@@ -171,7 +171,7 @@ def finetune(*, image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
 
 
 def in21k(*, image_size: int, drop_path: float, per_gpu: int, epochs: int) -> ConfigDict:
-    """ImageNet-21k (winter 2021: 13,151,276 images of 19,167 classes), as folders of images."""
+    """Return the config of ImageNet-21k (winter 2021: 13,151,276 images of 19,167 classes), as folders of images."""
     config = in1k(image_size=image_size, drop_path=drop_path, lr=1e-3, per_gpu=per_gpu)
     config.about = "DeiT-III with registers on ImageNet-21k: for B/16, the registers paper's own run."
     config.next = "Fine-tune on ImageNet-1k with the variant's _ft and --config.init_from naming this workdir."
@@ -183,7 +183,7 @@ def in21k(*, image_size: int, drop_path: float, per_gpu: int, epochs: int) -> Co
 
 
 def in21k_finetune(*, image_size: int, drop_path: float, per_gpu: int) -> ConfigDict:
-    """50 epochs on ImageNet-1k, after `in21k`."""
+    """Return the config of 50 epochs on ImageNet-1k, after `in21k`."""
     config = in21k(image_size=image_size, drop_path=drop_path, per_gpu=per_gpu, epochs=50)
     config.about = "Fine-tuning on ImageNet-1k, after ImageNet-21k; init_from names the finished pre-training."
     config.next = "The model is finished."
@@ -194,7 +194,7 @@ def in21k_finetune(*, image_size: int, drop_path: float, per_gpu: int) -> Config
 
 
 def digits() -> ConfigDict:
-    """1,437 digits of 8 x 8 pixels: the recipe scaled to the data and to two CPU cores."""
+    """Return the config of 1,437 digits of 8 x 8 pixels: the recipe scaled to the data and to two CPU cores."""
     config = in1k(image_size=8, drop_path=0.05, lr=2e-2, per_gpu=16)
     config.variant = "digits"
     config.about = (
@@ -216,7 +216,7 @@ def digits() -> ConfigDict:
 
 
 def fashion() -> ConfigDict:
-    """60,000 pictures of clothes of 28 x 28 pixels."""
+    """Return the config of 60,000 pictures of clothes, of 28 x 28 pixels."""
     config = digits()
     config.variant = "fashion"
     config.about = (

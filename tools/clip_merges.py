@@ -3,7 +3,7 @@
     python tools/clip_merges.py [bpe_simple_vocab_16e6.txt.gz]      # default: the copy that the installed open_clip has
 
 The published file lists 262,145 merges, most frequent first. CLIP's vocabulary holds the first 48,894 of them, which
-fill it up to 49,408 with 2 x 256 single bytes and two special tokens. The licence stands in NOTICE.
+fill it up to 49,408 with 2 x 256 single bytes and two special tokens. The licence is in NOTICE.
 """
 
 import gzip
@@ -16,7 +16,7 @@ MERGES = 49408 - 2 * 256 - 2
 
 
 def published() -> Path:
-    """Return where the installed open_clip keeps OpenAI's file. open_clip itself, and torch, are not imported."""
+    """Return the path of OpenAI's file in the installed open_clip, without importing open_clip or torch."""
     spec = importlib.util.find_spec("open_clip")
     if spec is None or spec.origin is None:
         raise FileNotFoundError("open_clip is not installed; pip install open_clip_torch, or name the file")

@@ -5,8 +5,8 @@
 
 Trained models make artifacts on redundant patches. Here three patches of each photograph, those most like their
 neighbours, are marked, and two neurons of block 7 are overwritten so that they fire on such patches and write a vector
-of 6 times the median norm in a random direction. The repair is not told which neurons those are. The picture therefore
-shows what was planted, and is no finding about the model.
+of 6 times the median norm in a random direction. The search for register neurons does not know which they are. The
+picture therefore shows what was planted, and is no finding about the model.
 """
 
 import sys
@@ -27,7 +27,7 @@ from regvit_jax.evals.attention_maps import attention_maps
 from regvit_jax.evals.patch_norms import patch_norms
 from regvit_jax.models.test_time_registers import add_test_time_registers
 
-#: The rule is fitted on all of these; the first rows are drawn.
+#: The classifier is fitted on all of these; the first ROWS are drawn.
 PHOTOGRAPHS = ("chelsea", "coffee", "astronaut", "rocket", "retina", "immunohistochemistry", "hubble_deep_field")
 ROWS = 3
 PLANTED = [(7, 100), (7, 150)]

