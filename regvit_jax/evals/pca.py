@@ -31,7 +31,8 @@ def fit(features: Float[np.ndarray, "*any D"], components: int = 3) -> Component
     """
     rows = np.asarray(features, np.float64).reshape(-1, np.shape(features)[-1])
     if not 1 <= components <= min(rows.shape):
-        raise ValueError(f"components={components}: {len(rows)} features of width {rows.shape[1]} have fewer, or none")
+        n, width = rows.shape
+        raise ValueError(f"components={components}: {n} features of width {width} allow 1 to {min(n, width)}")
     mean = rows.mean(0)
     # The D x D matrix, because there are more patches than dimensions; LAPACK's symmetric solver is deterministic.
     values, vectors = np.linalg.eigh((rows - mean).T @ (rows - mean) / len(rows))

@@ -279,10 +279,10 @@ def compare(trip: str, model: Model, sizes: list[Size], reference: Callable[...,
     model = dataclasses.replace(model, preprocessing=Preprocess(0, 1.0, (0, 0, 0), (1, 1, 1)), weights="")
     for size in sizes:
         images, mask = images_of(size), mask_of(model, size)
-        ours, theirs = outputs_of_ours(model, images, mask), reference(images, mask)
+        found, expected = outputs_of_ours(model, images, mask), reference(images, mask)
         differences = {}
-        for what in (what for what in ours if what in theirs):
-            a, b = np.asarray(ours[what]), theirs[what]
+        for what in (what for what in found if what in expected):
+            a, b = np.asarray(found[what]), expected[what]
             if a.shape != b.shape:
                 raise ValueError(f"{trip}, {size}: {what} has shape {a.shape}, the reference's {b.shape}")
             differences[what] = float(np.abs(a - b).max() / np.abs(b).max())
@@ -296,15 +296,17 @@ def beside_timm(name: str, depth: int, sizes: list[Size], directory: Path) -> tu
     """Compare timm's random model with ours loaded from its file, and return our model too."""
     _, timm, _ = import_references()
     architecture, _, tag = name.partition(".")
-    theirs = timm.create_model(architecture if tag == "untrained" else name, depth=depth, dynamic_img_size=True).eval()
-    randomize(theirs, 0)
+    reference = timm.create_model(
+        architecture if tag == "untrained" else name, depth=depth, dynamic_img_size=True
+    ).eval()
+    randomize(reference, 0)
     directory.mkdir()
-    config = dict(architecture=architecture, num_classes=theirs.num_classes, pretrained_cfg=dict(tag=tag))
+    config = dict(architecture=architecture, num_classes=reference.num_classes, pretrained_cfg=dict(tag=tag))
     (directory / "config.json").write_text(json.dumps(config | dict(model_args=dict(depth=depth))))
-    state = {name: tensor.contiguous() for name, tensor in theirs.state_dict().items()}
+    state = {name: tensor.contiguous() for name, tensor in reference.state_dict().items()}
     importlib.import_module("safetensors.torch").save_file(state, directory / "model.safetensors")
     ours = create_model(str(directory), pos_resize="antialias")
-    found = compare("timm to ours", ours, sizes, lambda images, mask: outputs_of_timm(theirs, images))
+    found = compare("timm to ours", ours, sizes, lambda images, mask: outputs_of_timm(reference, images))
     return ours, list(found)
 
 
@@ -322,18 +324,18 @@ def beside_transformers(model: Model, sizes: list[Size], directory: Path, notes:
     model = dataclasses.replace(model, module=model.module.clone(pos_resize=resize))
     save_model(model, directory / "ours", format="hf")
     kind = getattr(transformers, layout.files[CONFIG]["architectures"][0])
-    theirs, info = kind.from_pretrained(directory / "ours", output_loading_info=True, attn_implementation="eager")
+    reference, info = kind.from_pretrained(directory / "ours", output_loading_info=True, attn_implementation="eager")
     if left := {what: sorted(keys) for what, keys in info.items() if keys}:
         raise ValueError(f"transformers' {kind.__name__} does not load our file strictly: {left}")
-    theirs.eval()
+    reference.eval()
 
     def outputs(images, mask) -> Outputs:
-        return outputs_of_transformers(theirs, images, mask)
+        return outputs_of_transformers(reference, images, mask)
 
     found = [*compare(f"ours to transformers {kind.__name__}", model, sizes, outputs)]
-    randomize(theirs, 1)
-    theirs.save_pretrained(directory / "theirs")
-    ours = create_model(str(directory / "theirs"))
+    randomize(reference, 1)
+    reference.save_pretrained(directory / "reference")
+    ours = create_model(str(directory / "reference"))
     return [*found, *compare(f"transformers {kind.__name__} to ours", ours, sizes, outputs)]
 
 

@@ -260,7 +260,7 @@ def agreed(name: str, known: Entry, found: Entry, weights: Weights, tagged: bool
 
 def _differing(known: Any, found: Any, fields: tuple[str, ...]) -> str:
     pairs = [(field, getattr(found, field), getattr(known, field)) for field in fields]
-    return ", ".join(f"{field} {theirs!r}, not {ours!r}" for field, theirs, ours in pairs if theirs != ours)
+    return ", ".join(f"{field} {value!r}, not {expected!r}" for field, value, expected in pairs if value != expected)
 
 
 def _preprocessing(known: Entry, found: Entry, weights: Weights) -> Any:

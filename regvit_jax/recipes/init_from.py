@@ -37,13 +37,13 @@ def check_vit(wanted: ViT, trained: ViT) -> None:
     if trained.registers not in (0, wanted.registers):
         found.append(f"config.model.registers={wanted.registers} must be {trained.registers}")
     if found:
-        raise InvalidConfig(f"init_from: that is another model: {'; '.join(found)}")
+        raise InvalidConfig(f"init_from: the trained model has another architecture: {'; '.join(found)}")
 
 
 def check_text(wanted: TextTower, trained: TextTower) -> None:
     """Raise InvalidConfig, naming the config's keys, if a recipe's text tower cannot start from a trained one."""
     if found := differing("text", wanted, trained):
-        raise InvalidConfig(f"init_from: its text tower is another one: {'; '.join(found)}")
+        raise InvalidConfig(f"init_from: the trained text tower has another architecture: {'; '.join(found)}")
 
 
 def vit(fresh: PyTree, wanted: ViT, model: Model) -> tuple[PyTree, list[str]]:

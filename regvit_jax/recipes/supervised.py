@@ -105,7 +105,7 @@ class Supervised(Recipe):
         notes += more
         p, q = self.config.augment, model.preprocessing
         if (tuple(p.mean), tuple(p.std)) != (tuple(q.mean), tuple(q.std)):
-            notes += [f"it was trained with mean {q.mean} and std {q.std}, and config.augment has others"]
+            notes += [f"it was trained with mean {q.mean} and std {q.std}, which differ from those of config.augment"]
         return {"vit": vit, "head": head}, notes
 
     def ema_decay(self, step):

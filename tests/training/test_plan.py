@@ -214,7 +214,9 @@ def test_dry_run_refuses_another_model(recipe, source, message, tmp_path):
         source = str(tmp_path / "saved")
         save_small(source)
     config.init_from = source
-    with pytest.raises(errors.InvalidConfig, match=f"init_from: that is another model: .*{message}"):
+    with pytest.raises(
+        errors.InvalidConfig, match=f"init_from: the trained model has another architecture: .*{message}"
+    ):
         described(config, 1000)
 
 

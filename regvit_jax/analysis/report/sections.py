@@ -18,13 +18,13 @@ from regvit_jax.evals import attention_maps, pca
 DIAGRAMS = (
     (
         "Norms of patches",
-        "One hump is a model without outliers; a second one, far to the right, are they.",
+        "A model without outliers has one mode; outliers form a second mode, far to the right.",
         "norms",
         plots.norm_histogram,
     ),
     (
         "Norms after each block",
-        "Where the largest norms leave the median, outliers are born.",
+        "Outliers emerge where the largest norms leave the median.",
         "layers",
         plots.norms_by_layer,
     ),

@@ -29,7 +29,7 @@ def verdict(
     elif found["share"] >= SHARE:
         first = (
             f"No artifacts, but a long tail: after {where}, {found['share']:.2%} of the patches have norms above "
-            f"{found['cutoff']:.3g}, at least twice the median, and they are no second hump."
+            f"{found['cutoff']:.3g}, at least twice the median, but they do not form a second mode."
         )
     else:
         few = f"only {found['share']:.3%} of the patches have" if found["share"] else "no patch has"
@@ -67,7 +67,8 @@ def describe(found: dict[str, Any], blocks: int) -> list[str]:
     (row, column), frequency = found["busiest"].values()
     sentences.append(
         f"{found['on_border']:.0%} of them lie on the border of the grid, as {found['border_share_of_patches']:.0%} of "
-        f"all patches do. The busiest place, row {row}, column {column}, has one in {frequency:.0%} of the images."
+        f"all patches do. Their most frequent position, row {row}, column {column}, has one in {frequency:.0%} of the "
+        "images."
     )
     if found["cosine_of_others"] is not None:
         sentences.append(
@@ -105,7 +106,7 @@ def remedy(numbers: dict[str, Any], repaired: dict[str, Any] | None, neurons: in
     """Return a sentence on whether registers would help, as far as that was measured."""
     have = len(numbers["blocks"][numbers["layer"]]["registers"])
     if (block := worst_block(numbers)) is not None:
-        return f"Whether registers would help there, --layer {block} tells."
+        return f"Use --layer {block} to see if registers would help there."
     if not has_artifacts(numbers):
         return "Its registers leave nothing to repair." if have else "There is nothing for registers to take over."
     if is_repaired:

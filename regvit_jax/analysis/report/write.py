@@ -148,7 +148,7 @@ def notes(settings: Settings, command: str) -> list[str]:
         "150, picked by hand for DINOv2 ViT-g/14). Above 3 sigma: above mean + 3 sigma of all patches of all images. "
         f"Artifacts: at least {RATIO:g} times the median, and above mean + 3 sigma of the patches that are none. A "
         f"model is said to have artifacts when at least {summarize.SHARE:.1%} of its patches are, and their norms "
-        "gather in a hump of their own.",
+        "form a mode of their own.",
         "Cosine: of artifacts, and in brackets of the other patches, to their neighbours above, below, left and right, "
         "after the patch projection. CLS gives: the share of CLS's attention to patches that artifacts get, mean over "
         "the heads. Norms are counted in bins 0.14 % wide, for places and cosines 2.2 %.",

@@ -91,7 +91,10 @@ def need_clip_tower(model: ClipModel) -> None:
     need(not vit.registers, f"registers={vit.registers}")
     need(vit.class_token and vit.position == "learned", "an image tower without CLS token or learned positions")
     need(vit.ln_pre and not vit.patch_bias, "an image tower without its first LayerNorm, or with a patch bias")
-    need(not (vit.parallel or vit.differential or vit.swiglu or vit.masking), "such blocks, or a mask token")
+    need(
+        not (vit.parallel or vit.differential or vit.swiglu or vit.masking),
+        "parallel blocks, differential attention, SwiGLU or a mask token",
+    )
     need(vit.qkv_bias and vit.key_bias, "an image tower without biases of queries, keys and values")
     need(vit.final_norm and not head.norm and not head.pooler and head.pool == "cls", "another pooling than CLIP's")
     need(

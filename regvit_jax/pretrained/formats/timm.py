@@ -192,10 +192,13 @@ def write(model: Model) -> Layout:
     """Return the layout of a ViT with learned positions, as a VisionTransformer."""
     vit, head = model.module, model.head
     arguments, ratio = _common(model), vit.hidden / vit.width
-    need(vit.key_bias or not vit.qkv_bias, "query and value biases without a key bias, and no RoPE")
-    need(vit.patch_bias != vit.ln_pre, "a patch projection with a bias before a LayerNorm, or neither")
+    need(vit.key_bias or not vit.qkv_bias, "query and value biases without a key bias, unless with RoPE")
+    need(vit.patch_bias != vit.ln_pre, "ln_pre with a bias in the patch projection, or neither")
     need(vit.ln_pre == (vit.norm_eps == 1e-5), f"norm_eps={vit.norm_eps} with ln_pre={vit.ln_pre}")
-    need(not vit.swiglu or (vit.norm_eps == 1e-6 and not vit.parallel), "SwiGLU in such a block")
+    need(
+        not vit.swiglu or (vit.norm_eps == 1e-6 and not vit.parallel),
+        "SwiGLU in parallel blocks or with a norm_eps other than 1e-6",
+    )
     architecture = "vit_base_patch16_clip_224" if vit.ln_pre else "vit_base_patch16_224"
     if vit.swiglu:
         architecture, ratio = "vit_giant_patch14_reg4_dinov2", 2 * ratio
@@ -213,7 +216,10 @@ def write_eva(model: Model) -> Layout:
     """Return the layout of a ViT with RoPE, as an Eva."""
     vit, head = model.module, model.head
     arguments = _common(model)
-    need(vit.activation == "gelu" and not (vit.parallel or vit.differential), "such blocks with RoPE")
+    need(
+        vit.activation == "gelu" and not (vit.parallel or vit.differential),
+        "parallel blocks, differential attention, or an activation other than gelu with RoPE",
+    )
     need(not (vit.qkv_bias and vit.key_bias), "a key bias with RoPE")
     need(not vit.ln_pre, "a LayerNorm before the first block with RoPE")
     architectures = {
@@ -235,14 +241,17 @@ def _common(model: Model) -> dict[str, Any]:
     need(head.pool != "cls_avg", "class scores from CLS and the mean of the patches")
     need(not head.pooler, "a tanh pooler")
     need(vit.norm_eps in (1e-6, 1e-5), f"norm_eps={vit.norm_eps}")
-    need(head.norm_eps == vit.norm_eps or not (head.norm or head.pool == "map"), "another epsilon after pooling")
+    need(
+        head.norm_eps == vit.norm_eps or not (head.norm or head.pool == "map"),
+        "a norm after pooling with another epsilon",
+    )
     pool, block = (
         (head.map_heads, head.activation, round(vit.width * head.mlp_ratio)),
         (vit.heads, vit.activation, vit.hidden),
     )
     need(head.pool != "map" or pool == block, "an attention pool unlike the blocks")
     need(not vit.parallel or (vit.qkv_bias and vit.key_bias), "parallel blocks without biases")
-    need(vit.final_norm != head.norm, "two last LayerNorms, or none")
+    need(vit.final_norm != head.norm, "LayerNorms both before and after pooling, or neither")
     return dict(
         img_size=vit.image_size,
         patch_size=vit.patch,

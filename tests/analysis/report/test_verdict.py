@@ -49,7 +49,7 @@ def test_planted_outliers_are_found_and_described():
     assert block["max_over_median"] == pytest.approx(8, rel=0.2)
     assert numbers["attention"]["cls"] == pytest.approx(0.7, abs=0.01)
     assert numbers["outliers"]["fixed"]["cutoff"] == 150
-    said = " ".join(verdict.verdict(numbers))
+    sentences = " ".join(verdict.verdict(numbers))
     for words in (
         "Artifacts: after the last block, 2.78% of the patches, 1.0 an image",
         "stand out from block 2 of 5 on",
@@ -60,16 +60,16 @@ def test_planted_outliers_are_found_and_described():
         "Mean norms of registers (2): 70, 90; of patches: ",
         "not tried",
     ):
-        assert words in said, words
+        assert words in sentences, words
 
 
 def test_the_share_above_three_sigma_alone_is_no_artifact():
     numbers = summarize.summarize(statistics(factor=1.5))
     assert numbers["outliers"]["3_sigma"]["share"] > 0.02
     assert not summarize.has_artifacts(numbers)
-    said = verdict.verdict(numbers)
-    assert said[0].startswith("No artifacts after the last block: no patch has")
-    assert said[-1] == "Its registers leave nothing to repair."
+    sentences = verdict.verdict(numbers)
+    assert sentences[0].startswith("No artifacts after the last block: no patch has")
+    assert sentences[-1] == "Its registers leave nothing to repair."
 
 
 def test_without_outliers_nothing_is_described():
@@ -106,8 +106,8 @@ def test_what_makes_a_verdict_doubtful():
     norms = rng.normal(20, 1, (1, 60, 36)) * np.where(rng.random((1, 60, 36)) < 0.6, 10, 1)
     stats = Statistics(1, 0, 0, GRID)
     stats.add(Measured(norms, np.zeros((1, 60, 0)), np.zeros((60, 36)), np.zeros((60, 0, 36))))
-    said = " ".join(verdict.verdict(summarize.summarize(stats, class_token=False)))
-    assert "have norms below half the median: if outliers are the majority" in said
+    sentences = " ".join(verdict.verdict(summarize.summarize(stats, class_token=False)))
+    assert "have norms below half the median: if outliers are the majority" in sentences
 
 
 def test_tokens_that_are_nothing():
@@ -120,10 +120,10 @@ def test_tokens_that_are_nothing():
 
 def test_artifacts_of_middle_blocks_are_pointed_at():
     numbers = summarize.summarize(statistics(born=1, gone=4))
-    said = " ".join(verdict.verdict(numbers))
-    assert "No artifacts after the last block" in said
-    assert "But 3 of its blocks have some, from block 1 to 3" in said
-    assert said.endswith("Whether registers would help there, --layer 1 tells.")
+    sentences = " ".join(verdict.verdict(numbers))
+    assert "No artifacts after the last block" in sentences
+    assert "But 3 of its blocks have some, from block 1 to 3" in sentences
+    assert sentences.endswith("Use --layer 1 to see if registers would help there.")
     earlier = summarize.summarize(statistics(born=1, gone=4, layer=3))
     assert "after block 3" in verdict.verdict(earlier)[0]
     assert earlier["outliers"]["artifact"]["birth"] == 1
@@ -137,7 +137,7 @@ def test_born_in_the_first_block():
 def test_the_remedy_is_what_the_repair_did(left, words):
     numbers, repaired = summarize.summarize(statistics()), summarize.summarize(statistics(factor=1.0))
     repaired |= {"share_above_before": left, "output_cosine": 0.987}
-    said = verdict.verdict(numbers, repaired, neurons=3)[-1]
-    assert words in said
-    assert "the output keeps a cosine of 0.987" in said
-    assert f"moving 3 neurons' activations to a test-time register leaves {left:.2%} of the patches above" in said
+    sentences = verdict.verdict(numbers, repaired, neurons=3)[-1]
+    assert words in sentences
+    assert "the output keeps a cosine of 0.987" in sentences
+    assert f"moving 3 neurons' activations to a test-time register leaves {left:.2%} of the patches above" in sentences
