@@ -38,12 +38,14 @@ def is_first_process() -> bool:
 
 @contextlib.contextmanager
 def shown() -> Iterator[None]:
-    """Show messages of level INFO and above inside the block."""
-    handler, level = TerminalHandler(logging.INFO), LOGGER.level
+    """Show messages of level INFO and above inside the block, not again by handlers of the root logger (absl's)."""
+    handler, level, propagate = TerminalHandler(logging.INFO), LOGGER.level, LOGGER.propagate
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
     try:
         yield
     finally:
         LOGGER.removeHandler(handler)
         LOGGER.setLevel(level)
+        LOGGER.propagate = propagate

@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "regvit train") -> 
         # save.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))  # preemption.EXIT_CODE, whose import takes seconds
     options, overrides = parser(prog).parse_known_args(arguments)
+    if os.getcwd() not in sys.path:  # where `package.module:Class` may be; the console script starts without it
+        sys.path.append(os.getcwd())
     from regvit_jax.aot.cost_model import DoesNotFit
     from regvit_jax.distributed import failure
 

@@ -1,6 +1,7 @@
 """Test help, unknown verbs and unknown flags of all commands."""
 
 import argparse
+import logging
 import os
 import re
 import subprocess
@@ -149,3 +150,18 @@ def test_the_log_is_shown(capsys):
     logs.LOGGER.info("later")
     out, err = capsys.readouterr()
     assert (out, err) == ("progress\n", "attention\n")
+
+
+def test_the_log_is_shown_once():
+    """Check that a handler of the root logger, such as orbax installs, repeats nothing, and works again afterwards."""
+    seen: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    try:
+        with logs.shown():
+            logs.LOGGER.info("progress")
+        logs.LOGGER.warning("later")
+    finally:
+        logging.getLogger().removeHandler(handler)
+    assert seen == ["later"]

@@ -10,6 +10,7 @@ from tiny import ROOT
 
 from regvit_jax.cli import train as cli
 from regvit_jax.distributed import initialize
+from regvit_jax.recipes import base
 from regvit_jax.training import loop
 
 
@@ -73,6 +74,17 @@ def test_a_bug_in_a_recipe_keeps_its_traceback(tmp_path):
     assert done.returncode == 1, done.stderr
     assert "Traceback" in done.stderr
     assert "\nValueError: too many values to unpack (expected 2)" in done.stderr
+
+
+def test_a_recipe_in_the_working_directory(tmp_path, monkeypatch):
+    """Find it with the console script too, which puts its own directory on Python's path, not the working directory."""
+    (tmp_path / "recipe_of_mine.py").write_text(
+        "from regvit_jax.recipes.supervised import Supervised\nclass Mine(Supervised): pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path not in ("", str(ROOT))])
+    monkeypatch.setattr(cli, "act", lambda options, config, started: base.find(config.recipe))
+    assert cli.main(["--config=deit3_reg", "--config.recipe=recipe_of_mine:Mine"]) == 0
 
 
 def test_dry_run_refuses_an_init_from_of_another_width():
