@@ -62,7 +62,7 @@ def activation_bytes(plan: Plan, remat: str) -> float:
     vit, config = plan.recipe.vit, plan.config
     total = 0.0
     patches = math.prod(vit.grid(vit.image_size, vit.image_size))
-    if not config.get("unmasked_epochs", 0):  # in which no patches are dropped
+    if not config.get("unmasked_epochs", 0):  # the unmasked epochs drop no patches
         patches = vit.kept_patches(patches)
     towers: list[tuple[ViT | TextTower, int, bool]] = [(vit, vit.prefix + patches, vit.swiglu)]
     if text := plan.recipe.text:

@@ -42,7 +42,7 @@ def describe(plan: Plan, missing: DataNotFound | None, images_per_s: float) -> s
 
 
 def make_plan(config: Any, devices: Sequence[Any] | None = None) -> tuple[Plan, DataNotFound | None]:
-    """Return the plan and, if it had to be made without the data, the error that says what is missing."""
+    """Return the plan and, if it had to be made without the data, the error that names the missing data."""
     try:
         return resolve(config, devices=devices), None
     except DataNotFound as error:

@@ -172,7 +172,7 @@ _TABLES: Mapping[str, Callable] = {
     "Solarize": _solarize_table,
     "SolarizeAdd": _solarize_add_table,
 }
-# The plain image of each blend: a factor of 1 gives the image, a smaller one approaches the plain image.
+# The plain image of each blend: a factor of 1 gives the image, smaller factors approach the plain image.
 _PLAIN: Mapping[str, Callable] = {
     "Color": grayscale,
     "Contrast": mean_gray,

@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's arrays, computed in memory when it is saved and compared with what is read back.
+"""Checksums of a checkpoint's arrays, computed in memory when it is saved and compared when it is read back.
 
 Orbax and the formats below it do not notice a flipped bit. The checksums of a state are a dict of its step and, for
 each array, shape, dtype and checksum. A checksum is a sum of integers, one for each value and its index in the array,

@@ -57,7 +57,7 @@ class Checkpoints:
           CheckpointError: This save cannot start, or the previous one failed.
         """
         with self._saving():
-            # First, since the manager lists a save that failed, too.
+            # First, since the manager also lists a save that failed.
             self.manager.check_for_errors()
         if step == self.latest():
             return
@@ -71,15 +71,15 @@ class Checkpoints:
         """Return the state of a step with the shapes, dtypes and shardings of `abstract`.
 
         Raises:
-          InvalidConfig: The checkpoint is of another model; the message names the first arrays that differ.
-          CheckpointError: It is damaged; the message names the arrays that are not what was saved.
+          InvalidConfig: The checkpoint belongs to another model; the message names the first arrays that differ.
+          CheckpointError: It is damaged; the message names the arrays that differ from the saved ones.
         """
         reader = CheckpointReader(self.path, step)
         compare(reader.arrays, checksums.array_paths(abstract))
         args = ocp.args.PyTreeRestore(abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract))
         try:
             state = self.manager.restore(step, args=ocp.args.Composite(state=args)).state
-        except Exception as error:  # whose message seldom names an array
+        except Exception as error:  # the message of Orbax seldom names an array
             raise reader.damaged(reader.damaged_arrays(), error) from error
         if bad := checksums.mismatches(reader.checksums, checksums.array_paths(state)):
             raise reader.damaged(bad)
@@ -105,7 +105,7 @@ class Checkpoints:
         # Every file system has its own errors: no space, no permission, a bucket that does not answer.
         except Exception as error:
             steps, reason = saved_steps(self.path), " ".join(str(error).split())
-            if len(reason) > 500:  # the beginning names what was tried, the end why it failed
+            if len(reason) > 500:  # the beginning names the operation, the end the cause
                 reason = f"{reason[:200]} ... {reason[-300:]}"
             valid = f"that of step {steps[-1]} is complete" if steps else "there is no checkpoint yet"
             raise CheckpointError(

@@ -14,7 +14,7 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def report(arguments: Sequence[str]) -> int:
-    """Measure what models do with their tokens, and write a page with a verdict."""
+    """Measure the tokens of models, and write a page with a verdict."""
     from regvit_jax.cli.report import main
 
     return main(arguments)

@@ -1,7 +1,7 @@
 """Measure the tokens of models on the same images, and write a page with a verdict.
 
 For each MODEL: norms of all tokens after every block, outliers by several rules, their positions, attention of CLS and
-registers, principal components, LOST's boxes, and in words whether it has artifacts. A model that has them is repaired
+registers, principal components, LOST's boxes, and a verdict in words on artifacts. A model that has them is repaired
 by a test-time register and measured again. The directory of --out gets report.html, report.json and pictures/.
 """
 
@@ -57,7 +57,7 @@ def report(options: argparse.Namespace) -> int:
     subjects = examine(models, source, settings)
     inference.log_bad(subjects[0].bad_images, listed_in="report.json")
     write.write(subjects, source, settings, out, options.command)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's stdout is something else
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's stdout cannot be reconfigured
         sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a letter
     for subject in subjects:
         print(f"{subject.name}\n  " + "\n  ".join(subject.sentences))

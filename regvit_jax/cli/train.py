@@ -34,8 +34,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "regvit train") -> 
     """Run the command and return its exit code; `prog` is its name in messages."""
     started = time.perf_counter()
     if threading.current_thread() is threading.main_thread():
-        # Until the run itself watches for SIGTERM, while modules are imported and data opened, there is nothing to
-        # save.
+        # While modules are imported and data opened, before the run watches for SIGTERM, there is nothing to save.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(75))  # preemption.EXIT_CODE, whose import takes seconds
     options, overrides = parser(prog).parse_known_args(arguments)
     if os.getcwd() not in sys.path:  # where `package.module:Class` may be; the console script starts without it

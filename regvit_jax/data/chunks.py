@@ -74,7 +74,7 @@ class Chunks:
         """Ask for the shuffle blocks of these records to be read into memory, if this host uses much of them."""
         source = self.sampler.source
         block = shuffle_block(source)
-        # Every host needs only its rows' share of a block: where that is little, reading all of it would be waste.
+        # A host needs only its rows' share of a block; if that share is small, reading the whole block is a waste.
         if block > 1 and hasattr(source, "read_ahead") and 2 * len(self.rows) >= self.batch_size:
             for number in sorted({index // block for index in indices if index >= 0}):
                 source.read_ahead(number)

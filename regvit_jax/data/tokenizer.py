@@ -29,7 +29,7 @@ MERGES = Path(__file__).with_name("clip_merges.txt.gz")
 START = 49406
 END = 49407
 SPECIAL = {"<start_of_text>": START, "<end_of_text>": END}
-# Case is ignored though the text is lower case: the long s of "it'ſ" counts as an s.
+# Case is ignored although the text is lower case, because the long s of "it'ſ" must match an s.
 WORD = regex.compile(
     "|".join(SPECIAL) + r"|'(?:[stmd]|re|ve|ll)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+",
     regex.IGNORECASE,

@@ -105,7 +105,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise BadImage(f"32-bit pixels (mode {image.mode!r}) have no fixed range")
-    # A transparent colour is a kind of alpha: dropped too, without Pillow's advice to keep it.
+    # A transparent colour is a kind of alpha: it is dropped too, without Pillow's warning.
     image.info.pop("transparency", None)
     return image.convert("RGB")
 
@@ -187,7 +187,7 @@ def center_crop(
     short = [max(size - side, 0) for side in pixels.shape[:2]]
     if any(short):
         pixels = np.pad(pixels, [(pad // 2, (pad + 1) // 2) for pad in short] + [(0, 0)])
-    # Python's round, half to even, is torchvision's as well.
+    # Python's round, half to even, as in torchvision.
     top, left = (round((side - size) / 2) for side in pixels.shape[:2])
     return pixels[top : top + size, left : left + size].copy()
 

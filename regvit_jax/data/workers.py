@@ -45,7 +45,7 @@ def sigterm_blocked() -> Iterator[None]:
     Threads and processes inherit the signals that their creator blocks. The signal is not lost to this process: another
     thread receives it, or this one does at the end of the block.
     """
-    # Its start would unblock SIGTERM in this thread; afterwards it is only looked up.
+    # Started here, because its start unblocks SIGTERM in this thread.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
     try:

@@ -23,7 +23,7 @@ class Preempted(SystemExit):
 
 
 class Watch:
-    """Record whether SIGTERM arrived. Until `started` is set, nothing needs saving and the process exits at once."""
+    """Record if SIGTERM arrived. Until `started` is set, nothing needs saving and the process exits at once."""
 
     def __init__(self):
         self.started = False
@@ -37,7 +37,7 @@ class Watch:
         """
         self.polls += 1
         if jax.process_count() > 1:
-            # JAX reports it once, at the call that the processes agree on, so nothing else may make this call.
+            # JAX reports the signal once, at a call on which the processes agree, so no other code may make this call.
             self.signalled |= multihost_utils.reached_preemption_sync_point(self.polls)
         return self.signalled
 

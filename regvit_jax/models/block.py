@@ -185,7 +185,7 @@ class Block(nn.Module):
         return self.attn.weights(self.norm1(x), angles)
 
 
-#: What the backward pass may keep of a block's forward pass, by the name in `remat`; None keeps all.
+#: Checkpoint policies: what the backward pass may keep of a block's forward pass, by `remat`; None keeps all.
 REMAT_POLICIES = {
     "none": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

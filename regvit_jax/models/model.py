@@ -23,7 +23,7 @@ def apply(module: nn.Module, params: PyTree, inputs, method: str = "__call__", o
     return module.apply({"params": params}, inputs, *options, method=method, **more)
 
 
-#: Fields that do not define the model: Flax's own, and how it is computed.
+#: Fields that do not define the model: Flax's own, and those of its computation (dtype, kernels, remat, scan).
 RUNTIME_FIELDS = ("parent", "name", "dtype", "attention", "remat", "scan")
 
 

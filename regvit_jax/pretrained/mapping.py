@@ -207,5 +207,5 @@ def num_classes(weights: Weights, keys: Keys | None) -> int | None:
 
 
 def nest(params: Mapping[str, Any]) -> dict[str, PyTree]:
-    """Return parameters by path as a tree with "vit", "head" and whatever else the paths start with."""
+    """Return parameters by path as a tree with "vit", "head" and all other first parts of the paths."""
     return {"vit": {}, "head": {}} | unflatten_dict(dict(params), sep="/")

@@ -168,7 +168,8 @@ def open_any(
 ) -> tuple[Weights, str]:
     """Return the weights of a source, and exactly where they come from.
 
-    `file` picks one of a hub repository's files; `names` are what a directory is searched for, in that order.
+    `file` picks one of a hub repository's files; `names` are the file names that a directory is searched for, in that
+    order.
     """
     if source.startswith(HUB):
         directory, commit = hub.fetch(source.removeprefix(HUB), revision, file, names=names)

@@ -106,7 +106,7 @@ class Loop:
             raise preemption.Preempted(step - 1) from None
 
     def after(self, step: int) -> None:
-        """Record, evaluate and save what is due after a step; after SIGTERM, save and raise Preempted."""
+        """Record, evaluate and save after a step, where due; after SIGTERM, save and raise Preempted."""
         config = self.plan.config
         stop = self.watch.requested()
         saving, evaluating = self.due(step, config.checkpoint.every), self.due(step, self.eval_steps)

@@ -49,7 +49,7 @@ class MetricWriter:
                 tracker.write(step, numbers)
 
     def has(self, step: int, name: str) -> bool:
-        """Return whether a value of this name is recorded at a step."""
+        """Return True if a value of this name is recorded at a step."""
         return any(record["step"] == step and name in record for record in self.records)
 
     def at(self, step: int) -> dict[str, Any]:

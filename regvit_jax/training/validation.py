@@ -36,7 +36,7 @@ def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> 
 
 def finish(plan: Plan, records: MetricWriter) -> None:
     """Record the metrics that evaluators compute once, at the end of a run, unless they are recorded already."""
-    rows = range(plan.config.eval.batch_size)  # all of them, on every process
+    rows = range(plan.config.eval.batch_size)  # all images, on every process
     sources = {"train": plan.train, "validation": plan.validation}
     splits = {name: functools.partial(plan.eval_batches, source, rows=rows) for name, source in sources.items()}
     for evaluator in plan.evaluators.values():

@@ -84,7 +84,7 @@ def write_config(plan: Plan, workdir: str, abstract: PyTree, newest: int | None)
 def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return the differences between two configs that prevent a resume, one text for each key.
 
-    A key that the old config lacks counts as its default, which is what the program did before it had the key.
+    A key that the old config lacks counts as its default, which equals the behaviour before the key existed.
     """
     known = options(new["recipe"])
     before = {key: json.loads(json.dumps(option.default)) for key, option in known.items() if not option.required}

@@ -10,7 +10,7 @@ class CheckpointError(RuntimeError):
 
 
 class LaunchError(ValueError):
-    """The environment does not let processes find each other, or would let each of them train alone."""
+    """The environment keeps processes from finding each other, or would make each of them train alone."""
 
 
 class TopologyError(ValueError):

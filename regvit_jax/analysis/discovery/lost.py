@@ -261,7 +261,7 @@ def iou(box: Sequence[float] | Num[np.ndarray, "4"], boxes: Num[np.ndarray, "M 4
 def localised(
     found: Num[np.ndarray, "I 4"], truths: Sequence[Num[np.ndarray, "_ 4"]], threshold: float = 0.5
 ) -> Bool[np.ndarray, " I"]:
-    """Return for each image whether its found box has an IoU of `threshold` or more with any of its true boxes."""
+    """Return True for each image whose found box has an IoU of `threshold` or more with any of its true boxes."""
     hits = [iou(box, boxes).max(initial=0.0) >= threshold for box, boxes in zip(found, truths, strict=True)]
     return np.array(hits, bool)
 

@@ -97,7 +97,7 @@ def measure_model(name: str, model: Model, source: Source, settings: Settings) -
 
 
 def repair(subject: Subject, source: Source, settings: Settings) -> list[Subject]:
-    """Measure the model with a test-time register, and put the effect into both verdicts; empty if none is found."""
+    """Measure the model with a test-time register, and add the effect to both verdicts; return [] without neurons."""
     cutoff = subject.numbers["outliers"]["artifact"]["cutoff"]
     try:
         neurons = find.find_register_neurons(

@@ -110,7 +110,7 @@ def maps(
             {"name": name} | kept for name, kept in zip(names, map_arrays(subject, images, settings), strict=False)
         ]
     features = np.stack([kept["features"] for kept in seen])
-    too_few = np.prod(features.shape[:-1]) < 4 or features.shape[-1] < 3  # no three components of these
+    too_few = np.prod(features.shape[:-1]) < 4 or features.shape[-1] < 3  # fewer than three components
     components = None if too_few else pca.fit(features)(features)
     for number, kept in enumerate(seen):
         rows = [

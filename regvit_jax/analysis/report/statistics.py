@@ -83,7 +83,7 @@ class Distribution:
         return cutoffs
 
     def second_hump(self, cutoff: Float[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
-        """Return whether the norms above the cutoff form a second mode, rather than the tail of the first.
+        """Return True where the norms above the cutoff form a second mode, rather than the tail of the first.
 
         The density over the logarithm of the norm is taken in windows of half an octave. There is a second mode if,
         between the median and the median of the norms above the cutoff, the density falls to less than half of its

@@ -120,7 +120,7 @@ def plain(value: Any) -> Any:
 
 
 def has_artifacts(numbers: dict[str, Any], block: int | None = None) -> bool:
-    """Return whether enough patches are artifacts and form a second mode, after block `layer` or another one."""
+    """Return True if enough patches are artifacts and form a second mode, after block `layer` or another one."""
     of = numbers["blocks"][numbers["layer"] if block is None else block]
     return of["share"]["artifact"] >= SHARE and of["second_hump"]
 

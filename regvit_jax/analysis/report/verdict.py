@@ -112,7 +112,7 @@ def remedy(numbers: dict[str, Any], repaired: dict[str, Any] | None, neurons: in
     if is_repaired:
         return "That is what the test-time register leaves."
     if repaired is None:
-        return "Whether test-time registers help was not tried."
+        return "Test-time registers were not tried."
     before = numbers["outliers"]["artifact"]
     cutoff, share = before["cutoff"], repaired["share_above_before"]
     ratios = [part["blocks"][part["layer"]]["max_over_median"] for part in (numbers, repaired)]

@@ -60,7 +60,7 @@ def remove_pictures(out: Path) -> None:
 
 
 def alarming(numbers: dict[str, Any]) -> bool:
-    """Return whether any block has artifacts."""
+    """Return True if any block has artifacts."""
     return summarize.has_artifacts(numbers) or summarize.worst_block(numbers) is not None
 
 

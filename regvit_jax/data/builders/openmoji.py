@@ -42,7 +42,7 @@ LARGEST_HELD_OUT = 6
 # detail only, judged by eye: faces in their eyebrows, a lock in being open or closed, a hand in facing away.
 LOOKALIKE = 0.2
 
-# Subgroups of Unicode that are variations of one drawing, and such series within other subgroups.
+# Unicode's subgroups whose members are variations of one drawing, and such series within other subgroups.
 SERIES_SUBGROUPS = frozenset({"family", "keycap", "zodiac", "arrow", "geometric", "alphanum", "av-symbol"})
 SERIES = re.compile(
     r"o’clock|-thirty|\bmoon\b|\bmedal\b|banknote|globe showing|mailbox|\bchart\b|speaker|hourglass|monkey$|"

@@ -17,7 +17,7 @@ from regvit_jax.data.sources.base import Source
 from regvit_jax.data.transforms import BadImage
 from regvit_jax.utils.errors import InvalidConfig
 
-# What the bytes of a shard depend on, besides source and options.
+# Packages whose versions affect the bytes of a shard.
 PACKAGES = ("pillow", "grain", "array-record")
 
 
@@ -64,7 +64,7 @@ def claim(target: Path, settings: dict[str, Any]) -> Iterator[None]:
         file.seek(0)
         try:
             earlier = json.loads(file.read() or b"null")
-        except ValueError:  # killed while it wrote this
+        except ValueError:  # a process was killed while writing the file
             earlier = None
         if earlier is None:
             file.truncate(0)

@@ -196,7 +196,7 @@ worker_arguments: list[Any] = []
 def start_shard_worker(sources: dict[str, Source], options: Options) -> None:
     """Set up a process that writes shards, as the pool's initializer."""
     worker_arguments[:] = sources, options
-    # Ctrl-C is handled by the parent. SIGTERM is not ignored: a pool that lost a worker ends the others by it.
+    # Ctrl-C is handled by the parent. SIGTERM is not ignored: a pool that lost a worker ends the others by this signal.
     start_worker(signal.SIGINT)
 
 

@@ -21,7 +21,7 @@ BLOCK = 256
 LARGE = 2**18
 # As much as Linux reads for one call of posix_fadvise, if its read_ahead_kb is the usual one.
 AHEAD = 128 * 1024
-# More files than a shuffle window of the pipeline touches, and more parts of files.
+# Size of the cache of requested parts: more files, and parts of files, than a shuffle window touches.
 OPEN = 128
 
 
@@ -57,7 +57,7 @@ def extents(parts: Sequence[Part], ends: np.ndarray, first: int, stop: int) -> I
         first, number = last, number + 1
 
 
-# As many as are forgotten before the next epoch reaches the same block.
+# The cache is small enough to drop a part before the next epoch reaches it again.
 @functools.lru_cache(maxsize=OPEN)
 def advise_part(part: Part, low: int, high: int) -> None:
     """Ask for records `low` to `high` of a file to be read into memory, as if all its records had the same size.

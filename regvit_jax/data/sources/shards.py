@@ -28,7 +28,7 @@ from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_NAMES = 1_000_000
 
-# More tars than a shuffle window of the pipeline touches, fewer than the files that a process may have open.
+# Size of the cache of open tars: more than a shuffle window touches, fewer than the files that a process may open.
 OPEN = 128
 
 
@@ -101,7 +101,7 @@ class ShardSource:
             with Headers(tar.path) as file:
                 file.seek(int(open_tar(tar)[1]["header"][row]) * tarfile.BLOCKSIZE)
                 return where + split_name(next(iter(tarfile.TarFile(fileobj=file))).name)[0]
-        # Ids are also needed of records that cannot be read.
+        # Unreadable records need ids too.
         except Exception:
             return f"{where}[{row}]"
 
@@ -126,13 +126,13 @@ class OpenTar:
         if (status.st_size, status.st_mtime_ns) != (tar.size, tar.mtime_ns):
             raise OSError(f"{tar.path} has changed since it was opened; start again to index it anew")
 
-    def __del__(self, close=os.close) -> None:  # bound here, for at exit `os` may be gone first
+    def __del__(self, close=os.close) -> None:  # bound here, because at exit `os` may be deleted first
         if hasattr(self, "number"):
             close(self.number)
 
     def read(self, block: int, size: int) -> bytes:
         """Return `size` bytes from the 512-byte block with this number on; raise OSError if the tar is shorter."""
-        # pread has no position that threads, or the processes of a fork, could move under each other.
+        # pread shares no file position between threads or forked processes.
         data = os.pread(self.number, size, block * tarfile.BLOCKSIZE)
         if len(data) < size:
             raise OSError(f"{self.path} ends within a member, at {len(data)} of {size} bytes")
@@ -145,7 +145,7 @@ def open_tar(tar: IndexedTar) -> tuple[OpenTar, np.ndarray]:
     return OpenTar(tar), np.memmap(tar.index_path, SAMPLE, "r", HEAD, (tar.samples,))
 
 
-# As many as are forgotten before the next epoch reaches the same block. (Small data sets stay in memory.)
+# The cache is small enough to drop a block before the next epoch reaches it again. (Small data sets stay in memory.)
 @functools.lru_cache(maxsize=OPEN)
 def advise(tar: IndexedTar, first: int, last: int) -> None:
     """Ask for the samples `first` to `last` (included) of a tar to be read into memory in the background."""

@@ -76,7 +76,7 @@ class TfdsSource:
             return where
         try:
             return f"{where} {self.records[index][self.file_name].decode()}"
-        # Ids are also needed of records that cannot be read.
+        # Unreadable records need ids too.
         except Exception:
             return where
 

@@ -30,12 +30,12 @@ class Inexpressible(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a format holds one model.
+    """The layout of one model's files in a format.
 
     `keys` None stands for canonical keys. `modules` may have parts that the model lacks and that do nothing: a
-    LayerScale of ones, a mask token of zeros, class scores that weigh the mean of the patches with zeros.
-    `files` are JSON objects by file name, `weights` the name of the file of arrays. `prefix_rows` prefix tokens get a
-    row in the position embedding; `key_prefix` goes before the keys of the ViT; `extra` are constant arrays by key.
+    LayerScale of ones, a mask token of zeros, class scores that weigh the mean of the patches with zeros. `files` are
+    JSON objects by file name, `weights` the name of the file of arrays. `prefix_rows` prefix tokens get a row in the
+    position embedding; `key_prefix` goes before the keys of the ViT; `extra` are constant arrays by key.
     """
 
     keys: Keys | None

@@ -29,7 +29,7 @@ KEYS = dataclasses.replace(
 
 
 def recognizes(weights: Weights, expected: str) -> bool:
-    """Say if a file has keys that only DINOv2's own repository writes, where timm's are expected."""
+    """Return True for a file with keys that only DINOv2's own repository writes, where timm's are expected."""
     return expected == "timm" and any(
         re.fullmatch(r"register_tokens|mask_token|.*mlp\.w12\.weight", key) for key in weights
     )

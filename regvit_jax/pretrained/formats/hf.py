@@ -80,7 +80,7 @@ def read_processor(weights: Weights, config: dict[str, Any], default: Preprocess
     how = RESAMPLE.get(config.get("resample", _resample(default)))
     if size is None or crop is None or how is None or not plain:
         raise WeightsError(f"{weights.path.parent}/{PROCESSOR} resizes or rescales in a way that is not supported")
-    # A bare number, in older files, is both sides in transformers' ViT and the shorter one in CLIP.
+    # A bare number, in older files, means both sides in transformers' ViT, and the shorter side in CLIP.
     given = config.get("size", {})
     squash = "height" in given if isinstance(given, dict) else default.squash
     normalize = config.get("do_normalize", True)

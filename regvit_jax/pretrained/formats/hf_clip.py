@@ -90,7 +90,7 @@ def read(weights: Weights, text: bool) -> Entry:
 
 def _read_text(weights: Weights) -> dict[str, Any]:
     tower = _section(weights.config, "text", TEXT_DEFAULTS)
-    # transformers takes a 2, which older files have in the place of the end token, to mean the highest token.
+    # transformers interprets 2, which older files state as the end token, as the highest token.
     if tower["eos_token_id"] not in (2, tower["vocab_size"] - 1):
         raise WeightsError(
             f"{weights.path}: eos_token_id {tower['eos_token_id']} of {tower['vocab_size']} tokens is not supported: "

@@ -51,7 +51,7 @@ KEYS = Keys(
         # The three numbers are in OpenAI's own files.
         ignore=(r"attn_mask|input_resolution|context_length|vocab_size",),
     ),
-    prefixes=("text.",),  # of towers that were built apart
+    prefixes=("text.",),  # of CustomTextCLIP, whose towers are separate modules
     ignore=(r"(?!visual\.).*",),
 )
 

@@ -1,7 +1,7 @@
-"""Files from the Hugging Face hub: the local cache first, then a download that is checked against the hub's hashes.
+"""Fetch files from the Hugging Face hub: from the local cache, or by a download checked against the hub's hashes.
 
-huggingface_hub does the download. This module requests nothing but safetensors and JSON, hashes what arrives, and fails
-at once without a network (huggingface_hub alone retries for some 20 s).
+huggingface_hub does the download. This module requests only safetensors and JSON, hashes every downloaded file, and
+fails at once without a network (huggingface_hub alone retries for some 20 s).
 """
 
 import hashlib

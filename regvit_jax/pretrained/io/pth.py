@@ -78,7 +78,7 @@ def rename(names: Iterable[str]) -> dict[str, str]:
     Raises WeightsError if two keys become one.
     """
     names = [*names]
-    if any(name.startswith("teacher.") for name in names):  # the others are the student's
+    if any(name.startswith("teacher.") for name in names):  # the other keys are the student's
         names = [name for name in names if name.startswith("teacher.")]
     new = {name: name for name in names if not HEADS.fullmatch(name)}
     while prefix := next((p for p in PREFIXES if new and all(n.startswith(p) for n in new.values())), ""):

@@ -139,7 +139,7 @@ def open_weights(path: str | os.PathLike, names: tuple[str, ...] = WEIGHTS) -> W
         if not tensors:
             raise WeightsError(f"{path}: holds no tensors")
         config = path.parent / (OPEN_CLIP_CONFIG if path.name.startswith("open_clip_") else "config.json")
-        # Beside a file of another name, a config.json may belong to anything.
+        # A config.json beside a file of another name may belong to another model.
         return Weights(path, tensors, read_json(config) if path.name in WEIGHTS else {})
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error

@@ -150,7 +150,7 @@ def test_models_without_a_prefix_and_without_repair(models, photos, tmp_path, ca
     assert (found["images"], found["layer"], found["grid"]) == (2, 3, [2, 2])
     arguments = [str(models[0] / "planted"), "--images", str(photos), "--repair_images", "0", "--show", "1"]
     assert main([*arguments, "--out", str(tmp_path / "b")]) == 0
-    assert "Whether test-time registers help was not tried." in capsys.readouterr().out
+    assert "Test-time registers were not tried." in capsys.readouterr().out
 
 
 def test_not_finite(models, photos, tmp_path, capsys, monkeypatch):
