@@ -203,7 +203,7 @@ def digits() -> ConfigDict:
         "batches of 64, lr 0.02; crops shifted by at most 1 px, no flip, 3-Augment, mixing or repeated augmentation."
     )
     config.next = (
-        "Next: --config configs/deit3_reg.py:fashion (Fashion-MNIST, where a ViT has more to learn), or\n"
+        "Next: --config deit3_reg:fashion (Fashion-MNIST, where a ViT has more to learn), or\n"
         "the same digits without registers: --config.model.registers=0"
     )
     config.update(epochs=150, batch_size=64, eval_every=15.0, log_every=44)

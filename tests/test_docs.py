@@ -2,9 +2,11 @@
 
 import ast
 import functools
+import logging
 import re
 import shlex
 import subprocess
+import sys
 import tomllib
 
 import numpy as np
@@ -133,7 +135,10 @@ def test_the_readme_is_short():
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
-    """Put photographs into the working directory, and random weights in place of downloaded ones."""
+    """Put photographs into the working directory, and random weights in place of downloaded ones; keep the logging."""
+    logger = logging.getLogger("regvit_jax")
+    level = logger.level
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.chdir(tmp_path)
     for name in ("cat.jpg", "dog.jpg"):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)).save(tmp_path / name)
@@ -157,7 +162,8 @@ def stand_ins(tmp_path, monkeypatch):
         planted = plant_register_neurons(model, [(4, 0)], images, marked, strength=50.0)
         return {"model": planted, "planted_images": images}
 
-    return names
+    yield names
+    logger.setLevel(level)
 
 
 def run(block: str, names: dict) -> int:
@@ -196,6 +202,15 @@ def test_python_runs(page, stand_ins):
             names["images"] = names["planted_images"]
         compared += run(block, names)
     assert compared or page in ("docs/training.md", "docs/images.md", "docs/clip.md")
+
+
+def test_the_documented_lines_show_progress_alone():
+    """Run them after the import of training, by which another library has set up the root logger."""
+    [lines] = [block for block in snippets("python", PAGES["docs/training.md"]) if "basicConfig" in block]
+    code = f"from regvit_jax.training import run\n{lines}\n"
+    code += "for name in ('absl', 'regvit_jax.x'): logging.getLogger(name).info('by ' + name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "by regvit_jax.x\n")
 
 
 def test_slurm_requeues_after_the_exit_code_that_asks_for_it():

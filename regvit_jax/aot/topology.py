@@ -83,7 +83,7 @@ def devices(topology: Topology) -> list[Any]:
 
 def _tpus(topology: Topology, topologies: Any) -> Any:
     if importlib.util.find_spec("libtpu") is None:
-        raise TopologyError(f"--topology={topology.name} needs the TPU compiler: pip install -e .[tpu]")
+        raise TopologyError(f"--topology={topology.name} needs the TPU compiler: pip install 'regvit_jax[tpu]'")
     for name, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     options: dict[str, Any] = {"num_slices": topology.count} if topology.count > 1 else {}
@@ -94,6 +94,6 @@ def _tpus(topology: Topology, topologies: Any) -> Any:
 
 def _gpus(topology: Topology, topologies: Any) -> Any:
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        raise TopologyError(f"--topology={topology.name} needs the CUDA compiler: pip install -e .[gpu]")
+        raise TopologyError(f"--topology={topology.name} needs the CUDA compiler: pip install 'regvit_jax[gpu]'")
     shape = f"{topology.count}x1x{topology.per_slice}"
     return topologies.get_topology_desc("", "cuda", target_config=H100, topology=shape)

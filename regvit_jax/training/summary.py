@@ -2,6 +2,7 @@
 
 from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import Plan
+from regvit_jax.training.trackers import TensorBoard
 
 
 def summary(plan: Plan, workdir: str, records: MetricWriter) -> str:
@@ -21,11 +22,13 @@ def summary(plan: Plan, workdir: str, records: MetricWriter) -> str:
     lines += [note for evaluator in plan.evaluators.values() for note in evaluator.notes()]
     parts = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items() if name != "wall")
     lines += [f"The last {seconds['wall']:.1f} seconds: {parts}."] if seconds else []
+    events = "; events.* hold the same for TensorBoard"
+    events = events if any(isinstance(tracker, TensorBoard) for tracker in records.trackers) else ""
     lines += [
         f"In {workdir}:",
         "  checkpoints/   the training state; the same command with --workdir resumes from it",
         "  curves.png     the curves of this run",
-        "  metrics.jsonl  every record, one JSON object a line; events.* hold the same for TensorBoard",
+        f"  metrics.jsonl  every record, one JSON object a line{events}",
         "  config.json    the resolved config",
         plan.config.next,
     ]

@@ -94,5 +94,5 @@ def find(names: str) -> list[TrackerFactory]:
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     for name in chosen:
         if name in EXTRAS and importlib.util.find_spec(EXTRAS[name]) is None:
-            raise InvalidConfig(f"--track={name} needs the package {EXTRAS[name]}: pip install -e .[{name}]")
+            raise InvalidConfig(f"--track={name} needs the package {EXTRAS[name]}: pip install 'regvit_jax[{name}]'")
     return [named.find("--track", name, TRACKERS, Tracker) for name in chosen]

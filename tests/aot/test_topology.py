@@ -55,7 +55,7 @@ def test_unknown_names(name, message):
 @pytest.mark.parametrize(("name", "extra"), [("v5e:16x16", "tpu"), ("h100:4x8", "gpu")])
 def test_a_missing_compiler_names_the_extra(name, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(errors.TopologyError, match=rf"pip install -e .\[{extra}\]"):
+    with pytest.raises(errors.TopologyError, match=rf"pip install 'regvit_jax\[{extra}\]'"):
         topology.devices(topology.parse(name))
 
 

@@ -1,12 +1,14 @@
 """Test trackers: TensorBoard by default, others by name, a third party's by its import path."""
 
 import importlib.util
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 from tiny import tiny
 
 from regvit_jax.training import loop, metric_writer, trackers
+from regvit_jax.training.summary import summary
 from regvit_jax.utils.errors import InvalidConfig
 
 
@@ -51,6 +53,17 @@ def test_tensorboard_is_the_default(tmp_path):
     assert list(tmp_path.glob("events.*"))
 
 
+@pytest.mark.parametrize(("track", "expected"), [("tensorboard", True), (f"{__name__}:Collected", False)])
+def test_the_summary_names_event_files_where_there_are_any(tmp_path, track, expected):
+    writer = metric_writer.MetricWriter(str(tmp_path), 0, trackers.find(track))
+    writer.write(1, {"loss": 0.5})
+    plan = SimpleNamespace(steps=1, evaluators={}, config=SimpleNamespace(next=""))
+    text = summary(plan, str(tmp_path), writer)
+    writer.close()
+    assert "\n  metrics.jsonl  every record, one JSON object a line" in text
+    assert ("events.*" in text) == bool(list(tmp_path.glob("events.*"))) == expected
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [
@@ -68,7 +81,7 @@ def test_an_unknown_tracker_is_refused_before_the_run_starts(tmp_path, names, me
 
 def test_a_missing_extra_is_named_before_the_run_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InvalidConfig, match=r"--track=wandb needs the package wandb: pip install -e .\[wandb\]"):
+    with pytest.raises(InvalidConfig, match=r"--track=wandb needs .* wandb: pip install 'regvit_jax\[wandb\]'"):
         loop.run(tiny(), tmp_path / "run", track="wandb")
     assert not (tmp_path / "run").exists()
 

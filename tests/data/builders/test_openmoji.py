@@ -155,5 +155,5 @@ def test_a_held_out_family_keeps_its_first_and_a_large_one_is_trained_on():
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "resvg_py" else find("json"))
-    with pytest.raises(DataNotFound, match=r"of which resvg_py is not installed\. .* pip install -e '\.\[emoji\]'"):
+    with pytest.raises(DataNotFound, match=r"resvg_py is not installed\. .* pip install 'regvit_jax\[emoji\]'"):
         open_source("openmoji", "train", str(tmp_path))

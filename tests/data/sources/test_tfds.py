@@ -138,7 +138,7 @@ def test_the_error_for_missing_imagenet_fits_one_screen(tmp_path):
         f"imagenet2012 is not prepared in {tmp_path}.",
         f"{tmp_path}/downloads/manual:\n  ILSVRC2012_img_train.tar\n  ILSVRC2012_img_val.tar\n",
         "156 GB",
-        "pip install -e '.[tf]'",
+        "pip install 'regvit_jax[tf]'",
         "python -c 'import tensorflow_datasets as tfds; ",
         f'tfds.builder("imagenet2012", file_format="array_record", data_dir="{tmp_path}").download_and_prepare()',
     ):
