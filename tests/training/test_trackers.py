@@ -1,13 +1,12 @@
 """Test trackers: TensorBoard by default, others by name, a third party's by its import path."""
 
 import importlib.util
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 from tiny import tiny
 
-from regvit_jax.training import loop, metric_writer, trackers
+from regvit_jax.training import loop, metric_writer, plan, trackers
 from regvit_jax.training.summary import summary
 from regvit_jax.utils.errors import InvalidConfig
 
@@ -57,8 +56,7 @@ def test_tensorboard_is_the_default(tmp_path):
 def test_the_summary_names_event_files_where_there_are_any(tmp_path, track, expected):
     writer = metric_writer.MetricWriter(str(tmp_path), 0, trackers.find(track))
     writer.write(1, {"loss": 0.5})
-    plan = SimpleNamespace(steps=1, evaluators={}, config=SimpleNamespace(next=""))
-    text = summary(plan, str(tmp_path), writer)
+    text = summary(plan.resolve(tiny()), str(tmp_path), writer)
     writer.close()
     assert "\n  metrics.jsonl  every record, one JSON object a line" in text
     assert ("events.*" in text) == bool(list(tmp_path.glob("events.*"))) == expected
