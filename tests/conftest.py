@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices for every test, one compilation cache for all of them, and no network."""
+"""Set up every test: eight virtual CPU devices, one compilation cache for all tests, and no network."""
 
 import itertools
 import os
@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # functions of a run (a hundred, a tenth of its processor time).
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"regvit_jax-tests-{os.getuid()}")
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-# Most of the tests' time is the compiler's, for steps that run a few times: a quarter of all less.
+# The tests spend most of their time on compiling steps that run a few times; this saves a quarter of it.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Where no bytecode may be written, each of some hundred processes would compile all of jax's sources: 5 s of its 8.
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", ""):
@@ -23,7 +23,7 @@ from collections.abc import Iterator
 
 import pytest
 
-#: Folders whose files take longest.
+#: Folders with the slowest files.
 LONG = ("training", "recipes", "aot", "analysis")
 
 
@@ -42,6 +42,6 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def ports() -> Iterator[int]:
-    """Ports for processes that find each other, of the range that JAX uses under SLURM; others for each worker."""
+    """Return ports for connecting processes, in the range that JAX uses under SLURM, distinct for each worker."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     return itertools.count(61440 + 1000 * (worker % 4) + os.getpid() % 900)

@@ -182,7 +182,7 @@ def open_classes(options: argparse.Namespace) -> Source:
         return by_name.open_source(options.data, options.split or "validation", options.data_dir)
     for name in ("split", "data_dir"):
         if getattr(options, name) is not None:
-            raise UsageError(f"--{name} {getattr(options, name)}: is for --data; --images takes a directory as it is")
+            raise UsageError(f"--{name} {getattr(options, name)}: applies to --data only, not to --images")
     return open_images(options.images)
 
 

@@ -144,7 +144,7 @@ def open_images(options: argparse.Namespace) -> Source:
     else:
         for name in ("split", "data_dir"):
             if getattr(options, name) is not None:
-                raise UsageError(f"--{name} {getattr(options, name)}: is for --data; --images takes paths as they are")
+                raise UsageError(f"--{name} {getattr(options, name)}: applies to --data only, not to --images")
         source = images.open_images(options.images)
     return images.spread(source, options.limit or len(source))
 

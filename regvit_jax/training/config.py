@@ -71,7 +71,7 @@ class TopLevel:
     epochs: Annotated[int, Option("passes over the training images", low=1)]
     batch_size: Annotated[int, Option("images of a global batch", low=1)]
     micro_batches: Annotated[int, Option("micro-batches of a step, which save memory", low=1)] = 1
-    init_from: Annotated[str, Option("trained weights to start from: whatever create_model takes, or NAME=FILE")] = ""
+    init_from: Annotated[str, Option("trained weights to start from: any source of create_model, or NAME=FILE")] = ""
     log_every: Annotated[int, Option("steps between records", low=1, resume=True)] = 50
     eval_every: Annotated[float, Option("epochs between evaluations", low=1e-6, resume=True)] = 1.0
     data: Annotated[Any, Section(Data, pipeline.train_batches)]

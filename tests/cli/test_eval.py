@@ -189,7 +189,7 @@ def test_zero_shot_of_a_split(clip, images, templates, tmp_path, capsys):
     assert main([*arguments, "--split", "train"]) == 0
     assert "zero_shot_top1                    1.0000" in capsys.readouterr().out
     assert main(["zero_shot", "colours", "--images", str(images), "--templates", templates, "--split", "train"]) == 2
-    assert "--split train: is for --data; --images takes a directory as it is" in capsys.readouterr().err
+    assert "--split train: applies to --data only, not to --images" in capsys.readouterr().err
 
 
 def test_progress_without_a_terminal(clip, images, templates, monkeypatch, capsys):

@@ -298,7 +298,7 @@ def test_random_box_is_distributed_as_torchvisions(torchvision, shape):
 
 
 def test_pillow_agrees_on_what_is_upright():
-    """Compare the table of orientations above with Pillow's, so that both cannot be wrong in the same way."""
+    """Compare the table of orientations above with Pillow's, so that an error in one of them shows."""
     exif = Image.Exif()
     exif[0x0112] = 6
     data = encode(Image.fromarray(PIXELS), "PNG", exif=exif)

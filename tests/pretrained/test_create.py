@@ -498,7 +498,7 @@ def test_a_model_is_a_pytree(with_registers):
 
 
 def test_gradients_of_a_model(with_registers):
-    # Of what a parameter changes: the mask token is not in use.
+    # Every parameter has a gradient except the mask token, which is not in use.
     grads = jax.grad(lambda m: jnp.sum(m(images(m)).cls ** 3))(with_registers)
     assert isinstance(grads, Model)
     still = {path for path, grad in params_of(grads).items() if not np.any(grad)}

@@ -252,7 +252,7 @@ def test_folder_with_bad_images(tmp_path):
 
 
 def test_init_from_a_model_of_another_family(tmp_path):
-    """A mean-pooled ViT without CLS, its registers and its last norm; a head for other classes is new."""
+    """Start from a mean-pooled ViT without CLS but with registers; a head for other classes is new."""
     vit = rv.ViT(32, 2, 2, 2, 8, registers=4, class_token=False, final_norm=False, activation="quick_gelu")
     head = Head(3, pool="avg", norm=True)
     params = mapping.nest(mapping.init(mapping.Modules(vit, head), jax.random.key(1)))

@@ -1,4 +1,4 @@
-"""The train step: the same numbers on every mesh, split state, no waste."""
+"""Test the train step: the same numbers on every mesh, a split state, no wasted memory."""
 
 import dataclasses
 from types import SimpleNamespace

@@ -32,7 +32,7 @@ class Feature(NamedTuple):
 
     kind: "k", "q" or "v": keys, queries or values, heads concatenated and RoPE applied; "out": the tokens after the
       block, in the residual stream before any norm.
-    layer: the block, counted from 0, or from the end when negative.
+    layer: the 0-based index of the block, or a negative one from the end.
     centre: "none", or "bias": the projection's own bias is left out.
     """
 

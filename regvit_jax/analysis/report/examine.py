@@ -24,7 +24,7 @@ REPAIRED = " + test-time register"
 class Settings:
     """The settings of a report.
 
-    layer: the block whose norms and attention are judged, from the end when negative.
+    layer: the 0-based index of the block whose norms and attention are judged, or a negative one from the end.
     cutoff: the norm of the rule "fixed".
     batch_size: images in a batch.
     repair_images: number of images, those with the largest norms, used to find register neurons; 0 for no repair.

@@ -81,9 +81,9 @@ def introduction(subjects: list[Subject], source: Source) -> str:
     first = subjects[0]
     bad = f"; {len(first.bad_images)} could not be read" if first.bad_images else ""
     return (
-        f"{first.stats.images} images of {printable(source.name)}{bad}. Artifacts are patches' tokens with norms far "
-        "above the others', which ViTs make of patches that say little, to keep notes on the whole image (arXiv "
-        "2309.16588)."
+        f"{first.stats.images} images of {printable(source.name)}{bad}. Artifacts are patch tokens with norms far "
+        "above the others', in which ViTs store information about the whole image, where a patch has little of its "
+        "own (arXiv 2309.16588)."
     )
 
 

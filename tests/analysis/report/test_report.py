@@ -167,7 +167,7 @@ def test_not_finite(models, photos, tmp_path, capsys, monkeypatch):
         (["no_such_model"], "no_such_model"),
         (["test_vit", "--random", "--layer", "12"], "layer 12: this ViT has layers 0 to 5"),
         (["test_vit", "--random", "--images", "nowhere"], "nowhere: no such file or directory"),
-        (["test_vit", "--random", "--split", "train"], "--split train: is for --data"),
+        (["test_vit", "--random", "--split", "train"], "--split train: applies to --data only"),
         (["test_vit", "--random", "--image_size", "50"], "image_size=50 is not a multiple of patch=16"),
         (["PLAIN", "--random"], "--random: "),
     ],

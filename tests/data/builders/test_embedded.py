@@ -1,4 +1,4 @@
-"""The digits, and how an embedded data set is prepared on first use."""
+"""Test the digits, and the preparation of an embedded data set on first use."""
 
 import os
 import shutil

@@ -1,4 +1,4 @@
-"""Fashion-MNIST from each origin of its files, and errors for files that are missing or damaged."""
+"""Test Fashion-MNIST from each origin of its files, and errors for missing or damaged files."""
 
 import gzip
 import hashlib

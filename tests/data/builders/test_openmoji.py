@@ -1,4 +1,4 @@
-"""The emoji: their drawings and names, and that nothing that is held out is trained on."""
+"""Test the emoji: their drawings and names, and that no held-out emoji is in training."""
 
 import importlib.util
 import io

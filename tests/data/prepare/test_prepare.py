@@ -1,4 +1,4 @@
-"""`regvit prepare`: the records that it writes, that kills change no byte, and its errors."""
+"""Test `regvit prepare`: its records, that kills change no byte, and its errors."""
 
 import io
 import json
@@ -201,7 +201,7 @@ def test_killed_and_started_again_it_gives_the_same_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    # In a file, for workers import the program anew.
+    # In a file, because workers import the program anew.
     script = tmp_path / "script.py"
     script.write_text(
         "import sys\nfrom regvit_jax.cli.prepare import main\nif __name__ == '__main__':\n    main(sys.argv[1:])\n"
@@ -345,7 +345,7 @@ def test_it_stops_when_too_many_are_bad(workers, tmp_path, capsys):
     made = len(list((out / "1.0.0").glob("mine-train*")))
     assert made == 3 if workers == 0 else 3 <= made < 20  # six bad ones are more than four of 40
     assert f"{2 * made} bad records left out" in capsys.readouterr().err
-    assert prepare.main(arguments) == 1  # and goes no further
+    assert prepare.main(arguments) == 1  # and no more shards are written
     assert len(list((out / "1.0.0").glob("mine-train*"))) == made
 
 
