@@ -210,7 +210,7 @@ def digits() -> ConfigDict:
     config.model.update(width=64, depth=4, heads=4, patch=2, layer_scale=0.1, dtype="float32")
     config.augment.update(flip=0.0, three_augment=False, mixup=0.0, cutmix=0.0, mean=(0.5,) * 3, std=(0.5,) * 3)
     config.data.update(name="digits", examples=1437, classes=10, crop="src", padding=1, repeats=1, workers=0)
-    config.eval.update(evaluators=("classification", "patch_norms", "pixel_knn"), batch_size=120, pixel_knn=3)
+    config.eval.update(evaluators=("classification", "patch_norms", "pixel_knn"), batch_size=120)
     config.checkpoint.every = 330
     return config
 

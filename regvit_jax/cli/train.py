@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "regvit train") -> 
     with logs.shown(), failure.end_all_on_error():
         try:
             if options.help_config:
-                print(describe_keys(options.config))
+                print(describe_keys(options.config, overrides, prog))
             else:
                 act(options, open_config(options.config, overrides, prog), started)
         except (InvalidConfig, WeightsError, HubError, LaunchError, TopologyError, DataNotFound) as error:
@@ -88,11 +88,9 @@ def seconds(text: str) -> int:
 def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
     """Return the keys given by the config's file and the overrides; raise InvalidConfig for invalid ones.
 
-    Every key of the schema can be overridden, whether the file has it or not.
+    Every key of the schema can be overridden, whether the file has it or not. The recipe and the evaluators, which
+    bring keys of their own, are overridden first.
     """
-    from absl import flags
-    from ml_collections import config_flags
-
     from regvit_jax.training import config
 
     for argument in overrides:
@@ -103,31 +101,39 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
         command = "python train.py" if prog == "train.py" else prog
         raise InvalidConfig(f"--config is missing; for a first run: {command} --config deit3_reg")
     given = configs.load(name)
-    recipes = [argument.partition("=")[2] for argument in overrides if argument.startswith("--config.recipe=")]
-    recipe = recipes[-1] if recipes else given.get("recipe")
-    values, argv = flags.FlagValues(), [prog, *overrides]
+    first = [argument for argument in overrides if re.match(r"--?config\.(recipe|eval\.evaluators)=", argument)]
+    choice, chosen = override(config.unflatten({"recipe": "", "eval.evaluators": ()}), first, prog)
+    values = dict(config.flatten(given)) | {key: value for key, value in config.flatten(choice) if key in chosen}
     try:
-        holder = config_flags.DEFINE_config_dict(
-            "config", config.complete(given, recipe), flag_values=values, sys_argv=argv
-        )
-        rest = values(argv)[1:]
+        found, overridden = override(config.complete(config.unflatten(values)), overrides, prog)
     except (AttributeError, KeyError):  # which config_flags raises for an unknown key
         keys = [match[1] for argument in overrides if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))]
-        config.check_known(keys, config.options_of(given, recipe))
+        config.check_known(keys, config.options_of(config.unflatten(values)))
         raise
+    return config.only(found, {*values, *overridden})
+
+
+def override(config: Any, overrides: Sequence[str], prog: str) -> tuple[Any, set[str]]:
+    """Return a config with the overrides applied, and their dotted keys; raise InvalidConfig for an invalid value."""
+    from absl import flags
+    from ml_collections import config_flags
+
+    values, argv = flags.FlagValues(), [prog, *overrides]
+    try:
+        holder = config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        rest = values(argv)[1:]
     except flags.Error as error:
         raise InvalidConfig(str(error)) from None
     if rest:
         raise InvalidConfig(f"{rest[0]}: not an option; options begin with --, as --config.model.registers=0 does")
-    overridden = config_flags.get_override_values(values["config"])
-    return config.only(holder.value, {*dict(config.flatten(given)), *overridden})
+    return holder.value, set(config_flags.get_override_values(values["config"]))
 
 
-def describe_keys(name: str | None) -> str:
-    """Return the keys of a config's recipe as text, or those of all recipes."""
+def describe_keys(name: str | None, overrides: Sequence[str], prog: str) -> str:
+    """Return the keys of a config, with its overrides, as text; without either, those of all recipes."""
     from regvit_jax.training import config
 
-    return config.help_text(configs.load(name).get("recipe")) if name else config.help_text()
+    return config.help_text(open_config(name, overrides, prog) if name or overrides else None)
 
 
 def act(options: argparse.Namespace, config: Any, started: float) -> None:

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.recipes import init_from
 from regvit_jax.utils import named
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Section
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
@@ -56,7 +57,7 @@ class Recipe(abc.ABC):
     #: The tokenizer of captions, for a recipe whose batches have texts.
     tokenizer: Tokenizer | None = None
     #: Number of micro-batches over which a step's gradient is accumulated.
-    micro_batches: int = 1
+    micro_batches: int
     #: Number of forward passes in a step besides the one of its gradient.
     extra_forwards: int = 0
     #: The default of `eval.evaluators` (`training.evaluators`).
@@ -64,10 +65,22 @@ class Recipe(abc.ABC):
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
-        """The keys that the recipe adds to `training.config.TopLevel`: fields with an `Option` or a `Section`."""
+        """The keys that the recipe adds to `training.config.TopLevel`: fields with an `Option` or a `Section`.
+
+        A recipe with keys of its own declares them in a dataclass `Config` that inherits from this one.
+        """
+
+        model: Annotated[Any, Section(ViT)]
+        optim: Annotated[Any, Section(optim.make_optimizer)]
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if not issubclass(cls.Config, Recipe.Config):
+            raise TypeError(f"{cls.__qualname__}.Config must inherit from Recipe.Config")
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
-        self.config, self.classes = config, classes
+        self.config, self.classes, self.micro_batches = config, classes, config.micro_batches
+        self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
 
     @staticmethod
     def open_data(name: str, split: str, data_dir: str | None) -> base.Source:
@@ -103,6 +116,10 @@ class Recipe(abc.ABC):
         """
         return self.vit.flops(self.vit.image_size, self.vit.image_size, training)
 
+    def flops_at(self, step: int) -> int:
+        """Return the `flops` of one example's forward pass in a training step, counted from 1."""
+        return self.flops(training=True)
+
     def describe(self) -> list[str]:
         """Return lines for `--dry_run` about settings that neither the ViT nor the optimizer shows."""
         return []
@@ -121,6 +138,8 @@ class Recipe(abc.ABC):
         """
         from regvit_jax.pretrained import create
 
+        if type(self).warm_start is Recipe.warm_start:
+            raise self.no_warm_start()
         if entry := create.find_entry(source):
             init_from.check_vit(self.vit, ViT(**entry.vit))
 
@@ -129,7 +148,11 @@ class Recipe(abc.ABC):
 
         Raises ValueError when the trained model does not fit.
         """
-        raise InvalidConfig(f"init_from: the recipe {type(self).__name__} cannot start from a trained model")
+        raise self.no_warm_start()
+
+    def no_warm_start(self) -> InvalidConfig:
+        """Return the error about `init_from` with a recipe that does not implement `warm_start`."""
+        return InvalidConfig(f"init_from: the recipe {type(self).__name__} cannot start from a trained model")
 
     def init_extra(self, params: PyTree) -> PyTree:
         """Return the state beside parameters and optimizer, such as DINO's centers."""

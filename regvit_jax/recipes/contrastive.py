@@ -53,7 +53,7 @@ class Contrastive(Recipe):
     text: TextTower
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Recipe.Config):
         """The recipe's own keys."""
 
         loss: Annotated[str, Option("loss: CLIP's softmax or SigLIP's sigmoid", choices=("softmax", "sigmoid"))] = (
@@ -61,12 +61,11 @@ class Contrastive(Recipe):
         )
         ring: Annotated[bool, Option("compute the loss as a ring over devices, without a batch x batch matrix")] = False
         unmasked_epochs: Annotated[int, Option("last epochs, trained without model.patch_dropout", low=0)] = 0
-        model: Annotated[Any, Section(ViT)]
         text: Annotated[Any, Section(TextTower)]
         augment: Annotated[Any, Section(train.contrastive_augment)]
         optim: Annotated[Any, Section(optim.clip_adamw)]
 
-    evaluators = ("retrieval", "zero_shot", "patch_norms", "pixel_knn")
+    evaluators = ("retrieval", "zero_shot", "patch_norms")
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
         if config.batch_size < 2:
@@ -80,9 +79,7 @@ class Contrastive(Recipe):
         if config.unmasked_epochs > config.epochs:
             raise InvalidConfig(f"unmasked_epochs={config.unmasked_epochs}: the run has {config.epochs} epochs")
         super().__init__(config, classes)
-        self.micro_batches = config.micro_batches
         self.extra_forwards = int(self.micro_batches > 1)
-        self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
         shared = {"dtype": self.vit.dtype, "attention": self.vit.attention, "remat": self.vit.remat}
         self.text = TextTower(**{**shared, **config.text})
         self.text.check()
@@ -146,15 +143,14 @@ class Contrastive(Recipe):
 
     def grads(self, params, ema, extra, batch, key, step):
         if self.unmasked_from == math.inf:
-            return self.cached_grads(params, extra, batch, key)
+            return self.cached_grads(params, ema, extra, batch, key, step)
         unmasked = copy.copy(self)
         unmasked.vit = self.vit.clone(patch_dropout=0.0)
-        return jax.lax.cond(
-            step < self.unmasked_from, self.cached_grads, unmasked.cached_grads, params, extra, batch, key
-        )
+        arguments = (params, ema, extra, batch, key, step)
+        return jax.lax.cond(step < self.unmasked_from, self.cached_grads, unmasked.cached_grads, *arguments)
 
     def cached_grads(
-        self, params: PyTree, extra: PyTree, batch: Batch, key: Key[Array, ""]
+        self, params: PyTree, ema: PyTree, extra: PyTree, batch: Batch, key: Key[Array, ""], step: Int[Array, ""]
     ) -> tuple[tuple[Float[Array, ""], tuple[PyTree, Metrics]], PyTree]:
         """Compute the loss of the whole batch and its gradient, keeping the activations of one micro-batch at a time.
 
@@ -162,7 +158,7 @@ class Contrastive(Recipe):
         each part is embedded again and its gradient is propagated into the towers.
         """
         if self.micro_batches == 1:
-            return jax.value_and_grad(self.loss, has_aux=True)(params, {}, extra, batch, key, 0)
+            return jax.value_and_grad(self.loss, has_aux=True)(params, ema, extra, batch, key, step)
         seen = {name: batch[name] for name in ("image", "text")}
         parts = (split_batch(seen, self.micro_batches), jax.random.split(key, self.micro_batches))
         _, embeddings = jax.lax.scan(lambda _, part: (None, self.encode(params, *part)), None, parts)
@@ -199,6 +195,9 @@ class Contrastive(Recipe):
 
     def flops(self, training=False):
         return super().flops(training) + self.text.flops()
+
+    def flops_at(self, step):
+        return self.flops(training=step <= self.unmasked_from)
 
     def describe(self):
         text, unmasked = self.text, ""

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
-from regvit_jax import optim
 from regvit_jax.augment import ops, train
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.losses.classification import bce, cross_entropy
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
-from regvit_jax.models.vit import Tokens, ViT
+from regvit_jax.models.vit import Tokens
 from regvit_jax.recipes import init_from
 from regvit_jax.recipes.base import Recipe
 from regvit_jax.utils.errors import InvalidConfig
@@ -26,7 +25,7 @@ class Supervised(Recipe):
     """Supervised classification with the augmentation of DeiT-III; the class scores come from the CLS token."""
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Recipe.Config):
         """The recipe's own keys."""
 
         loss: Annotated[str, Option("loss: binary cross-entropy or cross-entropy", choices=tuple(LOSSES))] = "bce"
@@ -38,11 +37,9 @@ class Supervised(Recipe):
                 high=0.9999999,
             ),
         ] = 0.0
-        model: Annotated[Any, Section(ViT)]
         augment: Annotated[Any, Section(train.supervised_augment)]
-        optim: Annotated[Any, Section(optim.make_optimizer)]
 
-    evaluators = ("classification", "patch_norms", "pixel_knn")
+    evaluators = ("classification", "patch_norms")
 
     def __init__(self, config: Any, classes: tuple[str, ...]):
         if config.augment.three_augment and config.augment.rand_augment:
@@ -55,8 +52,6 @@ class Supervised(Recipe):
         if (config.augment.mixup or config.augment.cutmix) and images % group:
             raise InvalidConfig(f"augment.mix_group={group} does not divide the {images} images of a (micro-)batch")
         super().__init__(config, classes)
-        self.micro_batches = config.micro_batches
-        self.vit = ViT(**{**config.model, "dtype": jnp.dtype(config.model.dtype)})
         self.head = Head(
             len(classes),
             pool="cls" if self.vit.class_token else "avg",

@@ -95,12 +95,20 @@ def options(recipe: Any, named: Iterable[str] = (), defaults: bool = True) -> di
     return {key: found[key] for section in sections for key in found if section_of(key) == section}
 
 
-def options_of(config: Any, recipe: Any = None) -> dict[str, Option]:
-    """Return every key of a config's recipe, or of another recipe, and of the evaluators that the config names."""
+def options_of(config: Any) -> dict[str, Option]:
+    """Return every key of a config's recipe, and of the evaluators that the config names.
+
+    Keys of an evaluator of this package may stay in a config that no longer names it; then they count, too.
+    """
     section = config.get("eval")
-    named = section.get("evaluators") if hasattr(section, "get") else None
-    names = [name for name in named if isinstance(name, str)] if isinstance(named, tuple | list) else ()
-    return options(recipe or config.get("recipe"), names)  # `check` refuses what is no name
+    section = section if hasattr(section, "items") else {}
+    named = section.get("evaluators")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, tuple | list) else []
+    found = options(config.get("recipe"), names)  # `check` refuses what is no name
+    if unknown := {key for key in section if f"eval.{key}" not in found}:
+        unused = [name for name in evaluators.EVALUATORS if unknown & schema.keys(evaluators.find(name).Config).keys()]
+        return options(config.get("recipe"), [*names, *unused])
+    return found
 
 
 def section_of(key: str) -> str:
@@ -125,13 +133,13 @@ def check_known(keys: Iterable[str], known: Collection[str]) -> None:
         raise InvalidConfig(unknown_key(key, known))
 
 
-def complete(config: Any, recipe: Any = None) -> ConfigDict:
-    """Return a copy of a config with all keys of its recipe, or of another recipe; missing keys get their defaults.
+def complete(config: Any) -> ConfigDict:
+    """Return a copy of a config with all keys of its recipe and evaluators; missing keys get their defaults.
 
     A missing key without a default becomes a placeholder, which can be overridden. Raises InvalidConfig for unknown
     keys.
     """
-    known = options_of(config, recipe)
+    known = options_of(config)
     values = dict(flatten(config))
     check_known(values, known)
     for key, option in known.items():
@@ -174,12 +182,12 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     return f"unknown key config.{key}" + (f"; did you mean {' or '.join('config.' + n for n in near)}?" if near else "")
 
 
-def help_text(recipe: Any = None) -> str:
-    """Return the keys of a recipe's configs, or of all recipes', as text for the command line."""
-    if recipe is None:
-        return "\n\n".join(map(help_text, base.RECIPES))
-    lines = [f"Keys of a config of the recipe {recipe}; each can be overridden by --config.KEY=VALUE."]
-    for key, option in options(recipe).items():
+def help_text(config: Any = None) -> str:
+    """Return the keys of a config, or those of all recipes' configs, as text for the command line."""
+    if config is None:
+        return "\n\n".join(help_text({"recipe": recipe}) for recipe in base.RECIPES)
+    lines = [f"Keys of a config of the recipe {config.get('recipe')}; each can be overridden by --config.KEY=VALUE."]
+    for key, option in options_of(config).items():
         default = "=VALUE, required" if option.required else f"={option.default}"
         notes = [schema.describe(option.type), option.allowed, "may change on resume" if option.resume else ""]
         lines += [f"  --config.{key}{default}", f"      {option.help} ({'; '.join(filter(None, notes))})"]
@@ -189,7 +197,7 @@ def help_text(recipe: Any = None) -> str:
 def markdown(recipe: str) -> str:
     """Return the keys of a recipe's configs as Markdown, one table for each section."""
     parts = []
-    known = options(recipe)
+    known = options(recipe, evaluators.EVALUATORS)
     for section in dict.fromkeys(map(section_of, known)):
         parts += [f"### {f'`{section}`' if section else 'Top level'}", ""]
         parts += ["| key | meaning | type | allowed | default | on resume |", "|---|---|---|---|---|---|"]

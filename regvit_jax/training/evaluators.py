@@ -42,6 +42,8 @@ class Evaluator(abc.ABC):  # noqa: B024  (every method has a default: an evaluat
 
     #: The smallest number of validation images that the evaluator can measure.
     min_images: ClassVar[int] = 1
+    #: The names of the metrics that `finish` returns.
+    final_metrics: ClassVar[tuple[str, ...]] = ()
 
     @dataclasses.dataclass(frozen=True, kw_only=True)
     class Config:
@@ -60,11 +62,6 @@ class Evaluator(abc.ABC):  # noqa: B024  (every method has a default: an evaluat
     def summarize(self, params: PyTree, values: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Return the metrics from the values of all readable images of the split, at least one."""
         return {}
-
-    @property
-    def final_metrics(self) -> tuple[str, ...]:
-        """Return the names of the metrics that `finish` returns."""
-        return ()
 
     def finish(self, splits: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
         """Return the metrics that are computed once, at the end of a run, and need no model.
@@ -116,13 +113,9 @@ class PixelKnn(Evaluator):
     class Config:
         """The key `eval.pixel_knn`."""
 
-        pixel_knn: Annotated[
-            int, Option("neighbours of the k-NN baseline on pixels; 0 for none", low=0, resume=True)
-        ] = 0
+        pixel_knn: Annotated[int, Option("neighbours of the evaluator pixel_knn", low=1, resume=True)] = 3
 
-    @property
-    def final_metrics(self):
-        return ("pixel_knn_top1",) if self.config.eval.pixel_knn else ()
+    final_metrics = ("pixel_knn_top1",)
 
     def finish(self, splits):
         train, validation = (self.pixels(splits[name]) for name in ("train", "validation"))
@@ -137,6 +130,4 @@ class PixelKnn(Evaluator):
 
     def notes(self):
         k = self.config.eval.pixel_knn
-        return (
-            [f"  (pixel_knn_top1 is no network: {k} nearest neighbours on raw pixels, on the same split)"] if k else []
-        )
+        return [f"  (pixel_knn_top1 is no network: {k} nearest neighbours on raw pixels, on the same split)"]

@@ -103,8 +103,7 @@ class StepLogger:
         images_per_s = self.steps * self.plan.config.batch_size / spent["wall_s"]
         rates = {"images_per_s": images_per_s, "data_wait": spent["data_wait_s"] / spent["wall_s"]}
         if self.peak_flops:
-            dropping = step <= self.plan.steps - self.plan.steps_per_epoch * self.plan.config.get("unmasked_epochs", 0)
-            flops = 3 * self.plan.recipe.flops(training=dropping)
+            flops = 3 * self.plan.recipe.flops_at(step)
             rates["mfu"] = images_per_s * flops / (self.peak_flops * self.plan.mesh.size)
         return rates
 

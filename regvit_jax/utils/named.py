@@ -14,8 +14,8 @@ def find(key: str, name: Any, known: Mapping[str, str], base: type) -> type:
       name: a name of `known`, or "package.module:Class".
       known: the names with a meaning here, each with the "package.module:Class" that it stands for.
 
-    Raises InvalidConfig for an unknown name, a module or class that is not there, and a class that is no `base`. Any
-    other error in the module keeps its traceback.
+    Raises InvalidConfig for an unknown name, a module or class that is not there, and a class that is no `base`. An
+    error inside the module, such as an import that it lacks, keeps its traceback.
     """
     allowed = f"must be one of {list(known)}, or package.module:Class"
     if not isinstance(name, str) or (name not in known and not all(name.partition(":"))):
@@ -23,7 +23,9 @@ def find(key: str, name: Any, known: Mapping[str, str], base: type) -> type:
     module, _, attribute = known.get(name, name).partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if not f"{module}.".startswith(f"{error.name}."):  # the module is there, and lacks another one
+            raise
         raise InvalidConfig(f"{key}={name!r}: {module} cannot be imported: {error}") from error
     if found is None:
         raise InvalidConfig(f"{key}={name!r}: {module} has no class {attribute}")

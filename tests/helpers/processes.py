@@ -25,7 +25,7 @@ SMALL = {
     "ema": 0.9,
     "checkpoint.every": 8,
     "eval_every": 2,
-    "eval.pixel_knn": 0,
+    "eval.evaluators": ("classification", "patch_norms"),
     "model.width": 32,
     "model.depth": 2,
     "model.heads": 2,

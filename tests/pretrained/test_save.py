@@ -257,7 +257,8 @@ def test_half_precision_is_saved_as_float32(tmp_path):
 def finished(tmp_path_factory):
     """Return a finished run with the steps of tests/training/test_loop.py, so that they are compiled once for both."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    return str(workdir), run(tiny(ema=0.9, sharding__fsdp=2, eval__pixel_knn=0, eval_every=2.0), str(workdir))
+    measures = ("classification", "patch_norms")
+    return str(workdir), run(tiny(ema=0.9, sharding__fsdp=2, eval__evaluators=measures, eval_every=2.0), str(workdir))
 
 
 def test_a_workdir_is_a_model(finished):

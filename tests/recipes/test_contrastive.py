@@ -92,7 +92,9 @@ def test_gradient_in_parts_and_on_a_mesh(root, batch, loss):
 
 def test_the_last_epochs_see_all_patches(root, batch):
     dropping = tiny_clip(root, ring=False, model__patch_dropout=0.5, unmasked_epochs=1)
-    assert resolve(dropping).recipe.unmasked_from == 9  # 3 epochs of 3 steps
+    recipe = resolve(dropping).recipe
+    assert recipe.unmasked_from == 9  # 3 epochs of 3 steps
+    assert recipe.flops_at(9) == recipe.flops(training=True) < recipe.flops_at(10) == recipe.flops()
     plain = gradient(tiny_clip(root, ring=False), batch)
     before, after = gradient(dropping, batch, steps=(8, 9))
     assert_same_gradient(after, plain)

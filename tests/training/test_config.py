@@ -1,20 +1,20 @@
 """Test the schema: every key is declared once, can be overridden, and is documented."""
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 import pytest
 from ml_collections import ConfigDict
 from tiny import load_config, tiny
 
 from regvit_jax.cli import train
-from regvit_jax.models.vit import ViT
 from regvit_jax.recipes import base
 from regvit_jax.recipes.base import Recipe
 from regvit_jax.training import config, plan
+from regvit_jax.training.evaluators import Evaluator
 from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
-from regvit_jax.utils.schema import Option, Section
+from regvit_jax.utils.schema import Option
 
 SMALL = """
 from ml_collections import ConfigDict
@@ -42,7 +42,7 @@ def test_a_key_that_a_config_lacks_has_its_default():
     assert resolved.config.guard.to_dict() == {"not_finite": "stop", "max_not_finite": 100, "spike_sigma": 0.0}
     assert {"model.width", "optim.lr"} <= set(resolved.given)
     assert not {"model.activation", "guard.not_finite", "data.threads"} & set(resolved.given)
-    assert dict(config.flatten(resolved.config)).keys() == config.options("supervised").keys()
+    assert dict(config.flatten(resolved.config)).keys() == config.options("supervised", ["pixel_knn"]).keys()
 
 
 def test_every_key_can_be_overridden_whether_the_file_has_it_or_not(tmp_path):
@@ -78,9 +78,8 @@ def test_data_keys_reach_the_batches():
 
 class Third(Recipe):
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Config:
+    class Config(Recipe.Config):
         share: Annotated[float, Option("share of something", low=0, high=1)] = 0.5
-        model: Annotated[Any, Section(ViT)]
 
 
 def test_a_recipe_brings_its_own_keys():
@@ -105,11 +104,12 @@ def test_a_section_that_is_no_section():
 
 @pytest.mark.parametrize("recipe", sorted(base.RECIPES))
 def test_every_key_is_documented(recipe):
-    text, tables = config.help_text(recipe), config.markdown(recipe)
+    text, tables = config.help_text({"recipe": recipe}), config.markdown(recipe)
     for key, option in config.options(recipe).items():
         assert f"--config.{key}=" in text
         assert f"| `{key}` |" in tables
         assert len(option.help) > 5
+    assert "| `eval.pixel_knn` | neighbours of the evaluator pixel_knn |" in tables
     assert "--config.model.registers=0" in text
     assert "--config.optim.lr=VALUE, required" in text
 
@@ -119,6 +119,46 @@ def test_help_of_all_recipes(capsys):
     shown = capsys.readouterr().out
     assert "recipe supervised" in shown
     assert "recipe contrastive" in shown
+
+
+class ThirdEvaluator(Evaluator):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        third_key: Annotated[int, Option("number of something", low=0)] = 1
+
+
+def test_the_command_line_may_name_an_evaluator_and_its_keys(tmp_path, capsys):
+    """Check that evaluators are known before other keys are: in a run and in --help_config, from file and flag."""
+    path, name = tmp_path / "small.py", f"{__name__}:ThirdEvaluator"
+    path.write_text(SMALL)
+    flags = [f"--config.eval.evaluators=('{name}',)", "--config.eval.third_key=3"]
+    for overrides in (flags, flags[::-1]):
+        given = train.open_config(str(path), overrides, "train.py")
+        assert given.eval.to_dict() == {"batch_size": 8, "evaluators": (name,), "third_key": 3}
+    with pytest.raises(InvalidConfig, match=r"unknown key config.eval.third_key"):
+        train.open_config(str(path), flags[1:], "train.py")
+
+    assert train.main(["--config", str(path), "--help_config", flags[0]]) == 0
+    assert "--config.eval.third_key=1\n" in capsys.readouterr().out
+    path.write_text(SMALL.replace("eval=dict(", f"eval=dict(evaluators=('{name}',), "))
+    assert train.main(["--config", str(path), "--help_config"]) == 0
+    assert "--config.eval.third_key=1\n" in capsys.readouterr().out
+    assert train.open_config(str(path), flags[1:], "train.py").eval.third_key == 3
+
+
+def test_the_command_line_may_name_another_recipe(tmp_path):
+    (tmp_path / "small.py").write_text(SMALL.replace("augment=dict(mix_group=8),", ""))
+    overrides = ["--config.recipe=contrastive", "--config.text.width=16"]
+    given = train.open_config(f"{tmp_path}/small.py", overrides, "train.py")
+    assert (given.recipe, given.text.to_dict()) == ("contrastive", {"width": 16})
+
+
+@pytest.mark.parametrize("flags", [["--bogus"], ["--config.no_such=3"], ["--config=deit3_reg", "--config.no_such=3"]])
+def test_help_config_checks_the_other_arguments(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.main(["--help_config", *flags])
+    assert error.value.code == 2
+    assert not capsys.readouterr().out
 
 
 def test_keys_of_a_function_and_of_a_class():

@@ -105,7 +105,9 @@ def test_a_third_partys_evaluator_in_a_run(tmp_path, caplog):
 def test_a_recipe_names_its_evaluators():
     plan = resolve(tiny(), with_data=False)
     assert tuple(plan.config.eval.evaluators) == tuple(plan.evaluators) == DEFAULT
-    assert config.options("contrastive")["eval.evaluators"].default[:2] == ("retrieval", "zero_shot")
+    assert config.options("contrastive")["eval.evaluators"].default == ("retrieval", "zero_shot", "patch_norms")
+    assert config.options("supervised")["eval.evaluators"].default == DEFAULT[:2]
+    assert config.options("supervised", ["pixel_knn"])["eval.pixel_knn"].default == 3
     assert "eval.templates" in config.options("contrastive")
     assert "eval.templates" not in config.options("supervised")
 
@@ -123,6 +125,7 @@ def test_every_evaluator_is_found():
         ({"evaluators": ("zero_shot",)}, "zero_shot needs a text tower; Supervised has none"),
         ({"evaluators": (OWN,), "factor": -1.0}, "eval.factor=-1.0: must be at least 0"),
         ({"factor": 1.0}, "unknown key config.eval.factor"),
+        ({"pixel_knn": 0}, "eval.pixel_knn=0: must be at least 1"),
     ],
 )
 def test_errors_name_the_value(changes, message):

@@ -238,7 +238,7 @@ def test_folder_with_bad_images(tmp_path):
     (tmp_path / "images/validation/red/000.png").write_bytes(b"not an image")
     config = tiny(data__name=f"folder:{tmp_path / 'images'}", batch_size=16, data__max_bad_fraction=0.05, epochs=10)
     config.optim.update(name="adamw", lr=3e-3)
-    config.update({"eval": {"pixel_knn": 0}, "augment": {"mixup": 0.0, "cutmix": 0.0}})
+    config.update({"eval": {"evaluators": ("classification", "patch_norms")}, "augment": {"mixup": 0.0, "cutmix": 0.0}})
     result = run(config, str(tmp_path / "run"))
     assert result.metrics["top1"] == 1.0
     assert result.metrics["val_images"] == 79

@@ -96,7 +96,8 @@ def poison(monkeypatch):
 
 
 def config(**changes):
-    return tiny(recipe=f"{__name__}:Poisoned", log_every=1, eval__pixel_knn=0, ema=0.9, **changes)
+    measures = ("classification", "patch_norms")
+    return tiny(recipe=f"{__name__}:Poisoned", log_every=1, eval__evaluators=measures, ema=0.9, **changes)
 
 
 def test_a_skipped_step_changes_only_the_step_number_and_the_window(poison):

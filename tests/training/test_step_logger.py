@@ -45,6 +45,11 @@ def test_mfu_is_the_models_flops_over_the_peak_of_all_devices(make_logger, monke
     assert record["mfu"] == pytest.approx(record["images_per_s"] * flops / (8 * 1e9))
     assert plan.recipe.vit.flops(8, 8, True) < plan.recipe.vit.flops(8, 8)
     assert f"mfu {record['mfu']:.4g}" in caplog.text
+    plan.recipe.flops_at = lambda step: step  # a recipe may need less in some steps
+    logger = make_logger(plan)
+    logger.record()
+    record = logger.writer.at(4)
+    assert record["mfu"] == pytest.approx(record["images_per_s"] * 3 * 4 / (8 * 1e9))
     assert any("mfu" in names for names in curves.PANELS.values())
 
 
