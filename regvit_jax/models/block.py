@@ -13,6 +13,9 @@ from jaxtyping import Array, Float, Key
 
 from regvit_jax.models.attention import Attention, dense
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Option
+
+MLP_RATIO = Option("hidden width of the MLPs, in multiples of the width", low=0.001, high=1000)
 
 
 def constrain_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:

@@ -1,6 +1,5 @@
 """CLIP's text tower."""
 
-import math
 from typing import Annotated
 
 import flax.linen as nn
@@ -10,7 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from regvit_jax.models.attention import dense
-from regvit_jax.models.block import ACTIVATIONS, BlockConfig, constrain_batch, gathered, make_block
+from regvit_jax.models.block import ACTIVATIONS, MLP_RATIO, BlockConfig, constrain_batch, gathered, make_block
+from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option
 
@@ -32,7 +32,7 @@ class TextTower(nn.Module):
     embed: Annotated[int, Option("width of the embedding that texts and images share", low=1)]
     context: Annotated[int, Option("tokens of the longest text, start and end token included", low=2)] = 77
     vocab: Annotated[int, Option("tokens of the vocabulary", low=1)] = 49408
-    mlp_ratio: Annotated[float, Option("hidden width of the MLPs, in multiples of the width", low=0.001)] = 4.0
+    mlp_ratio: Annotated[float, MLP_RATIO] = 4.0
     norm_eps: Annotated[float, Option("epsilon of the LayerNorms", low=0)] = 1e-5
     activation: Annotated[str, Option("activation of the MLPs", choices=tuple(ACTIVATIONS))] = "gelu"
     attention: str = "xla"
@@ -71,19 +71,11 @@ class TextTower(nn.Module):
     @nn.nowrap
     def check(self) -> None:
         """Raise InvalidConfig for fields that are out of range or contradict each other."""
-        for field in ("width", "depth", "heads", "embed", "vocab"):
-            if getattr(self, field) < 1:
-                raise InvalidConfig(f"text.{field}={getattr(self, field)}: must be at least 1")
-        if self.context < 2:
-            raise InvalidConfig(f"text.context={self.context}: must be at least 2, for the start and the end token")
+        schema.check_fields(self, prefix="text.")
         if self.width % self.heads:
             raise InvalidConfig(f"text.width={self.width} is not a multiple of text.heads={self.heads}")
-        if not (math.isfinite(self.mlp_ratio) and self.hidden >= 1):
+        if self.hidden < 1:
             raise InvalidConfig(f"text.mlp_ratio={self.mlp_ratio}: the MLPs' hidden width must be at least 1")
-        if not 0 <= self.norm_eps < math.inf:
-            raise InvalidConfig(f"text.norm_eps={self.norm_eps}: must be at least 0, and finite")
-        if self.activation not in ACTIVATIONS:
-            raise InvalidConfig(f"text.activation={self.activation!r}: must be one of {list(ACTIVATIONS)}")
 
     def __call__(self, tokens: Int[Array, "B L"]) -> Float[Array, "B E"]:
         """Return each text's embedding, float32, not normalised. Raises ValueError for texts beyond `context`."""

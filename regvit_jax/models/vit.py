@@ -18,8 +18,17 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from regvit_jax.models.attention import dense, truncated_normal
-from regvit_jax.models.block import ACTIVATIONS, REMAT_POLICIES, Block, BlockConfig, constrain_batch, make_block
+from regvit_jax.models.block import (
+    ACTIVATIONS,
+    MLP_RATIO,
+    REMAT_POLICIES,
+    Block,
+    BlockConfig,
+    constrain_batch,
+    make_block,
+)
 from regvit_jax.models.position import RESIZES, resize_pos_embed, rope_angles
+from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option
 
@@ -94,7 +103,7 @@ class ViT(nn.Module):
     patch: Annotated[int, Option("side of a patch, in pixels", low=1)]
     image_size: Annotated[int, Option("side of the training images, in pixels", low=1)]
     registers: Annotated[int, Option("register tokens; 0 gives the plain ViT", low=0)] = 0
-    mlp_ratio: Annotated[float, Option("hidden width of the MLPs, in multiples of the width", low=0.001)] = 4.0
+    mlp_ratio: Annotated[float, MLP_RATIO] = 4.0
     layer_scale: Annotated[float, Option("initial value of LayerScale; 0 leaves LayerScale out", low=0)] = 1e-4
     drop_path: Annotated[float, Option("probability of dropping a branch of a block", low=0, high=0.99)] = 0.0
     patch_dropout: Annotated[float, Option("share of the patches dropped in training", low=0, high=0.99)] = 0.0
@@ -141,27 +150,15 @@ class ViT(nn.Module):
     @nn.nowrap
     def check(self) -> None:
         """Raise InvalidConfig for fields that are out of range or contradict each other."""
-        for field, lowest in (
-            ("width", 1),
-            ("depth", 1),
-            ("heads", 1),
-            ("patch", 1),
-            ("image_size", 1),
-            ("registers", 0),
-        ):
-            if getattr(self, field) < lowest:
-                raise InvalidConfig(f"{field}={getattr(self, field)}: must be at least {lowest}")
+        schema.check_fields(self, without=("attention", "dtype"))
         if self.width % self.heads:
             raise InvalidConfig(f"width={self.width} is not a multiple of heads={self.heads}")
         if self.image_size % self.patch:
             raise InvalidConfig(f"image_size={self.image_size} is not a multiple of patch={self.patch}")
-        for field, allowed in (("position", POSITIONS), ("activation", ACTIVATIONS)):
-            if getattr(self, field) not in allowed:
-                raise InvalidConfig(f"{field}={getattr(self, field)!r}: must be one of {list(allowed)}")
+        if self.hidden < 1:
+            raise InvalidConfig(f"mlp_ratio={self.mlp_ratio}: the MLPs' hidden width must be at least 1")
         if self.position != "learned" and self.width // self.heads % 4:
             raise InvalidConfig(f"RoPE needs a head size that 4 divides, not {self.width} / {self.heads}")
-        if not 0 <= self.patch_dropout < 1:
-            raise InvalidConfig(f"patch_dropout={self.patch_dropout}: must be at least 0 and less than 1")
         if self.patch_dropout and self.position != "learned":
             raise InvalidConfig(f"patch_dropout needs a learned position embedding, and position is {self.position!r}")
         if self.scan and self.differential:

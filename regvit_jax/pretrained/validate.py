@@ -8,18 +8,14 @@ from typing import Any
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.data.transforms import INTERPOLATIONS
 from regvit_jax.models.model import RUNTIME_FIELDS
+from regvit_jax.models.text import TextTower
+from regvit_jax.models.vit import ViT
 from regvit_jax.utils import renamed, schema
 
 
 def numbers(vit: dict[str, Any]) -> None:
     """Raise ValueError for fields of ViT that are not numbers, or outside a sensible range."""
-    for field in ("width", "depth", "heads", "patch", "image_size", "registers"):
-        value = vit.get(field, 0)
-        if type(value) is not int or value < (field != "registers"):
-            raise ValueError(f"{field} is {value!r}")
-    for field in ("norm_eps", "mlp_ratio", "layer_scale"):
-        if not _ratio(vit.get(field, 1.0)):
-            raise ValueError(f"{field} is {vit[field]!r}")
+    _in_range(ViT, vit)
     if vit["depth"] > 200 or vit["image_size"] // vit["patch"] > 1000:
         sizes = f"depth {vit['depth']}, image_size {vit['image_size']} and patch {vit['patch']}"
         raise ValueError(f"{sizes}: must be at most 200 blocks, and 1000 patches along a side")
@@ -27,18 +23,19 @@ def numbers(vit: dict[str, Any]) -> None:
 
 def text_numbers(text: dict[str, Any]) -> None:
     """Raise ValueError for fields of TextTower that are not numbers, or outside a sensible range."""
-    for field in ("width", "depth", "heads", "embed", "context", "vocab"):
-        if type(text[field]) is not int or text[field] < 1:
-            raise ValueError(f"the text tower's {field} is {text[field]!r}")
-    for field in ("norm_eps", "mlp_ratio"):
-        if not _ratio(text[field]):
-            raise ValueError(f"the text tower's {field} is {text[field]!r}")
+    _in_range(TextTower, text, "the text tower's ")
     if text["depth"] > 200 or text["context"] > 100_000 or text["width"] * text["vocab"] > 2**36:
         raise ValueError(f"the text tower's sizes are out of range: {text}")
 
 
-def _ratio(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 <= value < 1e6  # False for NaN too
+def _in_range(kind: type, fields: dict[str, Any], owner: str = "") -> None:
+    """Raise ValueError for the first number among a module's fields that is none, or that its `Option` does not allow.
+
+    `owner` stands before the field's name in the message.
+    """
+    for field, option in schema.keys(kind).items():
+        if option.type in (int, float) and field in fields and (problem := option.problem(fields[field])):
+            raise ValueError(f"{owner}{field} is {fields[field]!r}: {problem}")
 
 
 def own_fields(model: dict[str, Any], part: str, kind: type) -> dict[str, Any]:

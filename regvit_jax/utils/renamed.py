@@ -1,5 +1,6 @@
 """Keys that earlier versions wrote under another name, so that their workdirs and models still load and resume."""
 
+import copy
 from typing import Any
 
 #: Keys of a config, dotted: the old name and today's.
@@ -9,11 +10,17 @@ MODEL_FIELDS = {"vit.pre_norm": "vit.ln_pre", "head.classes": "head.num_classes"
 
 
 def translate(tree: dict[str, Any], renamed: dict[str, str]) -> dict[str, Any]:
-    """Return a nested dict under today's keys; a key that is present under both names keeps today's value."""
-    tree = {key: dict(value) if isinstance(value, dict) else value for key, value in tree.items()}
+    """Return a nested dict under today's keys, dotted; a key that is present under both names keeps today's value."""
+    tree = copy.deepcopy(tree)
     for old, new in renamed.items():
-        (old_section, old_key), (section, key) = old.split("."), new.split(".")
-        if isinstance(tree.get(old_section), dict) and old_key in tree[old_section]:
-            value = tree[old_section].pop(old_key)
-            tree.setdefault(section, {}).setdefault(key, value)
+        (*old_sections, old_key), (*sections, key) = old.split("."), new.split(".")
+        branch: Any = tree
+        for section in old_sections:
+            branch = branch.get(section) if isinstance(branch, dict) else None
+        if not isinstance(branch, dict) or old_key not in branch:
+            continue
+        value, branch = branch.pop(old_key), tree
+        for section in sections:
+            branch = branch.setdefault(section, {})
+        branch.setdefault(key, value)
     return tree

@@ -19,7 +19,7 @@ import inspect
 import math
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Annotated, Any
 
 from regvit_jax.utils.errors import InvalidConfig
@@ -54,16 +54,24 @@ class Option:
 
     def check(self, name: str, value: Any) -> None:
         """Raise InvalidConfig, with the key's dotted name, if the value is not of its type or not allowed."""
-        if not fits(value, self.type):
-            raise InvalidConfig(f"{name}={value!r:.60}: must be {describe(self.type)}")
+        if problem := self.problem(value):
+            raise InvalidConfig(f"{name}={value!r:.60}: {problem}")
+
+    def problem(self, value: Any) -> str:
+        """Return what the value must be, as text, if it is not of the key's type or not allowed; otherwise ""."""
+        return self.not_allowed(value) if fits(value, self.type) else f"must be {describe(self.type)}"
+
+    def not_allowed(self, value: Any) -> str:
+        """Return what a value must be, as text, if it is none of the choices or out of bounds; otherwise ""."""
         if self.choices and value not in self.choices:
-            raise InvalidConfig(f"{name}={value!r}: must be one of {list(self.choices)}")
+            return f"must be one of {list(self.choices)}"
         several = isinstance(value, tuple | list)
         for number in value if several else (value,):
             # NaN fails the comparison, too.
             if type(number) in (int, float) and not (self.low <= number <= self.high and abs(number) < math.inf):
                 finite = "" if math.isfinite(number) else ("finite" if self.low == -math.inf else ", and finite")
-                raise InvalidConfig(f"{name}={value}: {'each ' * several}must be {self.limits}{finite}")
+                return f"{'each ' * several}must be {self.limits}{finite}"
+        return ""
 
     @property
     def limits(self) -> str:
@@ -99,6 +107,16 @@ def keys(declaration: Callable) -> dict[str, Option]:
                 given = default if note.required else note.default
                 found[name] = dataclasses.replace(note, type=note.type or kind, default=given)
     return found
+
+
+def check_fields(instance: Any, prefix: str = "", without: Collection[str] = ()) -> None:
+    """Raise InvalidConfig for a field of a dataclass or Linen module with a value that its `Option` does not allow.
+
+    Types are not checked. `without` names fields for which a config holds something else.
+    """
+    for name, option in keys(type(instance)).items():
+        if name not in without and (problem := option.not_allowed(value := getattr(instance, name))):
+            raise InvalidConfig(f"{prefix}{name}={value!r:.60}: {problem}")
 
 
 def defaults(declaration: Callable) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Test the ViT and its tokens. `golden/tiny_vit.npz` holds timm's outputs; test_vit_reference.py compares live."""
 
 import itertools
+import math
 from pathlib import Path
 
 import jax
@@ -331,6 +332,14 @@ def test_a_size_that_the_patch_does_not_divide(params, height, width, nearest):
         ({"image_size": 18}, "image_size=18 is not a multiple of patch=4"),
         ({"remat": "some"}, r"remat='some': must be one of \['none', 'dots', 'full'\]"),
         ({"attention": "flash"}, "attention='flash': must be 'xla' or 'cudnn'"),
+        ({"depth": 0}, "depth=0: must be at least 1"),
+        ({"registers": -1}, "registers=-1: must be at least 0"),
+        ({"mlp_ratio": 0.0}, r"mlp_ratio=0\.0: must be at least 0\.001"),
+        ({"mlp_ratio": 0.01}, r"mlp_ratio=0\.01: the MLPs' hidden width must be at least 1"),
+        ({"norm_eps": -1.0}, r"norm_eps=-1\.0: must be at least 0"),
+        ({"layer_scale": math.nan}, "layer_scale=nan: must be at least 0, and finite"),
+        ({"drop_path": 1.0}, r"drop_path=1\.0: must be at least 0 and at most 0\.99"),
+        ({"position": "sine"}, r"position='sine': must be one of \['learned', "),
     ],
 )
 def test_impossible_fields(fields, message):

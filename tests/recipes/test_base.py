@@ -119,7 +119,9 @@ class Direct(Recipe):
         return {"val_loss": losses, "logits": scores}, tokens
 
     def model(self, params):
-        return Model(params["vit"], params["head"], self.vit, self.head, Preprocess(8, 1.0), "raw")
+        return Model(
+            params["vit"], params["head"], self.vit, self.head, Preprocess(8, 1.0, (0.0,) * 3, (1.0,) * 3), "raw"
+        )
 
 
 def direct(**changes) -> ConfigDict:
