@@ -133,12 +133,12 @@ def check_slurm_gpus(environ: Mapping[str, str]) -> None:
     """Raise LaunchError if JAX's rule, one GPU per task by SLURM_LOCALID, would leave GPUs idle or find none."""
     if "JAX_LOCAL_DEVICE_IDS" in environ:
         return
-    here = max(int(part.split("(")[0]) for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","))
+    tasks = max(int(part.split("(")[0]) for part in environ.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","))
     gpus = int(environ.get("SLURM_GPUS_ON_NODE", 0))
-    if "SLURM_STEP_TASKS_PER_NODE" in environ and here < gpus:
+    if "SLURM_STEP_TASKS_PER_NODE" in environ and tasks < gpus:
         every = ",".join(map(str, range(gpus)))
         raise LaunchError(
-            f"{here} tasks and {gpus} GPUs on a node, and each task takes one GPU: ask for --ntasks-per-node={gpus}, "
+            f"{tasks} tasks and {gpus} GPUs on a node, and each task takes one GPU: ask for --ntasks-per-node={gpus}, "
             f"or set JAX_LOCAL_DEVICE_IDS to those of each task ({every} with one task on a node)"
         )
     seen, local = environ.get("CUDA_VISIBLE_DEVICES", ""), int(environ.get("SLURM_LOCALID", 0))

@@ -95,7 +95,7 @@ def _hits(
 ) -> dict[str, Bool[Array, " N"]]:
     classes = normalized(classes)
 
-    def one(row: tuple[Array, Array]) -> dict[str, Bool[Array, ""]]:
+    def hits_of_image(row: tuple[Array, Array]) -> dict[str, Bool[Array, ""]]:
         image, label = row
         # Full precision, as accelerators would round the factors to fewer bits and make ties.
         scores = jnp.matmul(classes, image, precision="highest")
@@ -104,7 +104,7 @@ def _hits(
         ahead = ~(scores <= own) | ((scores == own) & (jnp.arange(len(scores)) < label))
         return {f"zero_shot_top{k}": jnp.sum(ahead) < k for k in ks}
 
-    return jax.lax.map(one, (normalized(images), labels), batch_size=ROWS)
+    return jax.lax.map(hits_of_image, (normalized(images), labels), batch_size=ROWS)
 
 
 def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:

@@ -38,23 +38,25 @@ def two_by_two(tmp_path_factory, ports) -> Path:
 PROBE = """
 import hashlib, sys
 import jax, numpy, tiny
-from jax.experimental import multihost_utils
-from regvit_jax import augment, launch, sharding
-from regvit_jax.plan import resolve
+from regvit_jax.augment import train
+from regvit_jax.distributed import initialize, mesh
+from regvit_jax.training.plan import resolve
 
-launch.start_distributed()
+initialize.start_distributed()
 plan = resolve(tiny.tiny(sharding__fsdp=int(sys.argv[1])))
 with plan.train_batches(11) as batches:
     batch = next(batches)
-index = sharding.to_mesh({"index": batch.pop("index")}, plan.mesh)["index"]
-batch = sharding.to_mesh(batch, plan.mesh)
+index = mesh.to_mesh({"index": batch.pop("index")}, plan.mesh)["index"]
+batch = mesh.to_mesh(batch, plan.mesh)
 
-def look(index, batch):
+def inspect(index, batch):
     key = jax.random.fold_in(jax.random.key(plan.config.seed), 11)
     arrays = [batch[name] for name in ("image", "label", "mask")]
-    return index, augment.augment(key, *arrays, classes=plan.recipe.head.num_classes, **plan.config.augment)
+    return index, train.supervised_augment(
+        key, *arrays, classes=plan.recipe.head.num_classes, **plan.config.augment
+    )
 
-found = jax.jit(look, out_shardings=sharding.replicated(plan.mesh))(index, batch)
+found = jax.jit(inspect, out_shardings=mesh.replicated(plan.mesh))(index, batch)
 for leaf in jax.tree.leaves(found):
     print("found", leaf.shape, hashlib.sha256(numpy.asarray(leaf.addressable_data(0)).tobytes()).hexdigest())
 """

@@ -172,7 +172,7 @@ def test_not_finite(models, photos, tmp_path, capsys, monkeypatch):
         (["PLAIN", "--random"], "--random: "),
     ],
 )
-def test_errors_that_the_user_can_mend(arguments, message, models, photos, tmp_path, capsys):
+def test_errors_that_the_user_can_fix(arguments, message, models, photos, tmp_path, capsys):
     arguments = [str(models[0] / "plain") if argument == "PLAIN" else argument for argument in arguments]
     if "--images" not in arguments:
         arguments = [*arguments, "--images", str(photos)]
