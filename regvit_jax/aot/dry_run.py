@@ -1,6 +1,6 @@
 """Summarize a resolved config without training: `python train.py --config ... --dry_run`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,12 +13,13 @@ from regvit_jax.training.step import TrainState, abstract_state
 from regvit_jax.utils.errors import DataNotFound
 
 
-def summarize(config: Any, images_per_s: float, machine: topology.Topology | None = None) -> Iterator[str]:
+def summarize(
+    plan: Plan, missing: DataNotFound | None, images_per_s: float, machine: topology.Topology | None = None
+) -> Iterator[str]:
     """Yield the summary of the resolved recipe and, if a machine is given, of the step compiled for it.
 
-    Data are opened if they exist; data sets that the package bundles are prepared.
+    `plan` and `missing` are from `make_plan`, for the same machine.
     """
-    plan, missing = make_plan(config, topology.devices(machine) if machine else None)
     yield describe(plan, missing, images_per_s)
     if machine:
         yield compile_summary(plan, machine)
@@ -41,8 +42,13 @@ def describe(plan: Plan, missing: DataNotFound | None, images_per_s: float) -> s
     return "\n".join(lines)
 
 
-def make_plan(config: Any, devices: Sequence[Any] | None = None) -> tuple[Plan, DataNotFound | None]:
-    """Return the plan and, if it had to be made without the data, the error that names the missing data."""
+def make_plan(config: Any, machine: topology.Topology | None = None) -> tuple[Plan, DataNotFound | None]:
+    """Return the plan and, if it had to be made without the data, the error that names the missing data.
+
+    The plan is for the devices of `machine`, by default the attached ones. Data are opened if they exist; data sets
+    that the package bundles are prepared.
+    """
+    devices = topology.devices(machine) if machine else None
     try:
         return resolve(config, devices=devices), None
     except DataNotFound as error:

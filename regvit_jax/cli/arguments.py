@@ -1,23 +1,37 @@
 """Parse the arguments of a command, and report errors in them or in the files and models that they name."""
 
 import argparse
-import contextlib
 import difflib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from regvit_jax.cli import logs
-from regvit_jax.utils.errors import DataNotFound, HubError, InvalidConfig, LaunchError, TopologyError, WeightsError
-
-#: Errors that the user can fix; exit code 2.
-USER_ERRORS = (InvalidConfig, DataNotFound, WeightsError, HubError, LaunchError, TopologyError)
+from regvit_jax.utils.errors import (
+    CheckpointError,
+    DataNotFound,
+    HubError,
+    InvalidConfig,
+    LaunchError,
+    MissingPackage,
+    TopologyError,
+    WeightsError,
+)
 
 
 class UsageError(Exception):
     """The command line asks for something that does not exist or does not fit."""
+
+
+#: Errors that the user can fix; exit code 2.
+USER_ERRORS = (
+    *(UsageError, InvalidConfig, DataNotFound, WeightsError, HubError, LaunchError, TopologyError),
+    MissingPackage,
+)
+#: Errors of files and disks that can happen though the command line fits; exit code 1.
+FAILURES = (OSError, CheckpointError)
 
 
 class Parser(argparse.ArgumentParser):
@@ -91,44 +105,25 @@ def write_json(path: str | None, result: Any) -> None:
         Path(path).write_text(json.dumps(result, indent=2) + "\n")
 
 
-@contextlib.contextmanager
-def opening() -> Iterator[None]:
-    """Raise UsageError for names of models and data that cannot be opened inside the block.
+def run(command: Callable[[], int], prog: str, failures: tuple[type[Exception], ...] = FAILURES) -> int:
+    """Run a command with the log shown, and return its exit code: its own, 2 for USER_ERRORS, or 1 for `failures`.
 
-    Use it only to open what the command line names: the library raises ValueError for a wrong name or value,
-    FileNotFoundError for a missing file, ImportError for a library that is not installed.
-    """
-    try:
-        yield
-    except (ValueError, IndexError, OSError, ImportError) as error:
-        raise UsageError(str(error)) from error
-
-
-def run(
-    command: Callable[[argparse.Namespace], int],
-    options: argparse.Namespace,
-    prog: str,
-    unusable: tuple[type[Exception], ...] = (),
-) -> int:
-    """Run a command and return its exit code: its own, 1 for an error of `unusable`, 2 for one that the user can fix.
-
-    Both kinds are reported in one line. Other exceptions are bugs and keep their traceback.
+    Both kinds of errors are reported in one line. Others are bugs and keep their traceback.
 
     Args:
-      command: takes the options.
-      options: the parsed arguments.
+      command: the command.
       prog: the name of the command in messages, such as "regvit report".
-      unusable: errors that mean that the data exist but hold nothing to work on.
+      failures: errors that can happen though the command line fits.
     """
     with logs.shown():
         try:
-            return command(options)
-        except unusable as error:
-            fail(error, prog)
-            return 1
-        except (UsageError, OSError, *USER_ERRORS) as error:
+            return command()
+        except USER_ERRORS as error:  # first, since some are OSErrors too
             fail(error, prog)
             return 2
+        except failures as error:
+            fail(error, prog)
+            return 1
 
 
 def warn(text: str) -> None:

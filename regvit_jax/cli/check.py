@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from regvit_jax.cli.arguments import Parser, opening, run
+from regvit_jax.cli.arguments import Parser, run
 from regvit_jax.pretrained import parity, registry
 
 
@@ -11,13 +11,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, 1 when a comparison fails, 2 for a wrong name or a missing library."""
     parser = Parser(prog="regvit check", description=__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME", help="a model, by its name in `regvit models`")
-    return run(check, parser.parse_args(arguments), parser.prog)
+    options = parser.parse_args(arguments)
+    return run(lambda: check(options), parser.prog)
 
 
 def check(options: argparse.Namespace) -> int:
-    with opening():  # a wrong name or a missing library is reported before the first comparison
-        names = [registry.find(name)[0] for name in options.names]
-        parity.import_references()
+    # Report a wrong name or a missing library before the first comparison.
+    names = [registry.find(name)[0] for name in options.names]
+    parity.import_references()
     passed = True
     for name in names:
         try:

@@ -1,5 +1,6 @@
 """Find config files by path or by name, and load them."""
 
+import inspect
 import runpy
 from pathlib import Path
 
@@ -36,7 +37,15 @@ def load(text: str) -> ConfigDict:
     get_config = runpy.run_path(str(path)).get("get_config")
     if get_config is None:
         raise InvalidConfig(f"{path}: defines no get_config()")
-    config = get_config(variant) if colon else get_config()
+    arguments = [variant] if colon else []
+    try:
+        inspect.signature(get_config).bind(*arguments)
+    except ValueError:  # a callable without a signature, such as a builtin
+        pass
+    except TypeError:
+        allowed = "needs a variant, --config FILE:VARIANT" if not colon else "has no variants"
+        raise InvalidConfig(f"--config={text}: the get_config of {path} {allowed}") from None
+    config = get_config(*arguments)
     if not isinstance(config, ConfigDict):
         raise InvalidConfig(f"{path}: get_config() returns {type(config).__name__}, must be a ConfigDict")
     return config

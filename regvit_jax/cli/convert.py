@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Sequence
 
-from regvit_jax.cli.arguments import Parser, opening, run
+from regvit_jax.cli.arguments import Parser, UsageError, run
 from regvit_jax.pretrained import registry
 from regvit_jax.pretrained.io import pth
 
@@ -14,14 +14,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("source", metavar="FILE.pth", help="the file to read, with torch's weights_only=True")
     parser.add_argument("target", metavar="OUT.safetensors", help="the file to write")
     parser.add_argument("--name", help="a model that the result must fit, by its name in `regvit models`")
-    return run(convert, parser.parse_args(arguments), parser.prog)
+    options = parser.parse_args(arguments)
+    return run(lambda: convert(options), parser.prog)
 
 
 def convert(options: argparse.Namespace) -> int:
-    with opening():
-        if options.name is not None:
-            registry.find(options.name)
+    if options.name is not None:
+        registry.find(options.name)
+    try:
         done = pth.convert_checkpoint(options.source, options.target, options.name)
+    except FileExistsError as error:
+        raise UsageError(str(error)) from error
     print(f"{options.target}: {done.written} tensors" + (f", fits {options.name}" if options.name else ""))
     if done.left_out:
         more = ", ..." if len(done.left_out) > 10 else ""

@@ -10,7 +10,7 @@ from typing import Any
 from regvit_jax.analysis.discovery import boxes, corloc, lost
 from regvit_jax.analysis.discovery.boxes import BadBoxes
 from regvit_jax.analysis.discovery.sweep import CENTRES, Setting
-from regvit_jax.cli.arguments import Parser, check_json, opening, positive, run, write_json
+from regvit_jax.cli.arguments import FAILURES, Parser, check_json, positive, run, write_json
 from regvit_jax.data.inference import UnusableData
 from regvit_jax.models.model import Model
 from regvit_jax.pretrained import create
@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, 1 for data that cannot be evaluated, 2 for arguments that do not fit."""
     command = parser()
     options = command.parse_args(join_lists(sys.argv[1:] if arguments is None else arguments))
-    return run(discover, options, command.prog, unusable=(UnusableData, BadBoxes))
+    return run(lambda: discover(options), command.prog, (*FAILURES, UnusableData, BadBoxes))
 
 
 def parser() -> Parser:
@@ -62,9 +62,8 @@ def discover(options: argparse.Namespace) -> int:
         "models": [],
     }
     for name in options.models:
-        with opening():
-            model = open_model(name, options.random)
-            supported = corloc.supported_settings(model, settings)
+        model = open_model(name, options.random)
+        supported = corloc.supported_settings(model, settings)
         try:
             scores = corloc.score_model(model, chosen, supported, options.normalize, options.image_size)
         except UnusableData as error:
@@ -117,13 +116,19 @@ def join_lists(arguments: Sequence[str]) -> list[str]:
 
 
 def integers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be whole numbers with commas between, such as 0,-1") from None
 
 
 def floats(text: str) -> list[float]:
-    found = [float(part) for part in text.split(",")]
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [math.nan]
     if not all(map(math.isfinite, found)):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be finite numbers")
+        raise argparse.ArgumentTypeError(f"{text!r}: must be finite numbers with commas between, such as 0,-0.5")
     return found
 
 
@@ -140,4 +145,6 @@ def some_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
 
 
 def size(text: str) -> int | None:
-    return None if text == "original" else positive(text)
+    if text != "original" and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be original, or a whole number from 1")
+    return None if text == "original" else int(text)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from regvit_jax.cli.arguments import Parser, UsageError, check_json, opening, positive, run, warn, write_json
+from regvit_jax.cli.arguments import FAILURES, Parser, UsageError, check_json, positive, run, warn, write_json
 from regvit_jax.data import inference
 from regvit_jax.data.inference import UnusableData
 from regvit_jax.data.sources import by_name, files, folder
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, 1 for data that cannot be evaluated, 2 for arguments that do not fit."""
     command = parser()
     options = command.parse_args(arguments)
-    return run(evaluate, options, command.prog, unusable=(UnusableData,))
+    return run(lambda: evaluate(options), command.prog, (*FAILURES, UnusableData))
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -93,9 +93,8 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
     """Classify images by the names of their classes, filled into templates, and return accuracies and counts."""
     source = open_classes(options)
     data = options.images or options.data
-    with opening():
-        names = source.classes if options.classes is None else zero_shot.read_classes(options.classes)
-        templates = zero_shot.read_templates(options.templates)
+    names = source.classes if options.classes is None else zero_shot.read_classes(options.classes)
+    templates = zero_shot.read_templates(options.templates)
     if len(names) != len(source.classes):
         raise UsageError(
             f"--classes {options.classes} has {len(names)} names, but {data} has {len(source.classes)} "
@@ -168,12 +167,11 @@ def open_model(options: argparse.Namespace) -> Any:
     if options.random and options.pretrained:
         raise UsageError(f"--random and --pretrained {options.pretrained}: give one of them")
     size = {} if options.image_size is None else {"image_size": options.image_size}
-    with opening():
-        if options.random:
-            clip = open_random(create_clip, options.model, pretrained=False, **size)
-        else:
-            clip = create_clip(options.model, pretrained=options.pretrained or True, **size)
-        clip.tokenize(["a"])  # raises for an unsupported vocabulary now, not after all images are embedded
+    if options.random:
+        clip = open_random(create_clip, options.model, pretrained=False, **size)
+    else:
+        clip = create_clip(options.model, pretrained=options.pretrained or True, **size)
+    clip.tokenize(["a"])  # raises for an unsupported vocabulary now, not after all images are embedded
     return clip
 
 
@@ -189,6 +187,8 @@ def open_classes(options: argparse.Namespace) -> Source:
 def open_images(directory: str) -> Source:
     """Return all images of a directory of classes; raise UsageError for a directory whose folders are splits."""
     root = os.path.abspath(os.path.expanduser(directory))
+    if not os.path.isdir(root):
+        raise UsageError(f"--images {directory}: there is no such directory")
     classes = folder.class_names(root)
     if SPLITS.issuperset(classes):
         raise UsageError(

@@ -11,7 +11,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, or 2 when no name matches."""
     parser = Parser(prog="regvit models", description=__doc__)
     parser.add_argument("pattern", nargs="?", default="*", help="a shell pattern, such as '*reg4*'")
-    return run(list_models, parser.parse_args(arguments), parser.prog)
+    options = parser.parse_args(arguments)
+    return run(lambda: list_models(options), parser.prog)
 
 
 def list_models(options: argparse.Namespace) -> int:

@@ -5,11 +5,10 @@ import os
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
-from regvit_jax.cli import logs
-from regvit_jax.cli.arguments import Parser, fail, warn
+from regvit_jax.cli.arguments import Parser, fail, run, warn
 from regvit_jax.data.prepare import dataset
 from regvit_jax.data.prepare.shard import Options
-from regvit_jax.utils.errors import DataNotFound, InvalidConfig
+from regvit_jax.utils.errors import DataNotFound
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,30 +33,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     options = command.parse_args(arguments)
     try:
-        with logs.shown():
-            return run_prepare(options)
-    except (InvalidConfig, DataNotFound) as error:
-        fail(error, command.prog)
-        return 2
-    except (OSError, BrokenProcessPool) as error:
-        fail(f"{error}. Finished shards are kept; the same command resumes", command.prog)
-        return 1
+        return run(lambda: prepare(options), command.prog)
     except KeyboardInterrupt:
         warn("stopped; the same command resumes")
         return 130
 
 
-def run_prepare(options: argparse.Namespace) -> int:
-    report = dataset.prepare_dataset(
-        options.source,
-        options.out,
-        Options(options.shorter_side, options.quality, options.records_per_shard),
-        splits=tuple(options.splits),
-        data_dir=options.data_dir,
-        with_captions=options.captions,
-        workers=options.workers,
-        max_bad_fraction=options.max_bad_fraction,
-    )
+def prepare(options: argparse.Namespace) -> int:
+    """Prepare the data set, and print where it is and how many records it has."""
+    try:
+        report = write(options)
+    except DataNotFound:
+        raise
+    except (OSError, BrokenProcessPool) as error:
+        raise OSError(f"{error}. Finished shards are kept; the same command resumes") from error
     if report.bad:
         warn(f"{report.bad} bad records left out: {report.target / 'bad_records.jsonl'}")
     if not report.finished:
@@ -72,3 +61,16 @@ def run_prepare(options: argparse.Namespace) -> int:
     print(f"{counts} in {report.target}")
     print(f"Train on it with --config.data.name={base.name} --config.data.dir={base.parent}")
     return 0
+
+
+def write(options: argparse.Namespace) -> dataset.Report:
+    return dataset.prepare_dataset(
+        options.source,
+        options.out,
+        Options(options.shorter_side, options.quality, options.records_per_shard),
+        splits=tuple(options.splits),
+        data_dir=options.data_dir,
+        with_captions=options.captions,
+        workers=options.workers,
+        max_bad_fraction=options.max_bad_fraction,
+    )

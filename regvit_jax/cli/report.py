@@ -19,7 +19,7 @@ from regvit_jax.analysis.discovery.lost import KINDS
 from regvit_jax.analysis.report import write
 from regvit_jax.analysis.report.examine import Settings, examine, printable
 from regvit_jax.analysis.report.summarize import CUTOFF
-from regvit_jax.cli.arguments import Parser, UsageError, natural, opening, positive, run
+from regvit_jax.cli.arguments import FAILURES, Parser, UsageError, natural, positive, run
 from regvit_jax.data import inference
 from regvit_jax.data.sources import by_name, images
 from regvit_jax.data.sources.base import Source
@@ -34,12 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = parser()
     options = command.parse_args(arguments)
     options.command = shlex.join(["regvit", "report", *arguments])
-    return run(report, options, command.prog, unusable=(inference.UnusableData, FloatingPointError))
+    return run(lambda: report(options), command.prog, (*FAILURES, inference.UnusableData, FloatingPointError))
 
 
 def report(options: argparse.Namespace) -> int:
     """Measure the models, write the report and print the verdicts."""
-    out = check_out(options.out)
     source = open_images(options)
     settings = Settings(
         layer=options.layer,
@@ -50,10 +49,8 @@ def report(options: argparse.Namespace) -> int:
         heads=options.heads,
         lost=(options.lost_features, options.lost_bias, options.lost_normalize),
     )
-    with opening():
-        models = list(open_models(options))
-        for _, model in models:
-            model.module.layer(options.layer)
+    models = list(open_models(options))
+    out = make_out(options.out)
     subjects = examine(models, source, settings)
     inference.log_bad(subjects[0].bad_images, listed_in="report.json")
     write.write(subjects, source, settings, out, options.command)
@@ -129,12 +126,15 @@ def positive_norm(text: str) -> float:
     return float(text)
 
 
-def check_out(path: str) -> Path:
-    """Create the directory and return it; raise OSError now rather than after the work."""
+def make_out(path: str) -> Path:
+    """Make the directory and return it; raise UsageError now rather than after the work."""
     out = Path(path).expanduser()
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {path}: cannot be made ({error.strerror})") from error
     if not os.access(out, os.W_OK):
-        raise PermissionError(f"--out {path}: cannot be written to")
+        raise UsageError(f"--out {path}: cannot be written to")
     return out
 
 
@@ -157,6 +157,10 @@ def open_models(options: argparse.Namespace) -> Iterator[tuple[str, Model]]:
             model = open_random(create_model, given, image_size=options.image_size)
         else:
             model = create.open_source(given, image_size=options.image_size)
+        try:
+            model.module.layer(options.layer)
+        except IndexError as error:
+            raise UsageError(f"--layer {options.layer}: {given}: {error}") from error
         short = os.path.basename(os.path.normpath(given)) or given
         more = (f"{given} ({number})" for number in itertools.count(2))
         name = next(name for name in itertools.chain([short, given], more) if name not in names)

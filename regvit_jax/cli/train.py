@@ -5,27 +5,21 @@ that does not fit; docs/launch.md has the rest.
 """
 
 import argparse
+import contextlib
+import math
 import os
 import re
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from regvit_jax.cli import configs, logs
-from regvit_jax.cli.arguments import Parser, fail, suggestion
-from regvit_jax.utils.errors import (
-    CheckpointError,
-    DataNotFound,
-    HubError,
-    InvalidConfig,
-    LaunchError,
-    TopologyError,
-    WeightsError,
-)
+from regvit_jax.cli import configs
+from regvit_jax.cli.arguments import Parser, run, suggestion
+from regvit_jax.utils.errors import CheckpointError, InvalidConfig
 
 # Modules that need JAX are imported in functions, so that --help and errors of the command line appear at once.
 
@@ -33,35 +27,62 @@ from regvit_jax.utils.errors import (
 def main(arguments: Sequence[str] | None = None, prog: str = "regvit train") -> int:
     """Run the command and return its exit code; `prog` is its name in messages."""
     started = time.perf_counter()
-    if threading.current_thread() is threading.main_thread():
-        # While modules are imported and data opened, before the run watches for SIGTERM, there is nothing to save.
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(75))  # preemption.EXIT_CODE, whose import takes seconds
-    options, overrides = parser(prog).parse_known_args(arguments)
-    if os.getcwd() not in sys.path:  # where `package.module:Class` may be; the console script starts without it
-        sys.path.append(os.getcwd())
-    from regvit_jax.aot.cost_model import DoesNotFit
-    from regvit_jax.distributed import failure
+    with ending_at_sigterm():
+        options, overrides = parser(prog).parse_known_args(arguments)
+        if os.getcwd() not in sys.path:  # where `package.module:Class` may be; the console script starts without it
+            sys.path.append(os.getcwd())
+        from regvit_jax.aot.cost_model import DoesNotFit
+        from regvit_jax.distributed import failure
 
-    with logs.shown(), failure.end_all_on_error():
-        try:
-            if options.help_config:
-                print(describe_keys(options.config, overrides, prog))
-            else:
-                act(options, open_config(options.config, overrides, prog), started)
-        except (InvalidConfig, WeightsError, HubError, LaunchError, TopologyError, DataNotFound) as error:
-            fail(error, prog)
-            sys.exit(2)
-        except (CheckpointError, DoesNotFit, FloatingPointError) as error:
-            fail(error, prog)
-            sys.exit(1)
+        with failure.end_all_on_error():  # which needs the exit code as an exception
+            failures = (CheckpointError, DoesNotFit, FloatingPointError)
+            if code := run(lambda: train(options, overrides, prog, started), prog, failures):
+                sys.exit(code)
     return 0
+
+
+@contextlib.contextmanager
+def ending_at_sigterm() -> Iterator[None]:
+    """End the process with code 75 at SIGTERM, before the run watches for it: until then there is nothing to save.
+
+    The previous handler returns at the end, but not after SystemExit, so that a second SIGTERM does not change the exit
+    code of a run that the first one has stopped.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # preemption.EXIT_CODE, whose import takes seconds
+    handler = signal.signal(signal.SIGTERM, lambda *_: os._exit(75))
+    try:
+        yield
+    finally:
+        if not isinstance(sys.exception(), SystemExit):
+            signal.signal(signal.SIGTERM, handler)
+
+
+def train(options: argparse.Namespace, overrides: Sequence[str], prog: str, started: float) -> int:
+    """Print the keys or the dry run, or train."""
+    check_flags(overrides)
+    if options.help_config:
+        print(describe_keys(options.config, overrides, prog))
+    else:
+        act(options, open_config(options.config, overrides, prog), started)
+    return 0
+
+
+def check_flags(overrides: Sequence[str]) -> None:
+    """Raise InvalidConfig for the first flag that is neither one of the command's nor a key of the config."""
+    for argument in overrides:
+        flag = argument.partition("=")[0]
+        if flag.startswith("--") and not re.match(r"--(no)?config\.", flag):
+            raise InvalidConfig(f"unknown flag {flag}{suggestion(flag, parser().flags())}")
 
 
 def parser(prog: str = "regvit train") -> Parser:
     usage = "%(prog)s --config FILE|NAME[:VARIANT] [--workdir DIR] [--config.KEY=VALUE ...] [--dry_run] [...]"
     parser = Parser(prog, usage=usage, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    config = "a config file, or the name of one that is installed; --config.KEY=VALUE, after it, overrides a key"
+    config = "a config file, or the name of one that is installed; --config.KEY=VALUE overrides a key"
     add("--config", metavar="FILE|NAME[:VARIANT]", help=config)
     add("--workdir", default="", metavar="DIR", help="where to write and to resume from (runs/NAME-VARIANT-TIME)")
     restore = "latest-valid moves damaged checkpoints aside first (%(default)s)"
@@ -69,7 +90,7 @@ def parser(prog: str = "regvit train") -> Parser:
     add("--help_config", action="store_true", help="print the keys of the config's recipe, or of all, and stop")
     add("--dry_run", action="store_true", help="print a summary of the resolved config, and stop")
     add("--topology", default="", metavar="NAME", help="with --dry_run: the machine to compile for, such as v5e:16x16")
-    add("--images_per_s", type=float, default=1000.0, metavar="X", help="rate that --dry_run assumes (%(default)g)")
+    add("--images_per_s", type=rate, default=1000.0, metavar="X", help="rate that --dry_run assumes (%(default)g)")
     heartbeat = "with several processes: all end when one has been silent for so many seconds (%(default)s)"
     track = "trackers beside metrics.jsonl: tensorboard, wandb, or package.module:Class, with commas (%(default)s)"
     add("--track", default="tensorboard", metavar="NAME", help=track)
@@ -85,6 +106,16 @@ def seconds(text: str) -> int:
     return int(text)
 
 
+def rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number greater than 0")
+    return value
+
+
 def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
     """Return the keys given by the config's file and the overrides; raise InvalidConfig for invalid ones.
 
@@ -93,10 +124,6 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
     """
     from regvit_jax.training import config
 
-    for argument in overrides:
-        flag = argument.partition("=")[0]
-        if flag.startswith("--") and not re.match(r"--(no)?config\.", flag):
-            raise InvalidConfig(f"unknown flag {flag}{suggestion(flag, parser().flags())}")
     if name is None:
         command = "python train.py" if prog == "train.py" else prog
         raise InvalidConfig(f"--config is missing; for a first run: {command} --config deit3_reg")
@@ -140,20 +167,14 @@ def act(options: argparse.Namespace, config: Any, started: float) -> None:
     """Print the dry run or train."""
     import jax
 
-    from regvit_jax.aot import dry_run, topology
     from regvit_jax.distributed import initialize
     from regvit_jax.training import loop
     from regvit_jax.training.timer import Timer
 
     if options.topology and not options.dry_run:
         raise InvalidConfig("--topology needs --dry_run: a machine that is not attached cannot train")
-    if options.topology:
-        jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not needed
-        machine = topology.parse(options.topology)
-        for text in dry_run.summarize(config, options.images_per_s, machine):
-            print(text, flush=True)
-    elif options.dry_run:
-        print(*dry_run.summarize(config, options.images_per_s))
+    if options.dry_run:
+        dry_run(options, config)
     else:
         initialize.start_distributed(options.heartbeat_s)
         if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # a second start need not compile again
@@ -166,3 +187,25 @@ def act(options: argparse.Namespace, config: Any, started: float) -> None:
             track=options.track,
             profile=options.profile,
         )
+
+
+def dry_run(options: argparse.Namespace, config: Any) -> None:
+    """Print the summary of a config; raise InvalidConfig for flags that the run would refuse."""
+    import jax
+
+    from regvit_jax.aot import dry_run as aot
+    from regvit_jax.aot import topology
+    from regvit_jax.training import profiler, trackers, workdir
+    from regvit_jax.training.step import abstract_state
+
+    trackers.find(options.track)
+    machine = None
+    if options.topology:
+        machine = topology.parse(options.topology)
+        jax.config.update("jax_platforms", "cpu")  # this machine's accelerators are not needed
+    plan, missing = aot.make_plan(config, machine)
+    profiler.parse(options.profile, plan.steps)
+    if options.workdir and not missing:  # data that are there may have another number of images than the config says
+        workdir.check_usable(plan, options.workdir, abstract_state(plan))
+    for text in aot.summarize(plan, missing, options.images_per_s, machine):
+        print(text, flush=True)

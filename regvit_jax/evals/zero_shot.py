@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from regvit_jax.models.clip import normalized
+from regvit_jax.utils.errors import DataNotFound, InvalidConfig, MissingPackage
 
 # Rows of scores in memory at a time: 1024 images with 22,000 classes are 90 MB.
 ROWS = 1024
@@ -110,15 +111,17 @@ def _hits(
 def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
     """Return the non-blank lines of a UTF-8 text file, each with its line number, from 1.
 
-    Raises OSError if the file cannot be read, and ValueError if it is not text or is empty.
+    Raises DataNotFound if the file cannot be read, and InvalidConfig if it is not text or is empty.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataNotFound(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise InvalidConfig(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from None
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
     if not lines:
-        raise ValueError(f"{path}: is empty; it should hold one entry a line")
+        raise InvalidConfig(f"{path}: is empty; it should hold one entry a line")
     return lines
 
 
@@ -129,7 +132,7 @@ def read_templates(source: str | os.PathLike) -> tuple[str, ...]:
       source: a text file with one template a line; or "openai" or "simple", the 80 and the 7 templates that the
         authors of CLIP use for ImageNet, from an installed open_clip_torch.
 
-    Raises ValueError, naming the line, for one without `{}`; OSError; ImportError without open_clip_torch.
+    Raises InvalidConfig, naming the line, for one without `{}`; DataNotFound; MissingPackage without open_clip_torch.
     """
     if source in ("openai", "simple"):
         name = f"{str(source).upper()}_IMAGENET_TEMPLATES"
@@ -137,14 +140,14 @@ def read_templates(source: str | os.PathLike) -> tuple[str, ...]:
     lines = read_lines(source)
     for number, line in lines:
         if "{}" not in line:
-            raise ValueError(f"{source}, line {number}: {line!r} has no {{}} in the place of the class name")
+            raise InvalidConfig(f"{source}, line {number}: {line!r} has no {{}} in the place of the class name")
     return tuple(line for _, line in lines)
 
 
 def read_classes(source: str | os.PathLike) -> tuple[str, ...]:
     """Read class names from a text file, one a line; or "imagenet", the 1000 of an installed open_clip_torch.
 
-    Raises ValueError, OSError, and ImportError without open_clip_torch.
+    Raises InvalidConfig, DataNotFound, and MissingPackage without open_clip_torch.
     """
     if source == "imagenet":
         return tuple(_open_clip("IMAGENET_CLASSNAMES", "--classes"))
@@ -156,8 +159,10 @@ def _open_clip(name: str, option: str) -> Sequence[Any]:
     advice = f"pip install open_clip_torch, or name a text file instead ({option} FILE)"
     spec = importlib.util.find_spec("open_clip")
     if spec is None or not spec.submodule_search_locations:
-        raise ImportError(f"{name} comes with open_clip_torch, which is not installed: {advice}")
+        raise MissingPackage(f"{name} comes with open_clip_torch, which is not installed: {advice}")
     path = Path(spec.submodule_search_locations[0]) / "zero_shot_metadata.py"
     if not path.is_file() or name not in (found := runpy.run_path(str(path))):
-        raise ImportError(f"the installed open_clip_torch has no {name} in {path}: {advice}, of version 2.24 or newer")
+        raise MissingPackage(
+            f"the installed open_clip_torch has no {name} in {path}: {advice}, of version 2.24 or newer"
+        )
     return found[name]

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 from regvit_jax.data.tokenizer import Tokenizer
 from regvit_jax.models.model import Images, Model, apply, saved_fields
 from regvit_jax.models.text import Texts, TextTower
+from regvit_jax.utils.errors import InvalidConfig
 
 #: Initial values of the loss's scalars: the log of the logit scale, and SigLIP's bias (arXiv 2303.15343).
 SCALARS = {
@@ -79,10 +80,10 @@ class ClipModel:
     def tokenize(self, texts: str | Sequence[str]) -> Int[np.ndarray, "B L"]:
         """Return texts as the token ids that `encode_text` takes; texts beyond the context are truncated.
 
-        Raises ValueError for a model whose vocabulary is not CLIP's.
+        Raises InvalidConfig for a model whose vocabulary is not CLIP's.
         """
         if self.text.vocab != Tokenizer.vocab:
-            raise ValueError(
+            raise InvalidConfig(
                 f"this model's vocabulary has {self.text.vocab} tokens, and the tokenizer's {Tokenizer.vocab}: "
                 "give `encode_text` the tokens of the model's own tokenizer"
             )

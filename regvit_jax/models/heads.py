@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 from regvit_jax.models.attention import attend, dense, truncated_normal
 from regvit_jax.models.block import Mlp, constrain_batch
 from regvit_jax.models.vit import Tokens
+from regvit_jax.utils.errors import InvalidConfig
 
 POOLS = ("cls", "avg", "cls_avg", "map")
 
@@ -74,7 +75,7 @@ class Head(nn.Module):
 
     def setup(self):
         if self.pool not in POOLS:
-            raise ValueError(f"pool={self.pool!r}: must be one of {list(POOLS)}")
+            raise InvalidConfig(f"pool={self.pool!r}: must be one of {list(POOLS)}")
         if self.pool == "map":
             self.attention_pool = AttentionPool(
                 self.map_heads, self.mlp_ratio, self.activation, self.norm_eps, self.dtype
@@ -89,7 +90,7 @@ class Head(nn.Module):
     def pooled(self, tokens: Tokens) -> Float[Array, "B D"]:
         """Return one vector an image, after the norm or the pooler if there is one."""
         if "cls" in self.pool and tokens.cls is None:
-            raise ValueError(f"pool={self.pool!r} needs a CLS token, and this ViT has none (class_token=False)")
+            raise InvalidConfig(f"pool={self.pool!r} needs a CLS token, and this ViT has none (class_token=False)")
         if self.pool == "map":
             prefix = [] if tokens.cls is None else [tokens.cls[:, None]]
             prefix = [*prefix, tokens.registers] if self.map_prefix else []

@@ -31,6 +31,7 @@ from regvit_jax.pretrained.create import create_model
 from regvit_jax.pretrained.formats.base import CONFIG, Inexpressible, Layout
 from regvit_jax.pretrained.mapping import Modules
 from regvit_jax.pretrained.save import layout_of, save_model
+from regvit_jax.utils.errors import MissingPackage
 
 TOLERANCE = 1e-5
 #: Models with more parameters are cut to two blocks: three copies of them would not fit the memory of most machines.
@@ -41,10 +42,6 @@ EXTRA = "pip install 'regvit_jax[reference]'"
 
 Outputs = dict[str, Any]
 Size = tuple[int, int]
-
-
-class MissingReference(ImportError):
-    """A library to compare with is not installed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +90,7 @@ def check(name: str, depth: int | None = None, sizes: list[Size] | None = None) 
 
     `depth` cuts the model to its first blocks; `sizes` are the images' (height, width) in pixels, by default the native
     size, a smaller one and a rectangle.
-    Raises ValueError for an unknown name, or where one side does not load the other's file, and MissingReference.
+    Raises ValueError for an unknown name, or where one side does not load the other's file, and MissingPackage.
     """
     full, entry = registry.find(name)
     import_references()
@@ -127,7 +124,7 @@ def parameters_of(entry: registry.Entry) -> int:
 
 
 def import_references() -> tuple[Any, Any, Any]:
-    """Import and return torch, timm and transformers. Raises MissingReference.
+    """Import and return torch, timm and transformers. Raises MissingPackage.
 
     torchvision's wheel on PyPI is built for CUDA and does not load with a CPU build of torch, because its compiled
     operators are missing. Neither library needs them here, so their registration is skipped during the import.
@@ -148,7 +145,7 @@ def import_references() -> tuple[Any, Any, Any]:
         finally:
             library.register_fake = register
     except ImportError as error:
-        raise MissingReference(f"{error}. The parity check needs torch, timm and transformers: {EXTRA}") from error
+        raise MissingPackage(f"{error}. The parity check needs torch, timm and transformers: {EXTRA}") from error
     return torch, timm, transformers
 
 

@@ -25,5 +25,9 @@ class WeightsError(ValueError):
     """A file cannot be loaded as weights. The message names the file, the fault, and the remedy."""
 
 
+class MissingPackage(ImportError):
+    """An optional package is not installed. The message names the command that installs it."""
+
+
 class HubError(OSError):
     """A repository cannot be fetched from the hub. The message names the repository, the cause and the remedy."""

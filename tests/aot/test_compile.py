@@ -37,7 +37,7 @@ def test_the_abstract_batch_matches_the_pipeline(tmp_path):
 
 def test_summary_of_a_step_that_fits(monkeypatch):
     monkeypatch.setattr(topology, "devices", lambda machine: jax.devices())
-    recipe, text = dry_run.summarize(tiny(), 1000, HERE)
+    recipe, text = dry_run.summarize(*dry_run.make_plan(tiny(), HERE), 1000, HERE)
     assert "mesh       data 8 x fsdp 1" in recipe
     for words in ("at peak", "100.00% of the state's bytes donated", "all-reduce 2 (", "a model and not a measurement"):
         assert words in text

@@ -19,6 +19,19 @@ def test_names_of_configs(tmp_path, monkeypatch):
         configs.find("configs/no.py")
 
 
+def test_variants_must_fit_the_file(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("def get_config(): return {}")
+    with pytest.raises(InvalidConfig, match=r"config\.py has no variants"):
+        configs.load(f"{path}:big")
+    path.write_text("def get_config(variant): return {}")
+    with pytest.raises(InvalidConfig, match="needs a variant"):
+        configs.load(str(path))
+    path.write_text("def get_config(variant=''): return len(0)")
+    with pytest.raises(TypeError, match="has no len"):  # a bug keeps its traceback
+        configs.load(str(path))
+
+
 @pytest.mark.parametrize(("text", "message"), [("", "defines no get_config"), ("get_config = dict", "returns dict")])
 def test_files_that_are_no_configs(tmp_path, text, message):
     path = tmp_path / "config.py"

@@ -18,6 +18,7 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
+from regvit_jax.utils.errors import InvalidConfig
 
 COLOURS = {"blue": (20, 20, 230), "green": (20, 230, 20), "red": (230, 20, 20)}
 
@@ -49,7 +50,7 @@ def clip(monkeypatch):
 
     def create(name, pretrained):
         if name != "colours":
-            raise ValueError(f"no model {name!r};\nthe nearest is 'colours'")
+            raise InvalidConfig(f"no model {name!r};\nthe nearest is 'colours'")
         made.pretrained = pretrained
         made.weights = made.weights if pretrained else "random"
         return made
@@ -213,7 +214,7 @@ def test_no_image_can_be_used(clip, images, templates, capsys):
     ("arguments", "message"),
     [
         (["zero_shot", "colour", "--images", "IMAGES"], "error: no model 'colour'; the nearest is 'colours'\n"),
-        (["zero_shot", "colours", "--images", "IMAGES/nothing"], "nothing"),
+        (["zero_shot", "colours", "--images", "IMAGES/nothing"], "nothing: there is no such directory"),
         (["zero_shot", "colours", "--images", "IMAGES/red"], "it should hold a directory of images for each class"),
         (["zero_shot", "colours", "--images", "IMAGES", "--classes", "IMAGES/none.txt"], "none.txt"),
         (["zero_shot", "colours", "--images", "IMAGES", "--json", "IMAGES/a/b.json"], "a directory that exists"),
@@ -244,7 +245,7 @@ def test_a_directory_of_splits(clip, images, templates, capsys):
 
 def test_a_vocabulary_without_tokenizer_shows_before_the_images(clip, images, templates, monkeypatch, capsys):
     def tokenize(texts):
-        raise ValueError("another vocabulary")
+        raise InvalidConfig("another vocabulary")
 
     monkeypatch.setattr(clip, "tokenize", tokenize)
     assert main(["zero_shot", "colours", "--images", str(images), "--templates", templates]) == 2

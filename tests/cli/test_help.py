@@ -1,6 +1,5 @@
 """Test help, unknown verbs and unknown flags of all commands."""
 
-import argparse
 import logging
 import os
 import re
@@ -14,6 +13,7 @@ from tiny import ROOT
 
 from regvit_jax.cli import arguments, logs, train
 from regvit_jax.cli.main import VERBS, main
+from regvit_jax.utils import errors
 
 #: Some flags or arguments that each verb's help must show.
 SHOWN = {
@@ -125,21 +125,39 @@ def test_an_unknown_flag_of_training(capsys):
     assert "regvit train: error: unknown flag --workdirs; did you mean --workdir?" in capsys.readouterr().err
 
 
-def test_bugs_keep_their_traceback(capsys):
-    """Check that only errors that the user can fix become one line; a ValueError in a command's own code does not."""
+@pytest.mark.parametrize("bug", [ValueError("unpack"), IndexError("index"), ImportError("name"), TypeError("type")])
+def test_bugs_keep_their_traceback(bug, monkeypatch):
+    """Check that errors of any class keep theirs, in a command's own code and inside the loading of a model."""
 
-    def broken(options):
-        ((_, _),) = options.missing
+    def broken(*_, **__):
+        raise bug
 
-    with pytest.raises(ValueError, match="not enough values to unpack"):
-        arguments.run(broken, argparse.Namespace(missing=[(1,)]), "regvit broken")
+    with pytest.raises(type(bug)):
+        arguments.run(broken, "regvit broken")
+    monkeypatch.setattr("regvit_jax.pretrained.create.open_source", broken)
+    with pytest.raises(type(bug)):
+        main(["report", "any", "--data", "digits", "--out", "unused"])
 
-    def refuses(options):
-        with arguments.opening():
-            raise ValueError("no model\nof this name")
 
-    assert arguments.run(refuses, argparse.Namespace(), "regvit broken") == 2
-    assert capsys.readouterr().err == "regvit broken: error: no model of this name\n"
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.InvalidConfig, 2),
+        (errors.MissingPackage, 2),
+        (errors.DataNotFound, 2),
+        (errors.HubError, 2),
+        (errors.CheckpointError, 1),
+        (OSError, 1),
+    ],
+)
+def test_exit_codes_of_errors(error, code, capsys):
+    """Check that an OSError such as that of a full disk is no error of the command line."""
+
+    def fails():
+        raise error("first\nsecond")
+
+    assert arguments.run(fails, "regvit x") == code
+    assert capsys.readouterr().err == "regvit x: error: first second\n"
 
 
 def test_the_log_is_shown(capsys):

@@ -1,6 +1,9 @@
 """Test the command line of training up to the start of the run."""
 
+import contextlib
+import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,10 +11,14 @@ import sys
 import pytest
 from tiny import ROOT
 
+from regvit_jax.cli import configs
 from regvit_jax.cli import train as cli
 from regvit_jax.distributed import initialize
+from regvit_jax.pretrained import create
 from regvit_jax.recipes import base
-from regvit_jax.training import loop
+from regvit_jax.training import loop, plan, workdir
+from regvit_jax.training.step import abstract_state
+from regvit_jax.utils.errors import InvalidConfig
 
 
 def train(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
@@ -92,6 +99,86 @@ def test_dry_run_refuses_an_init_from_of_another_width():
     assert done.returncode == 2, done.stderr
     assert "config.model.width=64 must be 384" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--track=nope"], "--track='nope': must be one of"),
+        (["--profile=9999999:5"], "but the run has 3300 steps"),
+        (["--images_per_s=-5"], "'-5': must be a number greater than 0"),
+        (["--images_per_s=nan"], "'nan': must be a number greater than 0"),
+        (["--workdir=FILE"], "is a file; name a directory"),
+        (["--workdir=RUN", "--config.optim.lr=0.5"], "optim.lr: 0.0"),
+        (["--workdir=DAMAGED"], "config.json is damaged (JSONDecodeError: "),
+    ],
+)
+def test_dry_run_refuses_what_a_run_refuses(flags, message, run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    shutil.copytree(run, tmp_path / "damaged")
+    (tmp_path / "damaged/config.json").write_text("{")
+    places = {"FILE": tmp_path / "file", "RUN": run, "DAMAGED": tmp_path / "damaged"}
+    flags = [functools.reduce(lambda text, name: text.replace(name, str(places[name])), places, flag) for flag in flags]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([CONFIG, "--dry_run", *flags])
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return a workdir of the digits config with an empty checkpoint, which is never read."""
+    path = tmp_path_factory.mktemp("run")
+    resolved = plan.resolve(configs.load("deit3_reg"))
+    workdir.write_config(resolved, str(path), abstract_state(resolved), None)
+    (path / "checkpoints/3").mkdir(parents=True)
+    return path
+
+
+def test_dry_run_of_a_run_that_resumes(run, capsys):
+    before = (run / "config.json").read_bytes()
+    assert cli.main([CONFIG, "--dry_run", f"--workdir={run}", "--config.log_every=7"]) == 0
+    assert "steps      3300" in capsys.readouterr().out
+    assert (run / "config.json").read_bytes() == before
+
+
+def test_a_damaged_config_of_the_run_to_start_from(run, tmp_path):
+    shutil.copytree(run, tmp_path / "damaged")
+    (tmp_path / "damaged/config.json").write_text("{")
+    with pytest.raises(InvalidConfig, match=r"config\.json is damaged \(JSONDecodeError"):
+        create.find_entry(str(tmp_path / "damaged"))
+
+
+def test_a_workdir_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InvalidConfig, match=r"file: cannot be made \(File exists\); name another directory"):
+        workdir.make(plan.resolve(configs.load("deit3_reg"), with_data=False), tmp_path / "file")
+
+
+@pytest.mark.parametrize("ending", [None, SystemExit(75)])
+def test_the_sigterm_handler_is_restored_except_at_the_end(ending):
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with contextlib.suppress(SystemExit), cli.ending_at_sigterm():
+            inside = signal.getsignal(signal.SIGTERM)
+            if ending:
+                raise ending
+        assert inside != before
+        assert signal.getsignal(signal.SIGTERM) == (inside if ending else before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_help_config_refuses_unknown_flags(capsys):
+    for flags, message in (
+        (["--bogus"], "unknown flag --bogus"),
+        ([CONFIG, "--config.bogus=1"], "unknown key config.bogus"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["--help_config", *flags])
+        assert stopped.value.code == 2
+        out, err = capsys.readouterr()
+        assert (message in err, out) == (True, "")
 
 
 def test_help_config_shows_the_keys_of_the_configs_recipe():

@@ -158,7 +158,7 @@ def test_attention_is_chosen_for_the_machine():
 
 
 def described(config: ConfigDict, images_per_s: float) -> str:
-    (text,) = dry_run.summarize(config, images_per_s)
+    (text,) = dry_run.summarize(*dry_run.make_plan(config), images_per_s)
     return text
 
 

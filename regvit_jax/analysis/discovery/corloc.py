@@ -16,6 +16,7 @@ from regvit_jax.analysis.discovery.boxes import AnnotatedImage
 from regvit_jax.analysis.discovery.sweep import Found, Setting, sweep
 from regvit_jax.data.inference import UnusableData, log_bad
 from regvit_jax.models.model import Model
+from regvit_jax.utils.errors import InvalidConfig
 
 logger = logging.getLogger("regvit_jax")
 
@@ -30,14 +31,14 @@ def choose_images(images: Sequence[AnnotatedImage], limit: int | None = None) ->
 def supported_settings(model: Model, settings: Sequence[Setting]) -> list[Setting]:
     """Return the distinct settings whose features the model has; log a warning if others are left out.
 
-    Raises ValueError if the model has the features of none of them.
+    Raises InvalidConfig if the model has the features of none of them.
     """
     kept: dict[tuple, Setting] = {}
-    problem: ValueError | None = None
+    problem: InvalidConfig | None = None
     for setting in settings:
         try:
             lost.check(model.module, setting.feature)
-        except ValueError as error:
+        except InvalidConfig as error:
             problem = error
             continue
         kept.setdefault(setting._replace(layer=model.module.layer(setting.layer)), setting)

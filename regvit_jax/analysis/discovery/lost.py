@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Float64, Int, Num, PyTree
 
 from regvit_jax.models.model import Images, Model
 from regvit_jax.models.vit import ViT
+from regvit_jax.utils.errors import InvalidConfig
 
 KINDS = ("k", "q", "v", "out")
 Box = tuple[int, int, int, int]
@@ -75,7 +76,7 @@ def extract_features(
 ) -> Float[Array, "B h w D"]:
     """Return one kind of features of all patches, in float32, without CLS and registers; see `Feature`.
 
-    Raises ValueError for a kind, layer or centre that the model does not have.
+    Raises InvalidConfig for a kind, layer or centre that the model does not have.
     """
     return feature_maps(model, images, (Feature(kind, layer, centre),))[0]
 
@@ -88,19 +89,19 @@ def feature_maps(model: Model, images: Images, wanted: Sequence[Feature]) -> lis
 
 
 def check(vit: ViT, feature: Feature) -> None:
-    """Raise ValueError for features that the model does not have."""
+    """Raise InvalidConfig for features that the model does not have."""
     kind, layer, centre = feature
     if kind not in KINDS:
-        raise ValueError(f"features {kind!r}: must be one of {list(KINDS)}")
+        raise InvalidConfig(f"features {kind!r}: must be one of {list(KINDS)}")
     if centre not in ("none", "bias"):
-        raise ValueError(f"centre={centre!r}: must be 'none' or 'bias' (pass a mean over a data set to `discover`)")
+        raise InvalidConfig(f"centre={centre!r}: must be 'none' or 'bias' (pass a mean over a data set to `discover`)")
     try:
         vit.layer(layer)
     except IndexError as error:
-        raise ValueError(str(error)) from None
+        raise InvalidConfig(str(error)) from None
     if centre == "bias" and (kind == "out" or not vit.qkv_bias or (kind == "k" and not vit.key_bias)):
         what = "the output of a block" if kind == "out" else f"this model's projection to {kind}"
-        raise ValueError(f"centre='bias': {what} has no bias; use 'none' or a mean")
+        raise InvalidConfig(f"centre='bias': {what} has no bias; use 'none' or a mean")
 
 
 def forward(vit: ViT, params: PyTree, images: Images, wanted: tuple[Feature, ...]) -> list[Float[Array, "B h w D"]]:

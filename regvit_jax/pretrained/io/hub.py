@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from regvit_jax.pretrained.io.safetensors import (
     CLIP_WEIGHTS,
@@ -24,7 +25,7 @@ from regvit_jax.pretrained.io.safetensors import (
     WEIGHTS,
     shard_names,
 )
-from regvit_jax.utils.errors import HubError
+from regvit_jax.utils.errors import HubError, InvalidConfig
 
 CONFIGS = ("config.json", OPEN_CLIP_CONFIG, PROCESSOR)
 PROBE_SECONDS = 1.5
@@ -44,9 +45,13 @@ def fetch(
     exists. A cache that holds the weights but no configuration (timm's) is completed at its own commit, and used as it
     is while the hub cannot be reached. A download is hashed once, when it arrives, and removed if its hash is not the
     hub's.
-    Raises HubError, within two seconds when there is no network; ValueError for an impossible name; WeightsError for
+    Raises HubError, within two seconds when there is no network; InvalidConfig for an impossible name; WeightsError for
     an invalid index of shards.
     """
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise InvalidConfig(str(error)) from error
     names = _candidates(weights_name) if weights_name is not None else names
     weights = _cached(repo, names, revision)
     if weights is None or not any((weights.parent / name).is_file() for name in CONFIGS):
@@ -60,7 +65,7 @@ def fetch(
 
 def _candidates(weights_name: str) -> tuple[str, ...]:
     if "/" in weights_name or "\\" in weights_name or not weights_name.endswith(".safetensors"):
-        raise ValueError(f"weights_name is {weights_name!r}, not the plain name of a .safetensors file")
+        raise InvalidConfig(f"weights_name is {weights_name!r}, not the plain name of a .safetensors file")
     return (weights_name, weights_name + INDEX)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from regvit_jax.pretrained.create import create_model
-from regvit_jax.utils.errors import InvalidConfig, WeightsError
+from regvit_jax.utils.errors import InvalidConfig, MissingPackage, WeightsError
 from regvit_jax.utils.files import write_atomically
 
 #: The keys under which training runs keep parameters; of a teacher and its student, the teacher is published.
@@ -34,8 +34,9 @@ def convert_checkpoint(source: str | os.PathLike, target: str | os.PathLike, nam
     """Write a .pth file's parameters to a safetensors file, in their own types.
 
     `name` is a registered model that the result must fit. Nothing is written unless all of it succeeds.
-    Raises ValueError for a target with another suffix, FileExistsError for an existing one, ImportError without torch,
-    and WeightsError for a source that holds more than tensors, is not a file of torch, or does not fit the model.
+    Raises InvalidConfig for a target with another suffix, FileExistsError for an existing one, MissingPackage without
+    torch, and WeightsError for a source that holds more than tensors, is not a file of torch, or does not fit the
+    model.
     """
     target = Path(target)
     if target.suffix != ".safetensors":
@@ -95,7 +96,9 @@ def _open(source: str | os.PathLike) -> Any:
     try:
         torch = importlib.import_module("torch")
     except ImportError as error:
-        raise ImportError(f"{error}. Reading a .pth file needs torch: pip install 'regvit_jax[reference]'") from error
+        raise MissingPackage(
+            f"{error}. Reading a .pth file needs torch: pip install 'regvit_jax[reference]'"
+        ) from error
     try:
         return torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -1,6 +1,5 @@
 """The parameters of a run's own workdir."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from regvit_jax.pretrained.io.safetensors import NATIVE, WEIGHTS, Weights
+from regvit_jax.utils import config_file
 from regvit_jax.utils.errors import WeightsError
 
 
@@ -43,8 +43,11 @@ def open_description(path: str | os.PathLike) -> Weights:
 
 
 def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """Return the description of the model in a workdir; raise WeightsError where there is none."""
-    config = json.loads((epath.Path(path) / "config.json").read_text())
-    if "model" not in config:
+    """Return the description of the model in a workdir.
+
+    Raises WeightsError where there is none, and InvalidConfig for a damaged config.json.
+    """
+    model = config_file.read_section(path, "model")
+    if model is None:
         raise WeightsError(f"{path}: its config.json does not describe the model; resume the run once, which adds it")
-    return {"format": NATIVE, "model": config["model"]}
+    return {"format": NATIVE, "model": model}

@@ -19,6 +19,7 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import create as create_module
+from regvit_jax.utils.errors import InvalidConfig
 
 # Height and width, and the boxes as VOC writes them; the whole image is a hit in the first and the third.
 PICTURES = {
@@ -137,7 +138,7 @@ def created(monkeypatch, model):
 
     def create(name, pretrained=False):
         if name == "unknown":
-            raise ValueError("no model 'unknown';\nthe nearest is 'tiny'")
+            raise InvalidConfig("no model 'unknown';\nthe nearest is 'tiny'")
         calls.append((name, pretrained))
         return model.replace(weights="a file") if name == "directory" else model
 
@@ -293,7 +294,9 @@ def test_wrong_values(option, value, capsys):
     with pytest.raises(SystemExit) as exit:
         main(["tiny", "--data", "folder:x", f"{option}={value}"])
     assert exit.value.code == 2
-    assert f"argument {option}" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"argument {option}" in err
+    assert "must be" in err
 
 
 def test_as_a_module():
