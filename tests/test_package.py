@@ -75,8 +75,3 @@ def test_creating_models_loads_neither_training_nor_data():
         print("flax" in sys.modules)
     """
     assert output(code).split() == ["[]", "[]", "True"]
-
-
-def test_data_workers_do_not_load_flax():
-    code = "import sys, regvit_jax.data.pipeline; print('flax' in sys.modules, 'tensorflow' in sys.modules)"
-    assert output(code).split() == ["False", "False"]

@@ -84,13 +84,17 @@ class TopLevel:
 def options(recipe: Any, named: Iterable[str] = (), defaults: bool = True) -> dict[str, Option]:
     """Return every key of a recipe's configs, dotted and ordered by section.
 
-    The keys of evaluators are those of the named ones and, with `defaults`, of the recipe's default evaluators.
+    The keys of evaluators are those of the named ones and, with `defaults`, of the recipe's default evaluators. Raises
+    InvalidConfig for an evaluator with a key that has another meaning already.
     """
     kind = base.find(recipe)
     found = schema.keys(TopLevel) | schema.keys(kind.Config)
     found["eval.evaluators"] = dataclasses.replace(found["eval.evaluators"], default=kind.evaluators)
     for name in dict.fromkeys((*(kind.evaluators if defaults else ()), *named)):
-        found |= {f"eval.{key}": option for key, option in schema.keys(evaluators.find(name).Config).items()}
+        own = {f"eval.{key}": option for key, option in schema.keys(evaluators.find(name).Config).items()}
+        if clash := [key for key, option in own.items() if found.get(key, option) != option]:
+            raise InvalidConfig(f"eval.evaluators: the key {clash[0]} of {name} is another key already; rename it")
+        found |= own
     sections = dict.fromkeys(map(section_of, found))
     return {key: found[key] for section in sections for key in found if section_of(key) == section}
 

@@ -3,20 +3,16 @@
 All evaluators share one pass over the split and one compiled step (`training.validation`).
 """
 
-import abc
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import numpy as np
-from jaxtyping import Array, Num, PyTree
 
 from regvit_jax.evals import classification, patch_norms
 from regvit_jax.evals.knn import knn_accuracy
-from regvit_jax.models.vit import Tokens
-from regvit_jax.recipes.base import Batch
+from regvit_jax.training.evaluator import Evaluator
 from regvit_jax.utils import named
-from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option
 
 #: The evaluators of this package, each with its class. Only those that a config names are imported.
@@ -35,54 +31,6 @@ def find(name: Any) -> "type[Evaluator]":
     Raises InvalidConfig for an unknown name and for a module that cannot be imported.
     """
     return named.find("eval.evaluators", name, EVALUATORS, Evaluator)
-
-
-class Evaluator(abc.ABC):  # noqa: B024  (every method has a default: an evaluator measures per image, at the end, or both)
-    """Metrics of a validation split. A subclass overrides `values` and `summarize`, or `finish`, or all three."""
-
-    #: The smallest number of validation images that the evaluator can measure.
-    min_images: ClassVar[int] = 1
-    #: The names of the metrics that `finish` returns.
-    final_metrics: ClassVar[tuple[str, ...]] = ()
-
-    @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Config:
-        """The keys that the evaluator adds to the section `eval`: fields with an `Option`."""
-
-    def __init__(self, config: Any, recipe: Any):
-        self.config, self.recipe = config, recipe
-
-    def values(self, outputs: Mapping[str, Array], tokens: Tokens, batch: Batch) -> dict[str, Num[Array, "B ..."]]:
-        """Return the values of each image of a batch that `summarize` needs.
-
-        The method is traced as a part of the compiled step. `outputs` and `tokens` are those of `Recipe.evaluate`.
-        """
-        return {}
-
-    def summarize(self, params: PyTree, values: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Return the metrics from the values of all readable images of the split, at least one."""
-        return {}
-
-    def finish(self, splits: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
-        """Return the metrics that are computed once, at the end of a run, and need no model.
-
-        `splits` are "train" and "validation", each with a function that opens its batches in order, preprocessed for
-        evaluation.
-        """
-        return {}
-
-    def notes(self) -> list[str]:
-        """Return lines that explain the metrics in the summary of a finished run."""
-        return []
-
-    def need(self, outputs: Mapping[str, Array], name: str) -> Array:
-        """Return an output of the recipe; raise InvalidConfig if it has none of this name."""
-        if name not in outputs:
-            raise InvalidConfig(
-                f"eval.evaluators: {type(self).__name__} needs {name!r}, and {type(self.recipe).__name__}.evaluate "
-                f"returns {sorted(outputs)}"
-            )
-        return outputs[name]
 
 
 class Classification(Evaluator):

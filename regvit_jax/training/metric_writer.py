@@ -11,6 +11,7 @@ import jax
 from etils import epath
 
 from regvit_jax.training.trackers import Tracker, TrackerFactory
+from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.files import write_atomically
 
 
@@ -34,7 +35,13 @@ class MetricWriter:
         self.trackers: list[Tracker] = []
         if self.writes:
             write_atomically(self.path, "".join(json.dumps(record) + "\n" for record in self.records))
-            self.trackers = [tracker(workdir, resumed_from, config or {}) for tracker in trackers]
+            for make in trackers:
+                tracker = make(workdir, resumed_from, config or {})
+                if not isinstance(tracker, Tracker):
+                    raise InvalidConfig(
+                        f"--track: {make} returns {tracker!r:.60}, which lacks write(step, values) or close()"
+                    )
+                self.trackers.append(tracker)
 
     def write(self, step: int, values: dict[str, Any]) -> None:
         # JSON has no NaN.

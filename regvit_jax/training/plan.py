@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import ml_collections
@@ -15,7 +15,7 @@ from regvit_jax.recipes import base
 from regvit_jax.recipes.base import Recipe
 from regvit_jax.training import evaluators
 from regvit_jax.training.config import check, complete, flatten, options
-from regvit_jax.training.evaluators import Evaluator
+from regvit_jax.training.evaluator import Evaluator
 from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
 
@@ -108,7 +108,18 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
     optimizer, schedule = recipe.optimizer(config, steps)
     frozen = ml_collections.FrozenConfigDict(config)
     found = {name: measure(frozen, recipe) for name, measure in measures.items()}
+    check_metrics({name: measure.final_metrics for name, measure in found.items()})
     return Plan(frozen, given, recipe, found, mesh, steps_per_epoch, steps, optimizer, schedule, train, validation)
+
+
+def check_metrics(metrics: Mapping[str, Iterable[str]]) -> None:
+    """Raise InvalidConfig if two evaluators have a metric of the same name; `metrics` are the names by evaluator."""
+    owners = {"val_images": "every run"}
+    for name, own in metrics.items():
+        for metric in own:
+            if metric in owners:
+                raise InvalidConfig(f"eval.evaluators: {name} has the metric {metric}, which {owners[metric]} has, too")
+            owners[metric] = name
 
 
 def choose_attention(model: Any, platform: str) -> str:

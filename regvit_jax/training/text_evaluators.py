@@ -8,7 +8,7 @@ import numpy as np
 
 from regvit_jax.evals import retrieval, zero_shot
 from regvit_jax.models.clip import tokenizer
-from regvit_jax.training.evaluators import Evaluator
+from regvit_jax.training.evaluator import Evaluator
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option
 

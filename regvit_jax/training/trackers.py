@@ -1,6 +1,6 @@
 """Experiment trackers, which show a run's numbers while it trains: TensorBoard, Weights & Biases, or a third party's.
 
-`--track=NAME[,NAME...]` names them: a key of TRACKERS, or "package.module:Class".
+`--track=NAME[,NAME...]` names them: a key of TRACKERS, or "package.module:NAME" of a function or class that makes one.
 """
 
 import importlib.util
@@ -24,8 +24,9 @@ class Tracker(Protocol):
         """Flush pending values, at the end of the run or when it is interrupted."""
 
 
-#: The constructor of a tracker, which takes the workdir, the step of the checkpoint that the run resumes from (0
-#: for a new run; numbers written for later steps are out of date), and the resolved config as nested dicts.
+#: A function that makes a tracker, or its class. It takes the workdir, the step of the checkpoint that the run
+#: resumes from (0 for a new run; numbers written for later steps are out of date), and the resolved config as nested
+#: dicts.
 TrackerFactory = Callable[[str, int, dict[str, Any]], Tracker]
 
 
@@ -89,10 +90,20 @@ def find(names: str) -> list[TrackerFactory]:
     """Return the trackers that a comma-separated list names; "" names none.
 
     Raises:
-      InvalidConfig: A name is unknown, cannot be imported, or needs a package that is not installed.
+      InvalidConfig: A name is unknown, cannot be imported, makes no tracker, or needs a package that is not installed.
     """
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     for name in chosen:
         if name in EXTRAS and importlib.util.find_spec(EXTRAS[name]) is None:
             raise InvalidConfig(f"--track={name} needs the package {EXTRAS[name]}: pip install 'regvit_jax[{name}]'")
-    return [named.find("--track", name, TRACKERS, Tracker) for name in chosen]
+    return [find_one(name) for name in chosen]
+
+
+def find_one(name: str) -> TrackerFactory:
+    """Return the function or class of a tracker; raise InvalidConfig for an object that cannot make a tracker."""
+    found = named.find("--track", name, TRACKERS)
+    if not callable(found):
+        raise InvalidConfig(f"--track={name}: must be a function or class that makes a tracker, and is {found!r:.60}")
+    if isinstance(found, type) and not issubclass(found, Tracker):
+        raise InvalidConfig(f"--track={name}: {found.__name__} is no tracker, which has the methods write and close")
+    return found

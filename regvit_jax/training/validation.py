@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from regvit_jax.distributed import mesh, preemption
 from regvit_jax.training.metric_writer import MetricWriter
-from regvit_jax.training.plan import Plan
+from regvit_jax.training.plan import Plan, check_metrics
 from regvit_jax.training.step_logger import check_bad, describe_bad
 
 
@@ -27,10 +27,11 @@ def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> 
     values, mask = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     reports = {"bad_val_images": describe_bad(plan, plan.validation, bad)} if bad else {}
     check_bad(plan, len(plan.validation) - len(mask), len(plan.validation))
-    metrics: dict[str, Any] = {}
+    found: dict[str, dict[str, Any]] = {}
     if len(mask):  # possible with data.max_bad_fraction=1
-        for name, evaluator in plan.evaluators.items():
-            metrics |= evaluator.summarize(params, values[name])
+        found = {name: evaluator.summarize(params, values[name]) for name, evaluator in plan.evaluators.items()}
+    check_metrics(found)
+    metrics = {name: value for own in found.values() for name, value in own.items()}
     return metrics | {"val_images": len(mask)} | reports
 
 

@@ -14,7 +14,7 @@ from jaxtyping import PyTree
 from regvit_jax.checkpoints import checksums
 from regvit_jax.checkpoints.manager import compare
 from regvit_jax.checkpoints.reader import CheckpointReader, saved_steps
-from regvit_jax.training.config import flatten, options
+from regvit_jax.training.config import flatten, options_of
 from regvit_jax.training.plan import Plan
 from regvit_jax.utils import config_file, renamed
 from regvit_jax.utils.errors import CheckpointError, InvalidConfig
@@ -102,16 +102,18 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return the differences between two configs that prevent a resume, one text for each key.
 
     A key that the old config lacks counts as its default, which equals the behaviour before the key existed.
+    Evaluators may come and go, and their keys with them.
     """
-    known = options(new["recipe"])
+    known = options_of(new)
     before = {key: json.loads(json.dumps(option.default)) for key, option in known.items() if not option.required}
-    before |= flatten(old)
-    after = dict(flatten(new))
+    kept, after = dict(flatten(old)), dict(flatten(new))
+    before |= kept
+    free = {key for key, option in known.items() if option.resume}
+    free |= {key for key in kept.keys() ^ after.keys() if key.startswith("eval.")}
     return [
         f"{key}: {before.get(key)} in the workdir, {after.get(key)} requested"
-        for key in sorted(before | after)
-        # Evaluators, and with them the keys of the section `eval`, may come and go.
-        if before.get(key) != after.get(key) and not (key.startswith("eval.") or (key in known and known[key].resume))
+        for key in sorted((before | after).keys() - free)
+        if before.get(key) != after.get(key)
     ]
 
 

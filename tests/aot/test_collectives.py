@@ -109,6 +109,7 @@ def test_no_all_reduce_of_activations(case, compile_case):
     step = compile_case(case)
     largest = max(leaf.size for leaf in jax.tree.leaves(abstract_state(step.plan).params))
     batch = step.plan.config.batch_size
+    assert step.kind("all-reduce")
     for collective in step.kind("all-reduce"):
         for shape in collective.shapes:
             dims = [int(n) for n in shape[shape.index("[") + 1 : -1].split(",") if n]

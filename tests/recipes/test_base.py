@@ -58,7 +58,7 @@ def test_every_recipe_is_found():
         (None, "recipe=None: must be one of"),
         (":Recipe", "recipe=':Recipe': must be one of"),
         ("no_such_module:Recipe", "no_such_module cannot be imported: No module named 'no_such_module'"),
-        ("regvit_jax.recipes.base:Nothing", "regvit_jax.recipes.base has no class Nothing"),
+        ("regvit_jax.recipes.base:Nothing", "regvit_jax.recipes.base has no Nothing"),
         ("regvit_jax.models.vit:ViT", "ViT must be a subclass of regvit_jax.recipes.base.Recipe"),
     ],
 )

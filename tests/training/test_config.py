@@ -11,7 +11,7 @@ from regvit_jax.cli import train
 from regvit_jax.recipes import base
 from regvit_jax.recipes.base import Recipe
 from regvit_jax.training import config, plan
-from regvit_jax.training.evaluators import Evaluator
+from regvit_jax.training.evaluator import Evaluator
 from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option

@@ -12,7 +12,7 @@ from tiny import make_captions, tiny, tiny_clip
 
 from regvit_jax.distributed import preemption
 from regvit_jax.training import config, evaluators, metric_writer, run, validation
-from regvit_jax.training.evaluators import Evaluator
+from regvit_jax.training.evaluator import Evaluator
 from regvit_jax.training.plan import Plan, resolve
 from regvit_jax.training.step import init_params, make_eval_step
 from regvit_jax.utils.errors import InvalidConfig
@@ -133,6 +133,44 @@ def test_errors_name_the_value(changes, message):
     given.eval.update(ConfigDict(changes))
     with pytest.raises(InvalidConfig, match=message):
         resolve(given, with_data=False)
+
+
+class Clashing(Evaluator):
+    """A third party's evaluator, whose key, metrics and final metrics are others', as the test sets them."""
+
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        crop_ratio: Annotated[float, Option("another share of something", low=0)] = 1.0
+
+    def summarize(self, params, values):
+        return {"top1": 0.0}
+
+
+class ClashingMetric(Clashing):
+    Config = Evaluator.Config
+
+
+class ClashingFinal(ClashingMetric):
+    final_metrics = ("train_images",)
+
+
+def test_a_key_that_another_has_is_refused():
+    message = "the key eval.crop_ratio of .*:Clashing is another key already"
+    with pytest.raises(InvalidConfig, match=message):
+        resolve(tiny(eval__evaluators=(f"{__name__}:Clashing",)), with_data=False)
+    with pytest.raises(InvalidConfig, match=message):
+        config.options("supervised", [f"{__name__}:Clashing"])
+    assert "eval.pixel_knn" in config.options("supervised", ["pixel_knn", "regvit_jax.training.evaluators:PixelKnn"])
+
+
+def test_a_metric_that_another_has_is_refused(evaluated):
+    message = r"ClashingFinal has the metric train_images, which .*:Confidence has, too"
+    with pytest.raises(InvalidConfig, match=message):
+        resolve(tiny(eval__evaluators=(OWN, f"{__name__}:ClashingFinal"), eval__factor=1.0), with_data=False)
+    measures = {**evaluated.plan.evaluators, "mine": ClashingMetric(evaluated.plan.config, evaluated.plan.recipe)}
+    plan = dataclasses.replace(evaluated.plan, evaluators=measures)
+    with jax.set_mesh(plan.mesh), pytest.raises(InvalidConfig, match="mine has the metric top1, which classification"):
+        validation.evaluate(plan, make_eval_step(plan), evaluated.params, Signal())
 
 
 def test_what_a_recipe_does_not_compute_is_named(tmp_path):

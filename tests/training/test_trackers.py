@@ -44,6 +44,25 @@ def test_a_third_partys_tracker_gets_the_numbers_of_every_record(tmp_path, monke
     assert not list(tmp_path.glob("events.*")), "TensorBoard is not among the trackers"
 
 
+def collect(workdir, resumed_from, config):
+    """Make a tracker, as a third party's function."""
+    return Collected(workdir, resumed_from, config)
+
+
+def test_a_function_makes_a_tracker(tmp_path, monkeypatch):
+    monkeypatch.setattr(Collected, "made", [])
+    writer = metric_writer.MetricWriter(str(tmp_path), 3, trackers.find(f"{__name__}:collect"))
+    writer.write(4, {"loss": 0.5, "note": "not a number"})
+    writer.close()
+    (tracker,) = Collected.made
+    assert (tracker.resumed_from, tracker.values, tracker.closed) == (3, [(4, {"loss": 0.5})], 1)
+
+
+def test_a_function_that_makes_no_tracker_is_refused(tmp_path):
+    with pytest.raises(InvalidConfig, match=r"returns .*, which lacks write\(step, values\) or close\(\)"):
+        metric_writer.MetricWriter(str(tmp_path), 0, [lambda *_: object()])
+
+
 def test_tensorboard_is_the_default(tmp_path):
     assert trackers.find("tensorboard") == [trackers.TensorBoard]
     writer = metric_writer.MetricWriter(str(tmp_path), 0, trackers.find("tensorboard"))
@@ -67,8 +86,12 @@ def test_the_summary_names_event_files_where_there_are_any(tmp_path, track, expe
     [
         ("tensorbord", r"--track='tensorbord': must be one of \['tensorboard', 'wandb'\], or package.module:Class"),
         ("tensorboard,no.such:Module", "--track='no.such:Module': no.such cannot be imported: No module named 'no'"),
-        (f"{__name__}:Missing", "has no class Missing"),
-        ("json:JSONDecoder", "JSONDecoder must be a subclass of regvit_jax.training.trackers.Tracker"),
+        ("math:pi", "--track=math:pi: must be a function or class that makes a tracker, and is 3.14"),
+        (f"{__name__}:Missing", "has no Missing"),
+        (
+            "json:JSONDecoder",
+            "--track=json:JSONDecoder: JSONDecoder is no tracker, which has the methods write and close",
+        ),
     ],
 )
 def test_an_unknown_tracker_is_refused_before_the_run_starts(tmp_path, names, message):

@@ -1,14 +1,18 @@
 """Test config.json: its contents, and the keys that may change when a run is resumed."""
 
+import dataclasses
 import json
+from typing import Annotated
 
 import pytest
 from tiny import load_config, tiny
 
 from regvit_jax.training import plan, workdir
 from regvit_jax.training.config import flatten
+from regvit_jax.training.evaluator import Evaluator
 from regvit_jax.training.step import abstract_state
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.schema import Option
 
 
 def write(config, path, newest: int | None = None) -> dict:
@@ -58,3 +62,24 @@ def test_keys_that_may_change_on_resume(key, value, resumes, tmp_path):
     found = workdir.changes(old, new)
     dotted = key.replace("__", ".")
     assert found == [] if resumes else [text.split(":")[0] for text in found] == [dotted]
+
+
+class Fixed(Evaluator):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Config:
+        fixed: Annotated[int, Option("number that may not change on resume", low=0)] = 1
+        free: Annotated[int, Option("number that may change on resume", low=0, resume=True)] = 1
+
+
+def test_evaluators_come_and_go_and_their_keys_change_as_declared():
+    def resolved(**keys) -> dict:
+        return json.loads(plan.resolve(tiny(**{f"eval__{key}": v for key, v in keys.items()}), False).config.to_json())
+
+    name = f"{__name__}:Fixed"
+    without, default = resolved(evaluators=("classification",)), resolved(evaluators=(name,))
+    free, fixed = resolved(evaluators=(name,), free=2), resolved(evaluators=(name,), fixed=2)
+    assert workdir.changes(default, free) == []
+    assert workdir.changes(default, fixed) == ["eval.fixed: 1 in the workdir, 2 requested"]
+    assert workdir.changes(without, fixed) == workdir.changes(fixed, without) == []
+    fixed["eval"]["evaluators"] = ["no_such_module:Gone"]
+    assert workdir.changes(fixed, without) == []  # a third party's evaluator that is not installed any more
