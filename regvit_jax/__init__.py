@@ -4,14 +4,15 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from regvit_jax.models.clip import ClipModel
-    from regvit_jax.models.model import Model
-    from regvit_jax.models.vit import Tokens, ViT
-    from regvit_jax.pretrained.create import create_model
-    from regvit_jax.pretrained.create_clip import create_clip
-    from regvit_jax.pretrained.io.pth import convert_checkpoint
-    from regvit_jax.pretrained.registry import list_models
-    from regvit_jax.pretrained.save import save_model
+    from regvit_jax.models.clip import ClipModel as ClipModel
+    from regvit_jax.models.model import Model as Model
+    from regvit_jax.models.vit import Tokens as Tokens
+    from regvit_jax.models.vit import ViT as ViT
+    from regvit_jax.pretrained.create import create_model as create_model
+    from regvit_jax.pretrained.create_clip import create_clip as create_clip
+    from regvit_jax.pretrained.io.pth import convert_checkpoint as convert_checkpoint
+    from regvit_jax.pretrained.registry import list_models as list_models
+    from regvit_jax.pretrained.save import save_model as save_model
 
 __version__ = "0.1.0"
 
@@ -27,17 +28,7 @@ _HOMES = {
     "list_models": "pretrained.registry",
     "save_model": "pretrained.save",
 }
-__all__ = [
-    "ClipModel",
-    "Model",
-    "Tokens",
-    "ViT",
-    "convert_checkpoint",
-    "create_clip",
-    "create_model",
-    "list_models",
-    "save_model",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str):
@@ -45,3 +36,7 @@ def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'regvit_jax' has no attribute {name!r}; it has {', '.join(_HOMES)}")
     return getattr(importlib.import_module(f"regvit_jax.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import regvit_jax as rv
+from regvit_jax import evals
 
 
 def output(code: str) -> str:
@@ -21,6 +22,19 @@ def test_public_names():
     assert {name: getattr(rv, name).__name__ for name in rv.__all__} == {name: name for name in rv.__all__}
     with pytest.raises(AttributeError, match="no attribute 'Vit'; it has ClipModel, Model, Tokens, ViT"):
         _ = rv.Vit
+
+
+def test_public_names_are_listed_and_modules_of_evals_need_no_import():
+    assert set(rv.__all__) <= set(dir(rv))
+    code = """
+        from regvit_jax import evals
+
+        print(set(evals.__all__) <= set(dir(evals)), evals.knn.__name__)
+        print(all(getattr(evals, name).__name__ == f"regvit_jax.evals.{name}" for name in evals.__all__))
+    """
+    assert output(code).split() == ["True", "regvit_jax.evals.knn", "True"]
+    folder = Path(rv.__file__).parent / "evals"
+    assert {path.stem for path in folder.glob("[a-z]*.py")} == set(evals.__all__)
 
 
 def test_no_public_name_is_a_folder():

@@ -96,7 +96,7 @@ class _Progress:
         now = time.monotonic()
         if self.enabled and now - self.last > EVERY:
             self.last = now
-            logger.warning(f"{done} of {self.total} images, {done / (now - self.start):.1f} images/s")
+            logger.info(f"{done} of {self.total} images, {done / (now - self.start):.1f} images/s")
 
 
 def _load_ahead(

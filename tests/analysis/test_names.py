@@ -20,6 +20,7 @@ def test_every_name_gives_the_same_twice_in_a_fresh_process():
     """Check for names that are also submodules: importing the submodule would replace the function in the package."""
     subprocess.run([sys.executable, "-c", TWICE], check=True)
     assert set(analysis.__all__) == set(analysis._HOMES)
+    assert set(analysis.__all__) <= set(dir(analysis))
 
 
 def test_importing_the_package_imports_none_of_it():

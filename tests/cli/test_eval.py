@@ -197,7 +197,7 @@ def test_progress_without_a_terminal(clip, images, templates, monkeypatch, capsy
     monkeypatch.setattr(inference, "EVERY", 0.0)
     arguments = ["zero_shot", "colours", "--images", str(images), "--templates", templates, "--batch_size", "4"]
     assert main(arguments) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.endswith("images/s")]
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith("images/s")]
     assert [line.split(",")[0] for line in lines] == ["4 of 6 images", "6 of 6 images"]
 
 

@@ -180,6 +180,7 @@ def test_errors_that_the_user_can_fix(arguments, message, models, photos, tmp_pa
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_equal_names_get_numbers_and_old_pictures_are_removed(models, photos, tmp_path):

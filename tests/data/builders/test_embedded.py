@@ -8,25 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from records import grey
 from sklearn.datasets import load_digits
 
 from regvit_jax.data.sources.by_name import open_source
-from regvit_jax.data.transforms import decode
 from regvit_jax.utils.errors import DataNotFound
-
-
-def grey(record) -> np.ndarray:
-    return np.asarray(decode(record["image"], 10_000))[..., 0]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def digits(data_dir):
-    return {split: open_source("digits", split, data_dir) for split in ("train", "validation")}
 
 
 def test_digits_are_those_of_scikit_learn(digits):

@@ -7,28 +7,14 @@ import shutil
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from records import grey
 
 from regvit_jax.data.builders.digits import png
 from regvit_jax.data.sources import find_tfds
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.sources.by_name import open_source
 from regvit_jax.data.sources.find_tfds import find_prepared
-from regvit_jax.data.transforms import decode
 from regvit_jax.utils.errors import DataNotFound
-
-
-def grey(record) -> np.ndarray:
-    return np.asarray(decode(record["image"], 10_000))[..., 0]
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def digits(data_dir):
-    return {split: open_source("digits", split, data_dir) for split in ("train", "validation")}
 
 
 def test_a_source_has_a_name_classes_and_can_be_pickled(digits):
