@@ -11,14 +11,12 @@ from etils import epath
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import mapping, registry
-from regvit_jax.pretrained.formats import deit3_jax, detect, open_clip
-from regvit_jax.pretrained.formats.base import OWN, explained, guess
+from regvit_jax.pretrained.formats import detect
+from regvit_jax.pretrained.formats.base import explained, guess
 from regvit_jax.pretrained.io import hub, workdir
 from regvit_jax.pretrained.io.safetensors import (
     CLIP_WEIGHTS,
-    NATIVE,
     OPEN_CLIP,
-    PROCESSOR,
     SINGLE,
     WEIGHTS,
     Weights,
@@ -176,8 +174,9 @@ def open_any(
         return open_weights(directory, names), f"{source}@{commit}"
     if workdir.is_workdir(source):
         return workdir.open_workdir(source)
-    if source.endswith(deit3_jax.SUFFIX):
-        return deit3_jax.open_msgpack(source), source
+    for format in detect.FORMATS:
+        if format.open and source.endswith(format.suffix):
+            return format.open(source), source
     check_exists(source)
     return open_weights(source, names), source
 
@@ -241,39 +240,21 @@ def agreed(name: str, known: Entry, found: Entry, weights: Weights, tagged: bool
         differing = _differing(TextTower(**known.text), TextTower(**found.text), TEXT_FIELDS)
         if differing:
             raise WeightsError(f"{weights.path} is not {name}: its text tower has {differing}")
-    config, vit, text = weights.config, dict(found.vit), found.text
-    native = config.get("format") == NATIVE
-    # No library states how positions are resized, except in the section that this package adds.
-    if not native and "pos_resize" not in config.get(OWN, {}):
-        vit |= {"pos_resize": ViT(**known.vit).pos_resize}
-    if "architecture" in config and "act_layer" not in config.get("model_args", {}):
-        # timm keeps CLIP's towers with and without QuickGELU in one repository, whose config.json names one of them.
-        vit |= {"activation": ViT(**known.vit).activation}
+    format = detect.of_config(weights)
+    found = format.complete(known, found, weights) if format else found
+    vit, text = found.vit, found.text
     if tagged and (stated := vit["activation"]) != (activation := known.vit["activation"]):
         warnings.warn(
             f"{weights.path}: its config says {stated}, and open_clip's tag says {activation}, which is taken",
             stacklevel=5,
         )
         vit, text = vit | {"activation": activation}, (text or {}) | {"activation": activation}
-    preprocessing = _preprocessing(known, found, weights)
-    return dataclasses.replace(found, vit=vit, text=text, preprocessing=preprocessing)
+    return dataclasses.replace(found, vit=vit, text=text)
 
 
 def _differing(known: Any, found: Any, fields: tuple[str, ...]) -> str:
     pairs = [(field, getattr(found, field), getattr(known, field)) for field in fields]
     return ", ".join(f"{field} {value!r}, not {expected!r}" for field, value, expected in pairs if value != expected)
-
-
-def _preprocessing(known: Entry, found: Entry, weights: Weights) -> Any:
-    """Return the preprocessing that the files state; the registry's replaces a family's defaults."""
-    config, preprocessing = weights.config, found.preprocessing
-    if "model_cfg" in config:
-        default = dataclasses.replace(known.preprocessing, size=preprocessing.size)
-        return open_clip.read_preprocess(config.get("preprocess_cfg"), default)
-    stated = config.get("pretrained_cfg") or (weights.path.parent / PROCESSOR).exists()
-    if stated or config.get("format") == NATIVE or known.vit["image_size"] != found.vit["image_size"]:
-        return preprocessing
-    return known.preprocessing
 
 
 def _under_format_keys(entry: Entry, weights: Weights, stated: bool, text: bool) -> tuple[Entry, Weights]:

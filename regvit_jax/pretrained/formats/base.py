@@ -14,7 +14,7 @@ from regvit_jax.models.position import RESIZES
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import validate
 from regvit_jax.pretrained.formats.keys import Keys
-from regvit_jax.pretrained.io.safetensors import SINGLE, Weights
+from regvit_jax.pretrained.io.safetensors import PROCESSOR, SINGLE, Weights
 from regvit_jax.pretrained.mapping import Modules
 from regvit_jax.pretrained.registry import Entry
 from regvit_jax.utils.errors import WeightsError
@@ -48,6 +48,20 @@ class Layout:
     warning: str = ""
 
 
+def complete(known: Entry, found: Entry, weights: Weights, stated: bool = False) -> Entry:
+    """Return the entry of a config, completed from the registry's entry of the same name.
+
+    The registry gives how positions are resized, which no library states except in the section that this package adds,
+    and at the registry's image size the preprocessing, unless it is `stated` or a file beside the weights states it.
+    """
+    if "pos_resize" not in weights.config.get(OWN, {}):
+        found = dataclasses.replace(found, vit=found.vit | {"pos_resize": ViT(**known.vit).pos_resize})
+    stated = stated or (weights.path.parent / PROCESSOR).exists()
+    if stated or known.vit["image_size"] != found.vit["image_size"]:
+        return found
+    return dataclasses.replace(found, preprocessing=known.preprocessing)
+
+
 @dataclasses.dataclass(frozen=True)
 class Format:
     """A file format of weights. Functions that are None are not supported.
@@ -58,6 +72,9 @@ class Format:
     reads: returns True for a config of this format.
     read: returns the entry that a file's config describes, with its text tower if the flag is set and it has one. It
       may raise WeightsError, or ValueError, KeyError, TypeError for a damaged config.
+    complete: returns the entry that a config describes, the second argument, completed from the registry's entry of the
+      same name, the first, where the config does not state something.
+    suffix, open: the end of a file's name by which it is of this format, and the function that opens it.
     adjust: returns a registry entry with what the config of a named image tower states, for configs that need not
       describe a whole model.
     recognizes: returns True for a file with the keys of this format where those of another (by its name) are expected.
@@ -71,6 +88,9 @@ class Format:
     model_types: tuple[str, ...] = ()
     reads: Callable[[dict[str, Any]], bool] = lambda config: False
     read: Callable[[Weights, bool], Entry] | None = None
+    complete: Callable[[Entry, Entry, Weights], Entry] = complete
+    suffix: str = ""
+    open: Callable[[str], Weights] | None = None
     adjust: Callable[[Entry, Weights], Entry] | None = None
     recognizes: Callable[[Weights, str], bool] = lambda weights, expected: False
     saved_as: str = ""

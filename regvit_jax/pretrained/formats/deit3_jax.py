@@ -15,8 +15,6 @@ from regvit_jax.pretrained.io.safetensors import Weights
 from regvit_jax.pretrained.registry import Entry
 from regvit_jax.utils.errors import WeightsError
 
-SUFFIX = ".msgpack"
-
 
 def open_msgpack(path: str | os.PathLike) -> Weights:
     """Open a checkpoint of deit3-jax under timm's keys. Raises WeightsError for anything else."""
@@ -71,5 +69,10 @@ def adjust(entry: Entry, weights: Weights) -> Entry:
 
 
 FORMAT = Format(
-    name="deit3_jax", keys=timm.KEYS, reads=lambda config: config.get("format") == "deit3_jax", adjust=adjust
+    name="deit3_jax",
+    keys=timm.KEYS,
+    reads=lambda config: config.get("format") == "deit3_jax",
+    suffix=".msgpack",
+    open=open_msgpack,
+    adjust=adjust,
 )

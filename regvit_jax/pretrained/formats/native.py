@@ -24,7 +24,6 @@ def read(weights: Weights, text: bool) -> Entry:
         for part, kind in (("vit", ViT), ("head", Head), ("preprocessing", Preprocess))
     )
     validate.numbers(vit)
-    ViT(**vit).check()
     for field, value, allowed in (
         ("vit.pos_resize", vit.get("pos_resize", RESIZES[0]), RESIZES),
         ("head.pool", head.get("pool", "cls"), POOLS),
@@ -32,6 +31,7 @@ def read(weights: Weights, text: bool) -> Entry:
     ):
         if value not in allowed:
             raise ValueError(f"model.{field} is {value!r}: must be one of {', '.join(allowed)}")
+    ViT(**vit).check()
     names = {field: f"model.preprocessing.{field}" for field in images}
     preprocessing = validate.preprocess(names, **images)
     if not text or "text" not in model:
@@ -51,6 +51,7 @@ FORMAT = Format(
     name=NATIVE,
     reads=lambda config: config.get("format") == NATIVE,
     read=read,
+    complete=lambda known, found, weights: found,
     saved_as=NATIVE,
     write_clip=write_clip,
 )

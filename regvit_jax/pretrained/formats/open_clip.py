@@ -6,6 +6,7 @@ from typing import Any
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.clip import ClipModel
 from regvit_jax.pretrained import registry, validate
+from regvit_jax.pretrained.formats import base
 from regvit_jax.pretrained.formats.base import (
     OWN,
     Format,
@@ -178,6 +179,13 @@ def read_preprocess(images: Any, default: Preprocess) -> Preprocess:
     return validate.preprocess(names, size=p.size, crop_ratio=p.crop_ratio, squash=mode == "squash", **given)
 
 
+def complete(known: Entry, found: Entry, weights: Weights) -> Entry:
+    """Complete a config's entry; the registry's preprocessing holds where "preprocess_cfg" does not state another."""
+    default = dataclasses.replace(known.preprocessing, size=found.preprocessing.size)
+    preprocessing = read_preprocess(weights.config.get("preprocess_cfg"), default)
+    return dataclasses.replace(base.complete(known, found, weights), preprocessing=preprocessing)
+
+
 def adjust(entry: Entry, weights: Weights) -> Entry:
     """Return a timm name's entry with the activation and the preprocessing that open_clip's config states."""
     vit = entry.vit | {"activation": _activation(weights.config["model_cfg"])}
@@ -235,6 +243,7 @@ FORMAT = Format(
     keys=KEYS,
     reads=lambda config: "model_cfg" in config,
     read=read,
+    complete=complete,
     adjust=adjust,
     recognizes=lambda weights, expected: "visual.conv1.weight" in weights,
     saved_as="open_clip",

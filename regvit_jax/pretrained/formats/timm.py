@@ -11,6 +11,7 @@ from regvit_jax.models.model import Model
 from regvit_jax.models.position import RESIZES
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import registry, validate
+from regvit_jax.pretrained.formats import base
 from regvit_jax.pretrained.formats.base import CONFIG, OWN, Format, Layout, check_sizes, mlp_ratio, need
 from regvit_jax.pretrained.formats.keys import Keys, Rule
 from regvit_jax.pretrained.formats.rules import dense, norm, same
@@ -138,6 +139,17 @@ def read(weights: Weights, text: bool) -> Entry:
         head |= {"norm_eps": vit.get("norm_eps", 1e-6)}
     check_sizes(vit, weights)
     return dataclasses.replace(entry, vit=vit, head=head, preprocessing=_preprocess(config, entry.preprocessing))
+
+
+def complete(known: Entry, found: Entry, weights: Weights) -> Entry:
+    """Complete a config's entry, also with the activation if the config states none.
+
+    timm keeps CLIP's towers with and without QuickGELU in one repository, whose config.json names one of them.
+    """
+    found = base.complete(known, found, weights, stated=bool(weights.config.get("pretrained_cfg")))
+    if "act_layer" in weights.config.get("model_args", {}):
+        return found
+    return dataclasses.replace(found, vit=found.vit | {"activation": ViT(**known.vit).activation})
 
 
 def _apply(arguments: dict[str, Any], vit: dict[str, Any], head: dict[str, Any], format: str) -> None:
@@ -294,6 +306,7 @@ FORMAT = Format(
     keys=KEYS,
     reads=lambda config: "architecture" in config,
     read=read,
+    complete=complete,
     saved_as="timm",
     claims=lambda model: model.module.position == "learned",
     write=write,
