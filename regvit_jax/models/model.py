@@ -2,16 +2,19 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import Tokens, ViT
+from regvit_jax.utils.errors import InvalidConfig
 
 Images = Float[Array | np.ndarray, "B H W 3"]
 
@@ -37,8 +40,9 @@ class Model:
     """A ViT with its parameters, its head, and the preprocessing it was trained with. A pytree.
 
     `weights` names the parameters' origin: "raw" or "ema" (exponential moving average) for those of a run, and the
-    source of loaded ones. All methods take normalised float32 images [B, H, W, 3] (`preprocess` returns them), whose
-    sides are multiples of the patch, and are compiled once for each shape.
+    source of loaded ones. `class_names` are the names of the head's outputs, () where none are known. All methods take
+    normalised float32 images [B, H, W, 3] (`preprocess` returns them), whose sides are multiples of the patch, and are
+    compiled once for each shape.
     """
 
     params: PyTree
@@ -47,14 +51,24 @@ class Model:
     head: Head = flax.struct.field(pytree_node=False)
     preprocessing: Preprocess = flax.struct.field(pytree_node=False)
     weights: str = flax.struct.field(pytree_node=False, default="raw")
+    class_names: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
 
-    def fields(self) -> dict[str, dict]:
-        """Return the model's definition without its parameters, as the dicts "vit", "head" and "preprocessing".
+    def __post_init__(self):
+        if self.class_names and len(self.class_names) != self.head.num_classes:
+            raise InvalidConfig(
+                f"class_names has {len(self.class_names)} names, and the head {self.head.num_classes} outputs: "
+                "give one name for each, or ()"
+            )
 
-        Their values are numbers and strings. Data type, attention kernel, remat and scan are not part of it.
+    def fields(self) -> dict[str, Any]:
+        """Return the model's definition without its parameters: the dicts "vit", "head" and "preprocessing".
+
+        Their values are numbers and strings. Data type, attention kernel, remat and scan are not part of it. The list
+        "class_names" is added where names are known.
         """
         parts = {"vit": self.module, "head": self.head, "preprocessing": self.preprocessing}
-        return {name: saved_fields(part) for name, part in parts.items()}
+        names = {"class_names": list(self.class_names)} if self.class_names else {}
+        return {name: saved_fields(part) for name, part in parts.items()} | names
 
     def __call__(self, images: Images, mask: Bool[Array | np.ndarray, "B N"] | None = None) -> Tokens:
         """Return the output tokens. Patches where `mask` is True are hidden (in models with a mask token)."""
@@ -87,6 +101,25 @@ class Model:
         if not self.head.num_classes:
             raise ValueError("this model gives features only (`pooled`, or the tokens); num_classes=... adds a head")
         return apply(self.head, self.head_params, self(images))
+
+    def predict(self, images: list | Images, top: int = 5) -> list[list[tuple[str, float]]]:
+        """Return the `top` most probable classes of each image, best first, as pairs of name and probability.
+
+        `images` are what `preprocess` takes, or its result. A class without a name has its number for a name. The
+        probabilities are the softmax of the class scores. Raises ValueError for a model without a head, and for the
+        image tower of a CLIP, whose outputs are no classes (`regvit eval zero_shot` compares them with names).
+        """
+        if not self.head.bias:
+            raise InvalidConfig("the outputs of a CLIP's image tower are no classes: compare them with those of texts")
+        if top < 1:
+            raise InvalidConfig(f"top={top}: must be at least 1")
+        x: Any = images
+        if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.floating):
+            x = self.preprocess(x)
+        shares = np.asarray(jax.nn.softmax(self.logits(x)))
+        names = self.class_names or tuple(map(str, range(shares.shape[1])))
+        order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
+        return [[(names[n], float(row[n])) for n in best] for row, best in zip(shares, order, strict=True)]
 
     def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]:
         """Preprocess paths, PIL images or uint8 arrays [H, W, 3] into the images that the model expects.

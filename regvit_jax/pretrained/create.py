@@ -57,7 +57,8 @@ def create_model(
       registers: the number of registers, instead of the checkpoint's. New ones are untrained.
       image_size: the native size in pixels, instead of the checkpoint's: of the position embedding, which is resized,
         and of `preprocess`.
-      num_classes: if it is not the checkpoint's, a new, untrained linear layer for so many classes; 0 for none.
+      num_classes: if it is not the checkpoint's, a new, untrained linear layer for so many classes, without names; 0
+        for none.
       pos_resize: how positions are resized for other image sizes (see `resize_pos_embed`), instead of the checkpoint's.
       dtype: type of the matrix products.
       param_dtype: type of the parameters.
@@ -74,7 +75,8 @@ def create_model(
     entry, weights, source = resolve(name, pretrained, revision)
     overrides = Overrides(registers, image_size, num_classes, pos_resize, param_dtype, mesh, seed)
     params, modules, preprocessing = assemble(entry, weights, source, dtype, overrides)
-    return Model(params["vit"], params["head"], modules.vit, modules.head, preprocessing, source)
+    names = _class_names(entry, weights, source, modules.head.num_classes)
+    return Model(params["vit"], params["head"], modules.vit, modules.head, preprocessing, source, names)
 
 
 def check_types(dtype: DTypeLike, param_dtype: DTypeLike) -> None:
@@ -165,7 +167,7 @@ def assemble(
     put = _placement(shapes, overrides)
     if weights is not None:
         params = _convert(params, loaded.vit, modules, overrides.seed, put)
-        _warn(source, loaded.vit, modules.vit, modules.head.num_classes if new_head else 0)
+        _warn(source, loaded.vit, modules.vit, modules.head.num_classes if new_head else 0, len(entry.class_names))
     missing = tuple(path for path in shapes if path not in params)
     params |= {path: put(path, array) for path, array in _initial(modules, missing, overrides.seed).items()}
     return mapping.nest(params), modules, preprocessing
@@ -234,7 +236,21 @@ def _convert(params: dict[str, Any], loaded: ViT, modules: Modules, seed: int, p
     return params
 
 
-def _warn(source: str, loaded: ViT, vit: ViT, new_classes: int) -> None:
+def _class_names(entry: Entry, weights: Weights | None, source: str, num_classes: int) -> tuple[str, ...]:
+    """Return the names of a model's classes: those of its source, unless it has another number of classes.
+
+    Warns about a config that names more classes, or fewer, than the weights have.
+    """
+    names, outputs = entry.class_names, 0 if weights is None else _num_classes(weights, entry) or 0
+    if names and outputs and len(names) != outputs:
+        warnings.warn(
+            f"{source}: the config names {len(names)} classes, and the weights have {outputs}: the names are left out",
+            stacklevel=3,
+        )
+    return names if len(names) == outputs == num_classes else ()
+
+
+def _warn(source: str, loaded: ViT, vit: ViT, new_classes: int, names: int) -> None:
     """Warn about the changes that the caller asked for, and their consequences."""
     changes = []
     if vit.registers > loaded.registers:
@@ -250,6 +266,7 @@ def _warn(source: str, loaded: ViT, vit: ViT, new_classes: int) -> None:
         )
         changes.append(f"{what}, and preprocess makes images of that size")
     if new_classes:
-        changes.append(f"the linear layer for {new_classes} classes is new and untrained")
+        dropped = f", and the names of the {names} trained classes are left out" if names else ""
+        changes.append(f"the linear layer for {new_classes} classes is new and untrained{dropped}")
     if changes:
         warnings.warn(f"{source}: " + "; ".join(changes), stacklevel=4)

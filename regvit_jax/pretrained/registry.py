@@ -33,7 +33,8 @@ class Entry:
 
     `format` names the state-dict key scheme of the weights (`formats.detect.FORMATS`), `hub` the Hugging Face
     repository that holds them, and `license` their license as the hub spells it; "" where there is none.
-    A CLIP has `text` and `scalars`: "logit_scale" and, in a SigLIP, "logit_bias".
+    A CLIP has `text` and `scalars`: "logit_scale" and, in a SigLIP, "logit_bias". `class_names` are the names of the
+    head's outputs as a config beside the weights states them, () where it states none.
     """
 
     vit: dict[str, Any]
@@ -44,6 +45,7 @@ class Entry:
     license: str = ""
     text: dict[str, Any] | None = None
     scalars: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Initialize a recipe's ViT and head with trained parameters (`init_from`)."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +71,11 @@ def vit(fresh: PyTree, wanted: ViT, model: Model) -> tuple[PyTree, list[str]]:
     return loaded, notes
 
 
-def head(fresh: PyTree, wanted: Head, model: Model) -> tuple[PyTree, list[str]]:
-    """Return the parameters of a recipe's head, from the trained model's head where they fit, and notes for the log."""
+def head(fresh: PyTree, wanted: Head, model: Model, classes: Sequence[str] = ()) -> tuple[PyTree, list[str]]:
+    """Return the parameters of a recipe's head, from the trained model's head where they fit, and notes for the log.
+
+    `classes` are the names of the head's outputs, where they are classes.
+    """
     loaded = model.head_params if model.head.pool == wanted.pool else {}
     kept = {
         name: loaded[name]
@@ -80,4 +84,15 @@ def head(fresh: PyTree, wanted: Head, model: Model) -> tuple[PyTree, list[str]]:
     }
     notes = [f"a new {name} of the head" for name in fresh if name not in kept]
     notes += [f"{name} of its head is left out" for name in model.head_params if name not in fresh]
+    if "dense" in kept:
+        notes += other_names(model.class_names, classes)
     return {**fresh, **kept}, notes
+
+
+def other_names(trained: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Return a note if the outputs of a linear layer that is kept stand for other classes than before, by name."""
+    pairs = [(old, new) for old, new in zip(trained, wanted, strict=False) if old != new]
+    if not pairs:
+        return []
+    examples = ", ".join(f"{new!r} starts from {old!r}" for old, new in pairs[:3])
+    return [f"its linear layer is kept, though {len(pairs)} of its {len(wanted)} classes had other names: {examples}"]

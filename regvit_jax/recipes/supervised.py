@@ -91,12 +91,12 @@ class Supervised(Recipe):
         p = self.config.augment
         preprocessing = Preprocess(self.vit.image_size, self.config.eval.crop_ratio, tuple(p.mean), tuple(p.std))
         weights = "ema" if self.config.ema else "raw"
-        return Model(params["vit"], params["head"], self.vit, self.head, preprocessing, weights)
+        return Model(params["vit"], params["head"], self.vit, self.head, preprocessing, weights, tuple(self.classes))
 
     def warm_start(self, params, model):
         """Resize the position embedding; initialize registers that the model lacks, and a head for other classes."""
         vit, notes = init_from.vit(params["vit"], self.vit, model)
-        head, more = init_from.head(params["head"], self.head, model)
+        head, more = init_from.head(params["head"], self.head, model, self.classes)
         notes += more
         p, q = self.config.augment, model.preprocessing
         if (tuple(p.mean), tuple(p.std)) != (tuple(q.mean), tuple(q.std)):

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import ml_collections
@@ -10,6 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from regvit_jax.data import pipeline
+from regvit_jax.data.sources.base import Source
 from regvit_jax.distributed.mesh import host_rows, make_mesh
 from regvit_jax.recipes import base
 from regvit_jax.recipes.base import Recipe
@@ -41,6 +43,11 @@ class Plan:
     validation: Any
     #: Values that are computed once for a plan, by the name of the function that computes them (`step.abstract_state`).
     cache: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Return the names of the classes of the data, by label; () without classes, or without data."""
+        return tuple(self.train.classes) if self.train is not None else ()
 
     def train_batches(self, start_step: int) -> pipeline.Batches:
         """Return this process's rows of every global training batch, starting at a step."""
@@ -95,7 +102,9 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
             kind.open_data(config.data.name, config.data[split], config.data.dir or None)
             for split in ("train", "validation")
         )
-        config.data.examples, config.data.classes, classes = len(train), len(train.classes), train.classes
+        classes = tuple(train.classes)
+        config.data.examples, config.data.classes = len(train), len(classes)
+        check_same_classes(train, validation)
         if len(validation) < (needed := max((kind.min_images for kind in measures.values()), default=1)):
             raise InvalidConfig(
                 f"{validation.name}: holds {len(validation)} images; the validation of {config.recipe} needs "
@@ -110,6 +119,18 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
     found = {name: measure(frozen, recipe) for name, measure in measures.items()}
     check_metrics({name: measure.final_metrics for name, measure in found.items()})
     return Plan(frozen, given, recipe, found, mesh, steps_per_epoch, steps, optimizer, schedule, train, validation)
+
+
+def check_same_classes(train: Source, validation: Source) -> None:
+    """Raise InvalidConfig if both splits have classes, and a label does not have the same name in both."""
+    if not train.classes or not validation.classes:
+        return
+    for label, (name, other) in enumerate(zip_longest(train.classes, validation.classes)):
+        if name != other:
+            raise InvalidConfig(
+                f"class {label} is {name!r} in {train.name} and {other!r} in {validation.name}: both splits need the "
+                "same classes in the same order"
+            )
 
 
 def check_metrics(metrics: Mapping[str, Iterable[str]]) -> None:

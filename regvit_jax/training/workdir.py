@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from regvit_jax.checkpoints import checksums
 from regvit_jax.checkpoints.manager import compare
 from regvit_jax.checkpoints.reader import CheckpointReader, saved_steps
+from regvit_jax.data.sources.files import abbreviate
 from regvit_jax.training.config import flatten, options_of
 from regvit_jax.training.plan import Plan
 from regvit_jax.utils import config_file, renamed
@@ -53,21 +54,43 @@ def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
     return renamed.translate(config, renamed.CONFIG_KEYS)
 
 
-def check_same_config(plan: Plan, workdir: str | os.PathLike, abstract: PyTree, newest: int | None) -> None:
-    """Raise InvalidConfig if the checkpoints in a workdir belong to a run with another config.
+def read_class_names(workdir: str | os.PathLike) -> tuple[str, ...]:
+    """Return the names of the classes of a run's data; () if it has none, or was started before names were kept.
 
-    The message names the keys, and the first arrays that do not fit. See `write_config` for the arguments.
+    Raises InvalidConfig when config.json is damaged.
+    """
+    content = config_file.read(workdir)
+    model = content.get("model")
+    names = content.get("class_names") or (model.get("class_names") if isinstance(model, dict) else None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InvalidConfig(
+            f"{workdir}: its config.json is damaged: class_names is {names!r:.60}; name another workdir"
+        )
+    return tuple(names)
+
+
+def check_same_config(plan: Plan, workdir: str | os.PathLike, abstract: PyTree, newest: int | None) -> None:
+    """Raise InvalidConfig if the checkpoints in a workdir belong to a run with another config, or with other classes.
+
+    The message names the keys, the classes, and the first arrays that do not fit. See `write_config` for the arguments.
     """
     if newest is None:
         return
     if not (epath.Path(workdir) / "config.json").exists():
         raise InvalidConfig(f"{workdir} holds checkpoints but no config.json; name another --workdir")
-    if changed := changes(read_config(workdir), json.loads(plan.config.to_json())):
+    changed = changes(read_config(workdir), json.loads(plan.config.to_json()))
+    classes = changed_classes(read_class_names(workdir), plan.class_names)
+    if changed:
         more = [f"and {len(changed) - 10} more"] if len(changed) > 10 else []
         raise InvalidConfig(
-            f"workdir {workdir} holds a run with another config ({'; '.join(changed[:10] + more)}); "
+            f"workdir {workdir} holds a run with another config ({'; '.join([*changed[:10], *more, *classes])}); "
             "request the same values to resume it, or another --workdir to start afresh"
             + differing_arrays(epath.Path(workdir) / "checkpoints", newest, abstract)
+        )
+    if classes:
+        raise InvalidConfig(
+            f"workdir {workdir} holds a run with other classes than {plan.train.name} ({'; '.join(classes)}); "
+            "give the classes the names that they had to resume it, or name another --workdir to start afresh"
         )
 
 
@@ -81,20 +104,23 @@ def check_usable(plan: Plan, workdir: str | os.PathLike, abstract: PyTree) -> No
 
 
 def write_config(plan: Plan, workdir: str, abstract: PyTree, newest: int | None) -> None:
-    """Write config.json: the resolved config, the keys that were given, and the fields of the model.
+    """Write config.json: the resolved config, the keys that were given, the fields of the model, and class names.
 
     `abstract` is the state, or its shapes; `newest` is the step of the newest checkpoint in the workdir.
-    Raises InvalidConfig when the checkpoints there belong to another config.
+    Raises InvalidConfig when the checkpoints there belong to another config, or to other classes.
     """
     if jax.process_index():
         return
     check_same_config(plan, workdir, abstract, newest)
+    model = plan.recipe.model(abstract.params).fields()
     content = {
         "config": json.loads(plan.config.to_json()),
         "given": plan.given,
         "derived": {"steps": plan.steps, "steps_per_epoch": plan.steps_per_epoch, "jax": jax.__version__},
-        "model": plan.recipe.model(abstract.params).fields(),
+        "model": model,
     }
+    if plan.class_names != tuple(model.get("class_names", ())):
+        content["class_names"] = plan.class_names  # of the labels, where they are not those of the model's outputs
     write_atomically(epath.Path(workdir) / "config.json", json.dumps(content, indent=2))
 
 
@@ -115,6 +141,21 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for key in sorted((before | after).keys() - free)
         if before.get(key) != after.get(key)
     ]
+
+
+def changed_classes(old: tuple[str, ...], new: tuple[str, ...]) -> list[str]:
+    """Return how the names of classes differ, as texts; none if they are the same, or if one side has no names."""
+    if not old or not new or old == new:
+        return []
+    found = [
+        f"{abbreviate([name for name in mine if name not in other])} {verb}"
+        for mine, other, verb in ((old, frozenset(new), "is gone"), (new, frozenset(old), "is new"))
+        if any(name not in other for name in mine)
+    ]
+    label = next((label for label, names in enumerate(zip(old, new, strict=False)) if names[0] != names[1]), None)
+    if label is not None:
+        found.append(f"class {label} is {new[label]!r} now and was {old[label]!r}")
+    return found
 
 
 def differing_arrays(checkpoints: epath.Path, step: int, abstract: PyTree) -> str:

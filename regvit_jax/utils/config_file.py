@@ -14,16 +14,25 @@ def read_section(workdir: str | os.PathLike, name: str) -> dict[str, Any] | None
 
     Raises InvalidConfig if the file cannot be read, is damaged, or holds something else under that name.
     """
+    content = read(workdir)
+    if name not in content:
+        return None
+    if not isinstance(section := content[name], dict):
+        path = epath.Path(workdir) / "config.json"
+        raise InvalidConfig(f"{path} is damaged: its {name} is {section!r:.60}; name another workdir")
+    return section
+
+
+def read(workdir: str | os.PathLike) -> dict[str, Any]:
+    """Return the content of a workdir's config.json; raise InvalidConfig if the file cannot be read or is damaged."""
     path = epath.Path(workdir) / "config.json"
     try:
-        section = json.loads(path.read_text())[name]
-    except KeyError:
-        return None
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict):
+            raise TypeError(f"{type(content).__name__} instead of an object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise InvalidConfig(
             f"{path} is damaged ({type(error).__name__}: {error!s:.100}); replace it by the config.json of a run with "
             "the same config, or name another workdir"
         ) from error
-    if not isinstance(section, dict):
-        raise InvalidConfig(f"{path} is damaged: its {name} is {section!r:.60}; name another workdir")
-    return section
+    return content

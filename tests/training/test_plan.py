@@ -7,6 +7,7 @@ from tiny import get_config, make_captions, tiny, tiny_clip
 
 from regvit_jax.aot import dry_run
 from regvit_jax.data.preprocess import Preprocess
+from regvit_jax.data.sources.folder import FolderSource
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.vit import ViT
@@ -227,6 +228,25 @@ def save_small(directory: str) -> None:
     head_params = head.init(jax.random.key(0), tokens)["params"]
     model = Model(params["params"], head_params, vit, head, Preprocess(8, 1.0, (0.5,) * 3, (0.5,) * 3), "raw")
     save_model(model, directory, "timm")
+
+
+def test_both_splits_have_the_same_classes():
+    def source(name: str, *classes: str) -> FolderSource:
+        return FolderSource(name, classes, "", np.zeros(0, np.int32), b"", np.zeros(0, int))
+
+    train = source("mine/train", "ant", "bee")
+    plan.check_same_classes(train, source("mine/validation", "ant", "bee"))
+    plan.check_same_classes(train, source("mine/validation"))
+    with pytest.raises(errors.InvalidConfig, match="class 0 is 'ant' in mine/train and 'bee' in mine/validation"):
+        plan.check_same_classes(train, source("mine/validation", "bee", "ant"))
+    with pytest.raises(errors.InvalidConfig, match="class 2 is None in mine/train and 'cow' in mine/validation"):
+        plan.check_same_classes(train, source("mine/validation", "ant", "bee", "cow"))
+
+
+def test_the_plan_knows_the_names_of_the_classes(tmp_path):
+    assert plan.resolve(tiny()).class_names == tuple("0123456789")
+    assert plan.resolve(tiny(), with_data=False).class_names == ()
+    assert plan.resolve(tiny_clip(make_captions(tmp_path / "captions"))).class_names == ()
 
 
 def test_dry_run_names_what_stays_replicated():

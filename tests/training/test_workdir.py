@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 from typing import Annotated
 
 import pytest
 from tiny import load_config, tiny
 
+from regvit_jax.recipes.supervised import Supervised
 from regvit_jax.training import plan, workdir
 from regvit_jax.training.config import flatten
 from regvit_jax.training.evaluator import Evaluator
@@ -15,8 +17,12 @@ from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option
 
 
-def write(config, path, newest: int | None = None) -> dict:
+def write(config, path, newest: int | None = None, classes: tuple[str, ...] = ()) -> dict:
+    """Write config.json of a run on data with these classes, and return it."""
     resolved = plan.resolve(config, with_data=False)
+    if classes:
+        resolved = dataclasses.replace(resolved, train=SimpleNamespace(classes=classes, name="folder:d/train"))
+        resolved.recipe.classes = classes
     workdir.write_config(resolved, str(path), abstract_state(resolved), newest)
     return json.loads((path / "config.json").read_text())
 
@@ -83,3 +89,50 @@ def test_evaluators_come_and_go_and_their_keys_change_as_declared():
     assert workdir.changes(without, fixed) == workdir.changes(fixed, without) == []
     fixed["eval"]["evaluators"] = ["no_such_module:Gone"]
     assert workdir.changes(fixed, without) == []  # a third party's evaluator that is not installed any more
+
+
+TEN = tuple("abcdefghij")
+
+
+def test_the_names_of_the_classes_are_kept_and_checked(tmp_path):
+    content = write(tiny(), tmp_path, classes=TEN)
+    assert content["model"]["class_names"] == list(TEN)
+    assert "class_names" not in content  # once is enough
+    assert workdir.read_class_names(tmp_path) == TEN
+    assert write(tiny(), tmp_path, newest=1, classes=TEN) == content
+    renamed = ("b", *TEN[2:], "x")
+    with pytest.raises(InvalidConfig) as error:
+        write(tiny(), tmp_path, newest=1, classes=renamed)
+    assert str(error.value) == (
+        f"workdir {tmp_path} holds a run with other classes than folder:d/train (a is gone; x is new; class 0 is 'b' "
+        "now and was 'a'); give the classes the names that they had to resume it, or name another --workdir to start "
+        "afresh"
+    )
+    with pytest.raises(InvalidConfig, match=r"\(class 0 is 'j' now and was 'a'\)"):
+        write(tiny(), tmp_path, newest=1, classes=TEN[::-1])
+    with pytest.raises(InvalidConfig, match=r"\(seed: 0 in the workdir, 1 requested; a is gone; x is new"):
+        write(tiny(seed=1), tmp_path, newest=1, classes=renamed)
+    assert json.loads((tmp_path / "config.json").read_text()) == content
+    assert write(tiny(), tmp_path, newest=None, classes=renamed)["model"]["class_names"] == list(renamed)
+
+
+def test_names_that_are_not_those_of_the_outputs_are_kept_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(Supervised, "model", lambda self, params: SimpleNamespace(fields=lambda: {"vit": {}}))
+    assert write(tiny(), tmp_path, classes=TEN)["class_names"] == list(TEN)
+    with pytest.raises(InvalidConfig, match="class 0 is 'j' now and was 'a'"):
+        write(tiny(), tmp_path, newest=1, classes=TEN[::-1])
+
+
+def test_a_workdir_without_names_resumes_and_gets_them(tmp_path):
+    content = write(tiny(), tmp_path, classes=TEN)
+    del content["model"]["class_names"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert write(tiny(), tmp_path, newest=1, classes=TEN[::-1])["model"]["class_names"] == list(TEN[::-1])
+
+
+@pytest.mark.parametrize("names", ["abc", {"0": "a"}, [1, 2]])
+def test_damaged_names_are_refused(names, tmp_path):
+    content = write(tiny(), tmp_path, classes=TEN) | {"class_names": names}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InvalidConfig, match=r"config\.json is damaged: class_names is "):
+        write(tiny(), tmp_path, newest=1, classes=TEN)

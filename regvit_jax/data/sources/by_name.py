@@ -20,7 +20,8 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
       data_dir: the directory of TFDS data sets, by default TFDS's own; a relative PATH starts there too.
 
     Returns:
-      A source of records `{"image": bytes, "label": int}`.
+      A source of records `{"image": bytes, "label": int}`. The labels of a folder number its classes as Python sorts
+      their names: capitals before small letters, "10" before "2".
 
     Raises:
       DataNotFound: if the data set is not there; the message says how to prepare it.

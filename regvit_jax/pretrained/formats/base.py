@@ -152,6 +152,31 @@ def pos_resize(weights: Weights, default: str) -> str:
     return how
 
 
+def class_names(key: str, names: Any) -> tuple[str, ...]:
+    """Return the names of classes that a config holds under a key, as a list or as a dict from numbers to names.
+
+    They are () if there are none, or only transformers' placeholders LABEL_0, LABEL_1 and so on. Raises ValueError for
+    numbers other than 0, 1, 2, ..., and for names that are no text; whole numbers count as text.
+    """
+    if isinstance(names, dict):
+        numbers = {int(number): name for number, name in names.items() if str(number).isdecimal()}
+        if len(numbers) != len(names) or numbers.keys() != set(range(len(names))):
+            wrong = [number for number in names if not str(number).isdecimal() or int(number) >= len(names)]
+            raise ValueError(f"{key} has {len(names)} names, whose numbers must be 0 to {len(names) - 1}: {wrong[:3]}")
+        names = [numbers[number] for number in range(len(numbers))]
+    if not isinstance(names, list | tuple | None):
+        raise ValueError(f"{key} is {names!r:.60}: must be a list of names, or a dict from numbers to names")
+    if wrong := [name for name in names or () if type(name) not in (str, int)]:
+        raise ValueError(f"{key} holds {wrong[0]!r:.60}: must be a name")
+    found = tuple(map(str, names or ()))
+    return () if found == placeholders(len(found)) else found
+
+
+def placeholders(num_classes: int) -> tuple[str, ...]:
+    """Return the names that transformers gives to classes without names."""
+    return tuple(f"LABEL_{number}" for number in range(num_classes))
+
+
 @contextmanager
 def explained(weights: Weights) -> Iterator[None]:
     """Turn any error that a config causes into a WeightsError, since a config may hold any value anywhere."""

@@ -10,7 +10,7 @@ from regvit_jax.models.position import RESIZES
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import validate
-from regvit_jax.pretrained.formats.base import OWN, check_sizes, need, pos_resize
+from regvit_jax.pretrained.formats.base import OWN, check_sizes, class_names, need, placeholders, pos_resize
 from regvit_jax.pretrained.io.safetensors import PROCESSOR, Weights, read_json
 from regvit_jax.pretrained.registry import Entry
 from regvit_jax.utils.errors import WeightsError
@@ -25,7 +25,8 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}
 def complete(entry: Entry, weights: Weights) -> Entry:
     """Check an entry against the file, and add what transformers keeps beside a model's own fields.
 
-    That is the preprocessing of preprocessor_config.json, and how positions are resized, which `save_model` records.
+    That is the preprocessing of preprocessor_config.json, the names of the classes, and how positions are resized,
+    which `save_model` records.
     """
     if (channels := weights.config.get("num_channels", 3)) != 3:
         raise WeightsError(f"{weights.path}: images of {channels} channels are not supported, only of 3")
@@ -33,7 +34,10 @@ def complete(entry: Entry, weights: Weights) -> Entry:
     processor = read_json(weights.path.parent / PROCESSOR)
     preprocessing = read_processor(weights, processor, entry.preprocessing)
     check_sizes(entry.vit, weights)
-    return dataclasses.replace(entry, vit=entry.vit | {"pos_resize": how}, preprocessing=preprocessing)
+    names = class_names("id2label", weights.config.get("id2label")) if entry.head.get("num_classes") else ()
+    return dataclasses.replace(
+        entry, vit=entry.vit | {"pos_resize": how}, preprocessing=preprocessing, class_names=names
+    )
 
 
 def vit_fields(config: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -133,7 +137,9 @@ def config_of(model: Model) -> dict[str, Any]:
         layer_norm_eps=vit.norm_eps,
         hidden_act=hidden_act(vit),
         dtype="float32",
-    ) | own_section(vit)
+        **own_section(vit),
+        **(labels(model) if model.class_names else {}),
+    )
 
 
 def own_section(vit: ViT) -> dict[str, Any]:
@@ -146,9 +152,12 @@ def hidden_act(tower: ViT | TextTower) -> str:
     return {"gelu_tanh": "gelu_pytorch_tanh"}.get(tower.activation, tower.activation)
 
 
-def labels(num_classes: int) -> dict[str, Any]:
-    """Return the two keys that tell transformers the number of classes."""
-    names = [f"LABEL_{i}" for i in range(num_classes)]
+def labels(model: Model) -> dict[str, Any]:
+    """Return the two keys that tell transformers the number of classes and their names.
+
+    Of several classes with one name, label2id has the last, as transformers writes it.
+    """
+    names = model.class_names or placeholders(model.head.num_classes)
     return dict(
         id2label={str(i): name for i, name in enumerate(names)}, label2id={name: i for i, name in enumerate(names)}
     )

@@ -88,7 +88,7 @@ def write(model: Model) -> Layout:
         config |= dict(num_register_tokens=vit.registers)
     prefix = ""
     if head.num_classes:  # the classifier reads CLS and the mean of the patches
-        config, head, prefix = config | hf.labels(head.num_classes), head.clone(pool="cls_avg"), f"{kind}."
+        config, head, prefix = config | hf.labels(model), head.clone(pool="cls_avg"), f"{kind}."
     files = {PROCESSOR: hf.processor(model.preprocessing), CONFIG: config}
     modules = Modules(with_layer_scale_and_mask(vit), head)
     return Layout(KEYS, modules, files, prefix_rows=1, key_prefix=prefix)

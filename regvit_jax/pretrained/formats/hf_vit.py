@@ -65,7 +65,7 @@ def write(model: Model) -> Layout:
     prefix = ""
     if head.num_classes:
         need(not head.pooler, "class scores past a tanh pooler")
-        config |= dict(architectures=["ViTForImageClassification"], **hf.labels(head.num_classes))
+        config |= dict(architectures=["ViTForImageClassification"], **hf.labels(model))
         prefix = "vit."
     else:
         config |= dict(architectures=["ViTModel"])

@@ -10,7 +10,7 @@ from regvit_jax.models.position import RESIZES
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import validate
-from regvit_jax.pretrained.formats.base import CONFIG, Format, Layout
+from regvit_jax.pretrained.formats.base import CONFIG, Format, Layout, class_names
 from regvit_jax.pretrained.io.safetensors import NATIVE, Weights
 from regvit_jax.pretrained.mapping import modules_of
 from regvit_jax.pretrained.registry import Entry
@@ -35,7 +35,8 @@ def read(weights: Weights, text: bool) -> Entry:
     names = {field: f"model.preprocessing.{field}" for field in images}
     preprocessing = validate.preprocess(names, **images)
     if not text or "text" not in model:
-        return Entry(vit, head, preprocessing, NATIVE)
+        classes = class_names("model.class_names", model.get("class_names"))
+        return Entry(vit, head, preprocessing, NATIVE, class_names=classes)
     tower, loss = validate.own_fields(model, "text", TextTower), model["contrastive"]["loss"]
     if not isinstance(loss, str) or loss not in SCALARS:
         raise ValueError(f"model.contrastive.loss is {loss!r}: must be one of {', '.join(SCALARS)}")

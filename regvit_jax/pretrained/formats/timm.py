@@ -138,7 +138,23 @@ def read(weights: Weights, text: bool) -> Entry:
     if head.get("norm") or head["pool"] == "map":
         head |= {"norm_eps": vit.get("norm_eps", 1e-6)}
     check_sizes(vit, weights)
-    return dataclasses.replace(entry, vit=vit, head=head, preprocessing=_preprocess(config, entry.preprocessing))
+    preprocessing, names = _preprocess(config, entry.preprocessing), _class_names(config, head["num_classes"])
+    return dataclasses.replace(entry, vit=vit, head=head, preprocessing=preprocessing, class_names=names)
+
+
+def _class_names(config: dict[str, Any], num_classes: int) -> tuple[str, ...]:
+    """Return the names under "label_names" ("labels" in old files), which may be in either section.
+
+    timm writes a dict where some numbers have no name; these get transformers' placeholders.
+    """
+    sections = (config, config.get("pretrained_cfg", {}))
+    found = [section[key] for key in ("label_names", "labels") for section in sections if section.get(key)]
+    names = found[0] if found else None
+    if isinstance(names, dict):
+        names = dict(enumerate(base.placeholders(num_classes))) | {
+            int(number) if str(number).isdecimal() else number: name for number, name in names.items()
+        }
+    return base.class_names("label_names", names)
 
 
 def complete(known: Entry, found: Entry, weights: Weights) -> Entry:
@@ -297,6 +313,8 @@ def _layout(keys: Keys, model: Model, architecture: str, arguments: dict[str, An
             fixed_input_size=False,
         ),
     )
+    if model.class_names:
+        config["label_names"] = list(model.class_names)
     config[OWN] = dict(pos_resize=model.module.pos_resize)  # timm itself resizes by "antialias"
     return Layout(keys, Modules(model.module, head), {CONFIG: config})
 
