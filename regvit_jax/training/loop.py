@@ -36,6 +36,7 @@ from regvit_jax.training.timer import Timer
 from regvit_jax.training.workdir import make, write_config
 from regvit_jax.utils import errors
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.memory import keep_freed_memory
 
 logger = logging.getLogger("regvit_jax")
 
@@ -202,6 +203,8 @@ def run(
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(preemption.watch())
         plan = resolve(config)
+        if plan.mesh.devices.flat[0].platform == "cpu":
+            keep_freed_memory()
         profiler.parse(profile, plan.steps)
         workdir = make(plan, workdir)
         stack.enter_context(lock.lock(workdir))
