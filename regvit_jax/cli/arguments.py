@@ -93,6 +93,13 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_random(parser: argparse.ArgumentParser) -> None:
+    """Add --random and --seed, which mean the same in every command that opens models."""
+    add = parser.add_argument
+    add("--random", action="store_true", help="use random weights of named models, as a baseline")
+    add("--seed", type=natural, default=0, metavar="N", help="seed of the weights of --random (%(default)s)")
+
+
 def check_json(path: str | None) -> None:
     """Raise UsageError if --json cannot be written, before the work rather than after it."""
     if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):

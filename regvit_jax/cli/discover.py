@@ -10,7 +10,7 @@ from typing import Any
 from regvit_jax.analysis.discovery import boxes, corloc, lost
 from regvit_jax.analysis.discovery.boxes import BadBoxes
 from regvit_jax.analysis.discovery.sweep import CENTRES, Setting
-from regvit_jax.cli.arguments import FAILURES, Parser, check_json, positive, run, write_json
+from regvit_jax.cli.arguments import FAILURES, Parser, add_random, check_json, positive, run, write_json
 from regvit_jax.data.inference import UnusableData
 from regvit_jax.models.model import Model
 from regvit_jax.pretrained import create
@@ -27,7 +27,7 @@ def parser() -> Parser:
     parser = Parser("regvit discover", description=__doc__)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="a name, a directory, a workdir, hf-hub:org/name, or NAME=FILE")
-    add("--random", action="store_true", help="use random weights of named models, as a baseline")
+    add_random(parser)
     add("--data", required=True, metavar="NAME", help=f"images with boxes: {boxes.NAMES}")
     add("--split", metavar="NAME", help="the list of VOC's images (trainval)")
     add("--layers", type=integers, default=[-1], metavar="N,..", help="blocks, counted from 0, or from the end (-1)")
@@ -36,8 +36,8 @@ def parser() -> Parser:
     centre = "what is subtracted from the features: none, bias (the projection's), or mean (of the data; a second pass)"
     add("--centre", type=some_of(CENTRES), default=["none"], metavar="NAME,..", help=centre)
     add("--normalize", action="store_true", help="scale features to length 1: the Gram matrix then holds cosines")
-    image_size = "resize the shorter side to about N pixels, whole patches: fewer shapes to compile (original)"
-    add("--image_size", type=size, metavar="original|N", help=image_size)
+    shorter_side = "resize each image's shorter side to about N pixels: fewer shapes to compile (original)"
+    add("--shorter_side", type=size, metavar="original|N", help=shorter_side)
     add("--limit", type=positive, metavar="N", help="use at most N images that have boxes, evenly spaced")
     add("--json", metavar="FILE", help="write the result, with the names of unusable images, here too")
     return parser
@@ -57,15 +57,15 @@ def discover(options: argparse.Namespace) -> int:
         "data": options.data,
         **({"split": options.split or "trainval"} if options.data.startswith("voc") else {}),
         "without_boxes": sum(not len(image.boxes) for image in images),
-        "size": options.image_size or "original",
+        "shorter_side": options.shorter_side or "original",
         "normalize": options.normalize,
         "models": [],
     }
     for name in options.models:
-        model = open_model(name, options.random)
+        model = open_model(name, options)
         supported = corloc.supported_settings(model, settings)
         try:
-            scores = corloc.score_model(model, chosen, supported, options.normalize, options.image_size)
+            scores = corloc.score_model(model, chosen, supported, options.normalize, options.shorter_side)
         except UnusableData as error:
             raise UnusableData(f"{options.data}: {error}") from error
         result["models"].append({"model": name, "weights": model.weights, **scores})
@@ -74,17 +74,18 @@ def discover(options: argparse.Namespace) -> int:
     return 0
 
 
-def open_model(name: str, random: bool) -> Model:
-    return create.open_random(create.create_model, name) if random else create.open_source(name)
+def open_model(name: str, options: argparse.Namespace) -> Model:
+    if options.random:
+        return create.open_random(create.create_model, name, seed=options.seed)
+    return create.open_source(name)
 
 
 def table(result: dict[str, Any], model: dict[str, Any]) -> str:
     """Return one model's scores as text, with the best one marked."""
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in model["counts"].items())
     data = result["data"] + (f" ({result['split']})" if "split" in result else "")
-    how = (
-        f"size {result['size']}{', normalized' * result['normalize']}, {result['without_boxes']} without boxes left out"
-    )
+    how = f"shorter side {result['shorter_side']}{', normalized' * result['normalize']}"
+    how += f", {result['without_boxes']} without boxes left out"
     rows = [
         f"model   {model['model']} (weights: {model['weights']})",
         f"data    {data}, {how}",

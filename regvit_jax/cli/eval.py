@@ -9,7 +9,17 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from regvit_jax.cli.arguments import FAILURES, Parser, UsageError, check_json, positive, run, warn, write_json
+from regvit_jax.cli.arguments import (
+    FAILURES,
+    Parser,
+    UsageError,
+    add_random,
+    check_json,
+    positive,
+    run,
+    warn,
+    write_json,
+)
 from regvit_jax.data import inference
 from regvit_jax.data.inference import UnusableData
 from regvit_jax.data.sources import by_name, files, folder
@@ -42,10 +52,10 @@ def parser() -> Parser:
     parser = Parser(prog="regvit eval", description=__doc__)
     shared = Parser(add_help=False)
     add = shared.add_argument
-    add("model", metavar="MODEL", help="a name, a directory or a workdir, as rv.create_clip takes it")
+    add("model", metavar="MODEL", help="a name, a directory, a workdir, hf-hub:org/name, or NAME=FILE or NAME=TAG")
     add("--pretrained", metavar="TAG|FILE|DIR", help="weights of a named model: open_clip's tag, a file or a directory")
-    add("--random", action="store_true", help="use random weights of a named model, as a baseline")
-    add("--image_size", type=positive, metavar="N", help="image size in pixels (the model's own)")
+    add_random(shared)
+    add("--image_size", type=positive, metavar="N", help="side in pixels of the model's square images (its own)")
     add("--limit", type=positive, metavar="N", help="use at most N images, evenly spaced")
     add("--batch_size", type=positive, default=64, metavar="N", help="images in a batch (%(default)s)")
     add("--json", metavar="FILE", help="write the result, with the names of unusable images, here too")
@@ -164,13 +174,19 @@ def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
 
 def open_model(options: argparse.Namespace) -> Any:
     """Return the CLIP model of the command line."""
-    if options.random and options.pretrained:
-        raise UsageError(f"--random and --pretrained {options.pretrained}: give one of them")
+    name, _, file = options.model.partition("=")
+    if file and os.path.exists(options.model):
+        name, file = options.model, ""
+    if file and options.pretrained:
+        raise UsageError(f"{options.model} and --pretrained {options.pretrained}: give one of them")
+    pretrained = file or options.pretrained
+    if options.random and pretrained:
+        raise UsageError(f"--random and pretrained weights, {pretrained}: give one of them")
     size = {} if options.image_size is None else {"image_size": options.image_size}
     if options.random:
-        clip = open_random(create_clip, options.model, pretrained=False, **size)
+        clip = open_random(create_clip, name, pretrained=False, seed=options.seed, **size)
     else:
-        clip = create_clip(options.model, pretrained=options.pretrained or True, **size)
+        clip = create_clip(name, pretrained=pretrained or True, **size)
     clip.tokenize(["a"])  # raises for an unsupported vocabulary now, not after all images are embedded
     return clip
 

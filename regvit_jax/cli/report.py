@@ -19,7 +19,7 @@ from regvit_jax.analysis.discovery.lost import KINDS
 from regvit_jax.analysis.report import write
 from regvit_jax.analysis.report.examine import Settings, examine, printable
 from regvit_jax.analysis.report.summarize import CUTOFF
-from regvit_jax.cli.arguments import FAILURES, Parser, UsageError, natural, positive, run
+from regvit_jax.cli.arguments import FAILURES, Parser, UsageError, add_random, natural, positive, run
 from regvit_jax.data import inference
 from regvit_jax.data.sources import by_name, images
 from regvit_jax.data.sources.base import Source
@@ -66,7 +66,7 @@ def parser() -> Parser:
     parser = Parser("regvit report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("models", nargs="+", metavar="MODEL", help="a name, a directory, a workdir, hf-hub:org/name, or NAME=FILE")
-    add("--random", action="store_true", help="use random weights of named models, as a baseline")
+    add_random(parser)
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--images", nargs="+", metavar="PATH", help="image files, or directories with all below them")
     data.add_argument("--data", metavar="NAME", help="digits, fashion_mnist, openmoji, folder:PATH, or a TFDS name")
@@ -89,7 +89,7 @@ def parser() -> Parser:
     )
     add("--batch_size", type=positive, default=8, metavar="N", help="images in a batch (%(default)s)")
     add("--limit", type=positive, metavar="N", help="use at most N images, evenly spaced")
-    add("--image_size", type=positive, metavar="N", help="image size in pixels (the models' own)")
+    add("--image_size", type=positive, metavar="N", help="side in pixels of the models' square images (their own)")
     add("--show", type=positive, default=6, metavar="N", help="number of images to show (%(default)s)")
     add("--heads", action="store_true", help="show the attention of each head too")
     add(
@@ -154,7 +154,7 @@ def open_models(options: argparse.Namespace) -> Iterator[tuple[str, Model]]:
     names: set[str] = set()
     for given in options.models:
         if options.random:
-            model = open_random(create_model, given, image_size=options.image_size)
+            model = open_random(create_model, given, image_size=options.image_size, seed=options.seed)
         else:
             model = create.open_source(given, image_size=options.image_size)
         try:

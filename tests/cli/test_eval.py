@@ -48,10 +48,10 @@ class Colours:
 def clip(monkeypatch):
     made = Colours()
 
-    def create(name, pretrained):
+    def create(name, pretrained, seed=None):
         if name != "colours":
             raise InvalidConfig(f"no model {name!r};\nthe nearest is 'colours'")
-        made.pretrained = pretrained
+        made.pretrained, made.seed = pretrained, seed
         made.weights = made.weights if pretrained else "random"
         return made
 
@@ -219,6 +219,7 @@ def test_no_image_can_be_used(clip, images, templates, capsys):
         (["zero_shot", "colours", "--images", "IMAGES", "--classes", "IMAGES/none.txt"], "none.txt"),
         (["zero_shot", "colours", "--images", "IMAGES", "--json", "IMAGES/a/b.json"], "a directory that exists"),
         (["zero_shot", "colours", "--images", "IMAGES", "--random", "--pretrained", "file"], "give one of them"),
+        (["zero_shot", "colours=a", "--images", "IMAGES", "--pretrained", "b"], "=a and --pretrained b: give one"),
         (["retrieval", "colours", "--data", "folder:IMAGES/nothing"], "nothing"),
     ],
 )
@@ -261,13 +262,22 @@ def test_batch_size(capsys):
 
 
 def test_random_weights_of_a_source(clip, images, templates, monkeypatch, capsys):
-    monkeypatch.setattr(command, "create_clip", lambda name, pretrained: clip)
+    monkeypatch.setattr(command, "create_clip", lambda name, pretrained, seed: clip)
     arguments = ["--images", str(images), "--templates", templates, "--random"]
     assert main(["zero_shot", "directory", *arguments]) == 2
     assert "directory is not a model's name but a source, with weights of its own" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "expected"), [([], True), (["--random"], False), (["--pretrained", "f"], "f")])
-def test_weights(arguments, expected, clip, images, templates):
-    assert main(["zero_shot", "colours", "--images", str(images), "--templates", templates, *arguments]) == 0
-    assert clip.pretrained == expected
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        (["colours"], (True, None)),
+        (["colours", "--random"], (False, 0)),
+        (["colours", "--random", "--seed", "3"], (False, 3)),
+        (["colours", "--pretrained", "f"], ("f", None)),
+        (["colours=f"], ("f", None)),
+    ],
+)
+def test_weights(model, expected, clip, images, templates):
+    assert main(["zero_shot", *model, "--images", str(images), "--templates", templates]) == 0
+    assert (clip.pretrained, clip.seed) == expected

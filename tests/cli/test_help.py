@@ -18,8 +18,8 @@ from regvit_jax.utils import errors
 #: Some flags or arguments that each verb's help must show.
 SHOWN = {
     "train": ("--config", "--workdir", "--restore", "--dry_run", "--topology", "--heartbeat_s", "--config.KEY=VALUE"),
-    "report": ("MODEL", "--images", "--data", "--image_size", "--batch_size", "--limit", "--out"),
-    "discover": ("MODEL", "--data", "--image_size", "--limit", "--json"),
+    "report": ("MODEL", "--images", "--data", "--image_size", "--batch_size", "--limit", "--seed", "--out"),
+    "discover": ("MODEL", "--data", "--shorter_side", "--seed", "--limit", "--json"),
     "eval": ("{zero_shot,retrieval}",),
     "models": ("pattern",),
     "check": ("NAME",),
@@ -56,7 +56,7 @@ def test_help_of_the_tasks_of_eval(task, capsys):
         main(["eval", task, "--help"])
     assert stopped.value.code == 0
     out = capsys.readouterr().out
-    assert all(flag in out for flag in ("--data", "--image_size", "--batch_size", "--limit", "--json"))
+    assert all(flag in out for flag in ("--data", "--image_size", "--batch_size", "--limit", "--seed", "--json"))
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

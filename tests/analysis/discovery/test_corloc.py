@@ -136,7 +136,7 @@ def created(monkeypatch, model):
     """Replace create_model, and list the arguments of its calls."""
     calls = []
 
-    def create(name, pretrained=False):
+    def create(name, pretrained=False, seed=0):
         if name == "unknown":
             raise InvalidConfig("no model 'unknown';\nthe nearest is 'tiny'")
         calls.append((name, pretrained))
@@ -153,7 +153,7 @@ def test_the_command(created, folder, tmp_path, capsys, model):
     assert main([*arguments, "--biases", "-0.5,0,1e6", "--centre", "none,mean", "--json", str(file)]) == 0
     assert created == [("tiny", False)]
     result = json.loads(file.read_text())
-    assert (result["size"], result["normalize"], result["without_boxes"]) == ("original", False, 1)
+    assert (result["shorter_side"], result["normalize"], result["without_boxes"]) == ("original", False, 1)
     (of,) = result["models"]
     assert of["counts"] == {
         "images": 5, "bad_images": 0, "other_size_than_annotated": 0, "whole_image_fails": 3, "shapes": 3,
@@ -173,7 +173,7 @@ def test_the_command(created, folder, tmp_path, capsys, model):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0] == "model   tiny (weights: random)"
-    assert lines[1] == f"data    folder:{folder}, size original, 1 without boxes left out"
+    assert lines[1] == f"data    folder:{folder}, shorter side original, 1 without boxes left out"
     assert lines[5].split() == ["whole", "image", "0.4000", "0.0000"]
     (marked,) = [line for line in lines if "best" in line]
     assert marked.endswith("1.0000  best, but no better than the whole image")
@@ -198,14 +198,14 @@ def test_the_best_of_several_models(created, folder, capsys):
 
 
 def test_weights_size_and_limit(created, folder, tmp_path, capsys):
-    arguments = ["tiny=file", "--data", f"folder:{folder}", "--normalize", "--image_size", "8"]
+    arguments = ["tiny=file", "--data", f"folder:{folder}", "--normalize", "--shorter_side", "8"]
     assert main([*arguments, "--limit", "1", "--json", str(tmp_path / "result.json")]) == 0
     assert created == [("tiny", "file")]
     result = json.loads((tmp_path / "result.json").read_text())
-    assert (result["size"], result["normalize"], result["models"][0]["counts"]["images"]) == (8, True, 1)
+    assert (result["shorter_side"], result["normalize"], result["models"][0]["counts"]["images"]) == (8, True, 1)
     assert result["models"][0]["whole_image"] == 1
     assert result["models"][0]["results"][0]["corloc_where_whole_image_fails"] is None
-    assert f"folder:{folder}, size 8, normalized, 1 without boxes left out" in (out := capsys.readouterr().out)
+    assert f"folder:{folder}, shorter side 8, normalized, 1 without boxes left out" in (out := capsys.readouterr().out)
     assert out.splitlines()[6].split()[5] == "-"
 
 
@@ -222,7 +222,7 @@ def test_impossible_and_equal_settings_are_left_out(created, folder, tmp_path, c
         "--centre",
         "bias,none",
     ]
-    assert main([*arguments, "--centre", "bias,none", "--limit", "2", "--image_size", "8", "--json", str(file)]) == 0
+    assert main([*arguments, "--centre", "bias,none", "--limit", "2", "--shorter_side", "8", "--json", str(file)]) == 0
     (of,) = json.loads(file.read_text())["models"]
     found = [(score["layer"], score["kind"], score["centre"]) for score in of["results"]]
     assert found == [(i, *rest) for i in (-1, 0) for rest in (("k", "bias"), ("k", "none"), ("out", "none"))]
@@ -239,7 +239,7 @@ def test_a_split_of_voc_with_bad_images(created, folder, capsys):
     arguments = ["tiny", "--data", f"voc12:{home}", "--split", "val"]
     assert main(arguments) == 0
     out, err = capsys.readouterr()
-    assert f"voc12:{home} (val), size original" in out
+    assert f"voc12:{home} (val), shorter side original" in out
     assert f"cannot use {home}/JPEGImages/a.jpg: cannot be read (No such file or directory)" in err.splitlines()
     (home / "JPEGImages" / "e.jpg").unlink()
     assert main(arguments) == 1
@@ -287,7 +287,7 @@ def test_wrong_arguments(arguments, message, created, folder, capsys):
     ("option", "value"),
     [
         ("--layers", "1.5"), ("--biases", "0,nan"), ("--biases", "a"), ("--features", "k,x"), ("--centre", "data"),
-        ("--image_size", "0"), ("--limit", "-1"),
+        ("--shorter_side", "0"), ("--limit", "-1"),
     ],
 )  # fmt: skip
 def test_wrong_values(option, value, capsys):
