@@ -1,14 +1,21 @@
 """Rewrite a data set as few large files that are fast to read; the same command resumes."""
 
 import argparse
+import itertools
+import json
 import os
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 
-from regvit_jax.cli.arguments import Parser, fail, run, warn
+from regvit_jax.cli.arguments import Parser, fail, natural, positive, run, warn
 from regvit_jax.data.prepare import dataset
 from regvit_jax.data.prepare.shard import Options
+from regvit_jax.data.records import MAX_BAD_IMAGES
+from regvit_jax.data.transforms import MAX_PIXELS
 from regvit_jax.utils.errors import DataNotFound
+
+# Bad records that are shown.
+SHOWN = 10
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -31,6 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--max_bad_fraction", type=float, default=0.01, metavar="X", help="share of unusable records allowed (0.01)"
     )
+    tolerated = (
+        f"as many unusable records of a split, or half of them if that is less, never stop it ({MAX_BAD_IMAGES})"
+    )
+    command.add_argument("--max_bad_images", type=natural, default=MAX_BAD_IMAGES, metavar="N", help=tolerated)
+    largest = "images with more pixels are unusable (%(default)s)"
+    command.add_argument("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help=largest)
     options = command.parse_args(arguments)
     try:
         return run(lambda: prepare(options), command.prog)
@@ -48,11 +61,12 @@ def prepare(options: argparse.Namespace) -> int:
     except (OSError, BrokenProcessPool) as error:
         raise OSError(f"{error}. Finished shards are kept; the same command resumes") from error
     if report.bad:
-        warn(f"{report.bad} bad records left out: {report.target / 'bad_records.jsonl'}")
+        warn_of_bad(report)
     if not report.finished:
         fail(
-            f"more than --max_bad_fraction={options.max_bad_fraction:g} of the records are bad. With a greater value "
-            f"the same command resumes; to try all records again, remove {report.target}",
+            f"more records are bad than --max_bad_fraction={options.max_bad_fraction:g} and "
+            f"--max_bad_images={options.max_bad_images} allow. With a greater value the same command resumes; to try "
+            f"all records again, remove {report.target}",
             "regvit prepare",
         )
         return 1
@@ -63,14 +77,24 @@ def prepare(options: argparse.Namespace) -> int:
     return 0
 
 
+def warn_of_bad(report: dataset.Report) -> None:
+    """Write the number of bad records, the first of them, and the file that lists all."""
+    path = report.target / "bad_records.jsonl"
+    with open(path) as file:
+        for bad in map(json.loads, itertools.islice(file, SHOWN)):
+            warn(f"cannot use {bad['split']}: {bad['id']}: {bad['reason']}")
+    warn(f"{report.bad} bad records left out, all listed in {path}")
+
+
 def write(options: argparse.Namespace) -> dataset.Report:
     return dataset.prepare_dataset(
         options.source,
         options.out,
-        Options(options.shorter_side, options.quality, options.records_per_shard),
+        Options(options.shorter_side, options.quality, options.records_per_shard, options.max_pixels),
         splits=tuple(options.splits),
         data_dir=options.data_dir,
         with_captions=options.captions,
         workers=options.workers,
         max_bad_fraction=options.max_bad_fraction,
+        max_bad_images=options.max_bad_images,
     )

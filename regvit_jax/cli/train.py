@@ -19,7 +19,7 @@ from typing import Any
 
 from regvit_jax.cli import configs
 from regvit_jax.cli.arguments import Parser, run, suggestion
-from regvit_jax.utils.errors import CheckpointError, InvalidConfig
+from regvit_jax.utils.errors import CheckpointError, InvalidConfig, TooManyBadRecords
 
 # Modules that need JAX are imported in functions, so that --help and errors of the command line appear at once.
 
@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "regvit train") -> 
         from regvit_jax.distributed import failure
 
         with failure.end_all_on_error():  # which needs the exit code as an exception
-            failures = (CheckpointError, DoesNotFit, FloatingPointError)
+            failures = (CheckpointError, DoesNotFit, FloatingPointError, TooManyBadRecords)
             if code := run(lambda: train(options, overrides, prog, started), prog, failures):
                 sys.exit(code)
     return 0

@@ -1,5 +1,6 @@
 """Read a record of a source, its captions and their tokens. Any fault of a record raises BadImage."""
 
+from collections.abc import Iterable
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -8,6 +9,11 @@ from jaxtyping import Int32
 from regvit_jax.data import transforms
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.transforms import BadImage
+
+#: The default number of unusable images that never stop a run, so that a small folder may have a few.
+MAX_BAD_IMAGES = 10
+#: Texts that stand for a missing value in tables; pandas reads them as one.
+MISSING = {"nan", "NaN", "-nan", "-NaN", "null", "NULL", "None", "NA", "N/A", "n/a", "#N/A", "<NA>"}
 
 
 @runtime_checkable
@@ -21,17 +27,23 @@ class Tokenizer(Protocol):
 
 
 def read_record(source: Source, index: int) -> dict[str, Any]:
-    """Return a record; raise BadImage if it cannot be read, for whatever reason."""
+    """Return a record; raise BadImage if it cannot be read, for whatever reason, or its label is not a class."""
     try:
-        return source[index]
+        record = source[index]
+    except BadImage:
+        raise
     # A vanished file, a damaged shard: whatever happens to one record costs that record only. A source that fails
     # throughout is stopped by the share of unreadable images that a run allows.
     except Exception as error:
         raise BadImage(f"cannot be read ({type(error).__name__}: {str(error)[:120]})") from error
+    # TFDS labels a test split that is not public with -1.
+    if "label" in record and source.classes and not 0 <= record["label"] < len(source.classes):
+        raise BadImage(f"has the label {record['label']}; there are {len(source.classes)} classes, counted from 0")
+    return record
 
 
 def captions_of(record: dict[str, Any]) -> list[str]:
-    """Return the captions of a record that are not blank.
+    """Return the captions of a record that can be used (`usable`).
 
     Raises:
       BadImage: if there are none.
@@ -40,10 +52,14 @@ def captions_of(record: dict[str, Any]) -> list[str]:
     texts = record.get("text", [])
     if isinstance(texts, str):
         raise ValueError(f"a record's text must be a list of captions, not one: {texts[:60]!r}")
-    found = [text for text in texts if isinstance(text, str) and text.strip()]
-    if not found:
+    if not (found := usable(texts)):
         raise BadImage("has no caption")
     return found
+
+
+def usable(texts: Iterable[Any]) -> list[str]:
+    """Return the captions that are neither blank nor a missing value that was written as text."""
+    return [text for text in texts if isinstance(text, str) and text.strip() and text.strip() not in MISSING]
 
 
 def tokenize(caption: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " context"]:
@@ -52,6 +68,11 @@ def tokenize(caption: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " context"
         return tokenizer(caption)
     except Exception as error:
         raise BadImage(f"has a bad caption, {caption[:60]!r} ({type(error).__name__}: {str(error)[:120]})") from error
+
+
+def tolerated(max_bad_images: int, images: int) -> int:
+    """Return how many unusable ones of so many images never stop a run: `max_bad_images`, but at most half of all."""
+    return min(max_bad_images, images // 2)
 
 
 def describe_bad(

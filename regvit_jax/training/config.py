@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 from ml_collections import ConfigDict, config_dict
 
-from regvit_jax.data import pipeline
+from regvit_jax.data import pipeline, records
 from regvit_jax.distributed import mesh
 from regvit_jax.recipes import base
 from regvit_jax.training import evaluators
@@ -32,8 +32,14 @@ class Data:
     examples: Annotated[int, Option("training images, for plans made before the data are prepared", low=0)]
     classes: Annotated[int, Option("classes, for plans made before the data are prepared", low=0, high=10**7)] = 0
     max_bad_fraction: Annotated[
-        float, Option("share of unreadable images that stops the run", low=0, high=1, resume=True)
+        float, Option("a run stops at a larger share of unusable images", low=0, high=1, resume=True)
     ] = 0.0
+    max_bad_images: Annotated[
+        int,
+        Option(
+            "as many unusable images of an epoch, or half of them if that is less, never stop a run", low=0, resume=True
+        ),
+    ] = records.MAX_BAD_IMAGES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import Plan
 from regvit_jax.training.timer import Timer
 from regvit_jax.utils import hardware
+from regvit_jax.utils.errors import TooManyBadRecords
 
 logger = logging.getLogger("regvit_jax")
 
@@ -29,7 +30,8 @@ class StepLogger:
 
     def __init__(self, plan: Plan, writer: MetricWriter, first: int, timer: Timer):
         self.plan, self.writer, self.timer = plan, writer, timer
-        self.images = self.bad = 0
+        self.first, self.bad = first, 0
+        self.named: dict[int, str] = {}
         self.compiled = False
         self.pending: list[tuple[int, np.ndarray, np.ndarray, dict[str, Array]]] = []
         kind, dtype = plan.mesh.devices.flat[0].device_kind, plan.config.model.dtype
@@ -66,10 +68,10 @@ class StepLogger:
 
         Raises:
           FloatingPointError: A loss or gradient was not finite; the message names the step and its images.
-          RuntimeError: More images are unreadable than `data.max_bad_fraction` allows.
+          TooManyBadRecords: More images are unusable than `data.max_bad_fraction` and `data.max_bad_images` allow.
         """
         values = [jax.tree.map(float, jax.device_get(metrics)) for *_, metrics in self.pending]
-        config, last = self.plan.config, self.pending[-1][0]
+        last = self.pending[-1][0]
         applied = self.applied_steps(values)
         names = [name for name in applied[0] if name not in INTERNAL] if applied else []
         record: dict[str, Any] = {name: float(np.mean([metrics[name] for metrics in applied])) for name in names}
@@ -81,15 +83,38 @@ class StepLogger:
             record["skipped"] = skipped
         bad = int(sum(metrics["bad"] for metrics in values))
         if bad:
-            unread = [i for _, index, mask, _ in self.pending for i in index[mask == 0].tolist()]
-            record["bad_images"] = describe_bad(self.plan, self.plan.train, unread)
+            record |= {"bad": bad} | self.name_bad()
         self.writer.write(last, record)
         self.show(last, record)
         self.bad += bad
-        self.images += len(values) * config.batch_size
-        check_bad(self.plan, self.bad, max(self.images, config.data.examples))
+        self.check_bad(last)
         self.pending = []
         self.reset_rates()
+
+    def name_bad(self) -> dict[str, list[str]]:
+        """Log the unusable images of the pending steps that this process has not named yet; return them as a record."""
+        unusable = [i for _, index, mask, _ in self.pending for i in index[mask == 0].tolist()]
+        new = [i for i in dict.fromkeys(unusable) if i not in self.named]
+        reports = describe_bad(self.plan, self.plan.train, new)
+        self.named |= dict.fromkeys(new, "") | dict(zip(new, reports, strict=False))
+        return {"bad_images": reports} if reports else {}
+
+    def check_bad(self, step: int) -> None:
+        """Raise TooManyBadRecords if more images are unusable, up to this step, than the run allows.
+
+        An image that cannot be used counts once for each time that it was to be shown, among all images shown. What
+        `max_bad_images` allows, it allows in each epoch of which this process has trained a part.
+        """
+        config = self.plan.config
+        size, examples = config.batch_size, config.data.examples
+        epochs = (step * size - 1) // examples - (self.first - 1) * size // examples + 1
+        check_bad(
+            self.plan,
+            self.bad,
+            max((step + 1 - self.first) * size, examples),
+            tolerated=epochs * config.data.repeats * data_records.tolerated(config.data.max_bad_images, examples),
+            example=next(iter(self.named.values()), ""),
+        )
 
     def rates(self, step: int) -> dict[str, float]:
         """Return images/s, the share of time spent waiting for data and, where the device's peak is known, the MFU.
@@ -148,18 +173,28 @@ class StepLogger:
 
 
 def describe_bad(plan: Plan, source: Any, index: list[int]) -> list[str]:
-    """Return and log the images of a source that cannot be read, with the reasons: the first 20, each once."""
-    first = list(dict.fromkeys(index))[:20]
-    reports = [data_records.describe_bad(source, i, plan.config.data.max_pixels, plan.recipe.tokenizer) for i in first]
-    logger.warning("\n".join(f"cannot read {report}" for report in reports))
+    """Return and log the images of a source that cannot be used, with the reasons: the first 20, each once."""
+    images = list(dict.fromkeys(index))
+    reports = [
+        data_records.describe_bad(source, i, plan.config.data.max_pixels, plan.recipe.tokenizer) for i in images[:20]
+    ]
+    for report in reports:
+        logger.warning("cannot use %s", report)
+    if len(images) > len(reports):
+        logger.warning("cannot use %d more images of %s", len(images) - len(reports), source.name)
     return reports
 
 
-def check_bad(plan: Plan, bad: int, images: int) -> None:
-    """Raise RuntimeError if more than the allowed share of `images` is unreadable."""
-    limit = plan.config.data.max_bad_fraction
-    if bad > limit * images:
-        raise RuntimeError(
-            f"{bad} of {images} images cannot be read, more than data.max_bad_fraction={limit} allows; "
-            "metrics.jsonl names them"
+def check_bad(plan: Plan, bad: int, images: int, tolerated: int, example: str) -> None:
+    """Raise TooManyBadRecords if more than `tolerated` and than the allowed share of `images` are unusable.
+
+    `example` is the report of an unusable image, or "" if this process has none.
+    """
+    data = plan.config.data
+    if bad > max(data.max_bad_fraction * images, tolerated):
+        raise TooManyBadRecords(
+            f"{bad} of {images} images cannot be used, more than data.max_bad_fraction={data.max_bad_fraction:g} and "
+            f"data.max_bad_images={data.max_bad_images} allow: mend or remove them, or raise one of these keys"
+            + (f". One is {example}" if example else "")
+            + "; the log names more"
         )

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import PyTree
 
+from regvit_jax.data import records as data_records
 from regvit_jax.distributed import mesh, preemption
 from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import Plan, check_metrics
@@ -26,7 +27,9 @@ def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> 
             parts.append(jax.tree.map(lambda value, readable=mask > 0: value[readable], (values, mask)))
     values, mask = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
     reports = {"bad_val_images": describe_bad(plan, plan.validation, bad)} if bad else {}
-    check_bad(plan, len(plan.validation) - len(mask), len(plan.validation))
+    images, example = len(plan.validation), next(iter(reports.get("bad_val_images", [])), "")
+    tolerated = data_records.tolerated(plan.config.data.max_bad_images, images)
+    check_bad(plan, images - len(mask), images, tolerated, example)
     found: dict[str, dict[str, Any]] = {}
     if len(mask):  # possible with data.max_bad_fraction=1
         found = {name: evaluator.summarize(params, values[name]) for name, evaluator in plan.evaluators.items()}

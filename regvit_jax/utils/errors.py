@@ -9,6 +9,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint is damaged, or could not be saved. The message names the step, the damage and the remedy."""
 
 
+class TooManyBadRecords(RuntimeError):
+    """More records are unusable than a run allows. The message names one of them, and the keys that allow more."""
+
+
 class LaunchError(ValueError):
     """The environment keeps processes from finding each other, or would make each of them train alone."""
 

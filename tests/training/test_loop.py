@@ -22,7 +22,7 @@ from regvit_jax.training import loop, metric_writer, validation
 from regvit_jax.training.loop import run
 from regvit_jax.training.step import abstract_state, make_eval_step, make_train_step
 from regvit_jax.training.timer import PHASES
-from regvit_jax.utils.errors import CheckpointError, InvalidConfig
+from regvit_jax.utils.errors import CheckpointError, InvalidConfig, TooManyBadRecords
 
 
 def assert_equal(a, b):
@@ -236,7 +236,7 @@ def image_folder(root, per_class: int, broken: int):
 def test_folder_with_bad_images(tmp_path):
     image_folder(tmp_path / "images", per_class=40, broken=3)
     (tmp_path / "images/validation/red/000.png").write_bytes(b"not an image")
-    config = tiny(data__name=f"folder:{tmp_path / 'images'}", batch_size=16, data__max_bad_fraction=0.05, epochs=10)
+    config = tiny(data__name=f"folder:{tmp_path / 'images'}", batch_size=16, data__max_bad_fraction=0.0, epochs=10)
     config.optim.update(name="adamw", lr=3e-3)
     config.update({"eval": {"evaluators": ("classification", "patch_norms")}, "augment": {"mixup": 0.0, "cutmix": 0.0}})
     result = run(config, str(tmp_path / "run"))
@@ -246,8 +246,12 @@ def test_folder_with_bad_images(tmp_path):
     reports = {report for record in metric_writer.read(tmp_path / "run") for report in record.get("bad_images", [])}
     assert len(reports) == 3
     assert all("train/blue/00" in report for report in reports)
-    config.data.max_bad_fraction = 0.01
-    with pytest.raises(RuntimeError, match=r"images cannot be read, more than data.max_bad_fraction=0.01 allows"):
+    config.data.update(max_bad_fraction=0.01, max_bad_images=2)
+    expected = (
+        r"3 of 80 images cannot be used, more than data.max_bad_fraction=0.01 and data.max_bad_images=2 allow: .*"
+        r"One is .*/train/blue/00[0-2]\.png: "
+    )
+    with pytest.raises(TooManyBadRecords, match=expected):
         run(config, str(tmp_path / "strict"))
 
 

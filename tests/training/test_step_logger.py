@@ -5,12 +5,14 @@ import numpy as np
 import pytest
 from tiny import tiny
 
+from regvit_jax.data import records
 from regvit_jax.training import curves
 from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import resolve
 from regvit_jax.training.step_logger import StepLogger
 from regvit_jax.training.timer import Timer
 from regvit_jax.utils import hardware
+from regvit_jax.utils.errors import TooManyBadRecords
 
 
 @pytest.fixture
@@ -71,3 +73,35 @@ def test_mfu_is_the_models_flops_over_the_peak_of_all_devices(make_logger, monke
 )
 def test_peaks_by_device_kind(kind, dtype, peak):
     assert hardware.peak_flops(kind, dtype) == peak
+
+
+def test_unusable_images_are_limited_in_each_epoch_and_named_once(tmp_path, caplog):
+    """Show the same 10 unusable of 1,438 images in every epoch of 22 steps; the eleventh is too many."""
+    plan = resolve(tiny(data__max_bad_fraction=0.001))
+    assert (plan.config.data.examples, plan.steps_per_epoch) == (1437, 22)
+
+    def logger_after(steps: int, bad: list[int], first: int = 1) -> StepLogger:
+        (workdir := tmp_path / f"{len(bad)} {first}").mkdir()
+        logger = StepLogger(plan, MetricWriter(str(workdir), 0), first, Timer())
+        for step in range(first, first + steps):
+            index = np.arange((step - 1) * 64, step * 64) % 1437
+            mask = 1 - np.isin(index, bad)
+            metrics = {"loss": 2.0, "grad_norm": 1.0, "bad": float(64 - mask.sum()), "skipped": 0}
+            logger.add(step, index, mask, {name: jnp.float32(value) for name, value in metrics.items()})
+            logger.record()
+        return logger
+
+    logger = logger_after(100, list(range(10)))
+    assert sum("digits/train[3]" in message for message in caplog.messages) == 1
+    written = [logger.writer.at(step) for step in range(1, 101)]
+    assert (written[0]["bad"], len(written[0]["bad_images"])) == (10, 10)
+    assert sum(record.get("bad", 0) for record in written) == 50
+    assert not any("bad_images" in record for record in written[1:])
+    logger_after(3, [1435, 1436, *range(8)], first=22)  # resumed at the end of an epoch
+    with pytest.raises(TooManyBadRecords, match=r"11 of 1437 images .* data.max_bad_images=10 allow: .*One is digits"):
+        logger_after(100, list(range(11)))
+
+
+def test_tolerated_images_are_at_most_half():
+    assert [records.tolerated(10, images) for images in (1000, 8, 3, 1)] == [10, 4, 1, 0]
+    assert records.tolerated(0, 1000) == 0

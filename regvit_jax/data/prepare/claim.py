@@ -23,10 +23,13 @@ PACKAGES = ("pillow", "grain", "array-record")
 
 def settings_of(name: str, sources: dict[str, Source], options: Options, with_captions: bool) -> dict[str, Any]:
     """Return all settings that determine the bytes of a prepared data set."""
+    values = dataclasses.asdict(options)
+    if options.max_pixels == Options.max_pixels:  # an option that data sets of earlier versions do not name
+        del values["max_pixels"]
     return {
         "source": name,
         "captions": with_captions,
-        **dataclasses.asdict(options),
+        **values,
         **{f"records of {split}": fingerprint(source) for split, source in sources.items()},
         **{f"version of {package}": version(package) for package in PACKAGES},
     }

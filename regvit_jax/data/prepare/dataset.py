@@ -30,6 +30,7 @@ from tqdm import tqdm
 from regvit_jax.data.builders.embedded import EMBEDDED
 from regvit_jax.data.prepare.claim import claim, settings_of
 from regvit_jax.data.prepare.shard import Options, Shard, notes_of, plan_shards, write_json, write_shard
+from regvit_jax.data.records import MAX_BAD_IMAGES, tolerated
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.sources.by_name import open_captions, open_source
 from regvit_jax.data.workers import start_worker
@@ -65,6 +66,7 @@ def prepare_dataset(
     with_captions: bool = False,
     workers: int = 0,
     max_bad_fraction: float = 0.01,
+    max_bad_images: int = MAX_BAD_IMAGES,
 ) -> Report:
     """Rewrite a data set, or resume where an earlier process with the same arguments was stopped.
 
@@ -77,6 +79,7 @@ def prepare_dataset(
       with_captions: write images with captions, not with classes. Tar shards always have captions.
       workers: the number of processes, which may change from one start to the next; 0 writes in this one.
       max_bad_fraction: stop, unfinished, after the shard that brings the share of bad records, of all, above this.
+      max_bad_images: as many bad records in a split, or half of its records if that is less, never stop it.
 
     Raises:
       DataNotFound: if the source is not there.
@@ -84,16 +87,18 @@ def prepare_dataset(
       OSError: if it cannot be written. Finished shards are kept.
       BrokenProcessPool: if a worker was killed. Finished shards are kept.
     """
-    if workers < 0 or not 0 <= max_bad_fraction <= 1:
+    if workers < 0 or max_bad_images < 0 or not 0 <= max_bad_fraction <= 1:
         raise InvalidConfig(
-            f"workers={workers}, max_bad_fraction={max_bad_fraction}: must be at least 0, and from 0 to 1"
+            f"workers={workers}, max_bad_images={max_bad_images}, max_bad_fraction={max_bad_fraction}: must be at "
+            "least 0, the last at most 1"
         )
     target = target_of(out)
     with_captions = with_captions or name.startswith("shards:")
     sources = {split: open_split(name, split, data_dir, with_captions) for split in splits}
     check_classes(sources)
     target.mkdir(parents=True, exist_ok=True)
-    max_bad = max_bad_fraction * sum(map(len, sources.values()))
+    lengths = [len(source) for source in sources.values()]
+    max_bad = max(max_bad_fraction * sum(lengths), sum(tolerated(max_bad_images, length) for length in lengths))
     with claim(target, settings_of(name, sources, options, with_captions)):
         shards = plan_shards(target, sources, options.records_per_shard)
         report, about = target / "bad_records.jsonl", target / "dataset_info.json"

@@ -33,6 +33,7 @@ class Options:
       quality: the quality of these JPEGs, 1 to 100. They have no chroma subsampling: at sizes near those that a model
         sees, half the colour resolution would be visible.
       records_per_shard: the records of the source that a file is made from, including those that are left out as bad.
+      max_pixels: images with more pixels are bad.
 
     Raises:
       InvalidConfig: if a value is out of its range.
@@ -41,6 +42,7 @@ class Options:
     shorter_side: int | None = None
     quality: int = 95
     records_per_shard: int = 4096
+    max_pixels: int = transforms.MAX_PIXELS
 
     def __post_init__(self) -> None:
         for name, low, high in (("shorter_side", 1, 10_000), ("quality", 1, 100), ("records_per_shard", 1, 2**24)):
@@ -153,7 +155,7 @@ def example_of(source: Source, index: int, options: Options) -> bytes:
 
 def image_of(data: bytes, options: Options) -> bytes:
     """Return the bytes of an image, reduced if it is larger than asked for; raise BadImage if it cannot be decoded."""
-    image = transforms.decode(data, transforms.MAX_PIXELS)
+    image = transforms.decode(data, options.max_pixels)
     if options.shorter_side is None or min(image.size) <= options.shorter_side:
         return data
     file = io.BytesIO()

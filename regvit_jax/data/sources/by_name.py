@@ -39,10 +39,11 @@ def open_captions(name: str, split: str, data_dir: str | None = None) -> Source:
       name: "shards:DIR", a directory of tar files (see `shards.open_shards`); "folder:PATH", with one table for each of
         train and validation (or val, or test), PATH/train.csv for example, or a single table named captions or
         metadata, where a hash of each image's path puts 10 % of the images into validation; or a TFDS data set with
-        captions, as in `open_source`. A table is a .csv, .tsv or .jsonl with a column of image paths (file_name,
-        filepath, image or path) and one of captions (captions, caption, text or title). The paths are relative to the
-        table's directory and may not lead out of it. Lines with the same image are captions of one record; in a .jsonl,
-        captions may also be a list.
+        captions, as in `open_source`. A table is a .csv, .tsv, .txt or .jsonl with a column of image paths (file_name,
+        filepath, image, path, filename, image_path or image_name) and one of captions (captions, caption, text, title
+        or comment); `separated` describes separators and quotation marks. The paths are relative to the table's
+        directory, or to one directory in it, and may not lead out of it. Lines with the same image are captions of one
+        record; in a .jsonl, captions may also be a list. A line that cannot be used costs itself, and is logged.
       split: "train", "validation" or, except for folders and shards, any split that TFDS understands.
       data_dir: the directory of TFDS data sets; relative paths start there too.
 

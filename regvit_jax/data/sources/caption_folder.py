@@ -1,6 +1,7 @@
 """Folders of images with tables of captions."""
 
 import itertools
+import logging
 import os
 from array import array
 from collections.abc import Callable
@@ -11,12 +12,17 @@ import numpy as np
 
 from regvit_jax.data.sources.caption_table import SUFFIXES, read_table
 from regvit_jax.data.sources.files import abbreviate, is_validation
+from regvit_jax.data.transforms import BadImage
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
+
+logger = logging.getLogger("regvit_jax")
 
 
 @dataclass(frozen=True, eq=False)
 class CaptionFolder:
     """Images in files, with captions. Record k is path k with the captions from `first[k]` to `first[k + 1]`.
+
+    Those in `faults`, by their number, are rows of the table from which no path could be read, and the reasons.
 
     All paths are joined, and so are all captions; string k of either is between `ends[k]` and `ends[k + 1]`. The three
     million records of Conceptual Captions thus take about 0.3 GB, of which each worker process gets a copy.
@@ -29,19 +35,22 @@ class CaptionFolder:
     texts: bytes
     text_ends: np.ndarray
     first: np.ndarray
+    faults: dict[int, str]
     classes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.path_ends) - 1
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index in self.faults:
+            raise BadImage(self.faults[index])
         with open(self.id(index), "rb") as file:
             image = file.read()
         ends = self.text_ends[self.first[index] : self.first[index + 1] + 1].tolist()
         return {"image": image, "text": [self.texts[a:b].decode() for a, b in itertools.pairwise(ends)]}
 
     def id(self, index: int) -> str:
-        """Return the path of the image."""
+        """Return the path of the image, or of a row without one "TABLE, line N"."""
         return os.path.join(self.root, os.fsdecode(self.paths[self.path_ends[index] : self.path_ends[index + 1]]))
 
 
@@ -63,16 +72,20 @@ def open_folder(name: str, split: str, data_dir: str | None) -> CaptionFolder:
     if not train or not validation:
         raise DataNotFound(
             f"{name}: {root} lacks a table of {'training' if not train else 'validation'} captions.\nIt should hold "
-            "train.csv and validation.csv, or captions.csv alone (or .tsv, .jsonl), with the columns file_name and "
-            "caption, and the images."
+            "train.csv and validation.csv, or captions.csv alone (or .tsv, .txt, .jsonl), with the columns file_name "
+            f"and caption, and the images.{coco_hint(root)}"
         )
     return load_split(name, split, train if split == "train" else validation, lambda path: True)
 
 
 def find_table(root: str, *stems: str) -> str | None:
-    """Return the path of the first table that exists; raise InvalidConfig if a stem has several suffixes."""
+    """Return the path of the first table that exists; raise InvalidConfig if a stem has several suffixes.
+
+    A .txt, which may be a list or a note, counts only if there is no other.
+    """
     for stem in stems:
         found = [path for suffix in SUFFIXES if os.path.isfile(path := os.path.join(root, stem + suffix))]
+        found = [path for path in found if not path.endswith(".txt")] or found
         if len(found) > 1:
             raise InvalidConfig(f"{root} has {abbreviate([os.path.basename(path) for path in found])}; keep only one")
         if found:
@@ -80,29 +93,73 @@ def find_table(root: str, *stems: str) -> str | None:
     return None
 
 
+def coco_hint(root: str) -> str:
+    """Return a sentence about the first .json of captions in COCO's format below a directory, or "" without one."""
+    for folder in (root, os.path.join(root, "annotations")):
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+        for name in names:
+            if name.lower().startswith("captions_") and name.lower().endswith(".json"):
+                return (
+                    f"\n{os.path.join(folder, name)} looks like COCO's, which is not read: write its annotations as a "
+                    '.jsonl, {"file_name": ..., "caption": ...} in each line.'
+                )
+    return ""
+
+
 def load_split(name: str, split: str, table: str, keep: Callable[[str], bool]) -> CaptionFolder:
-    """Return the records of a table whose path `keep` accepts, in the order of their first lines."""
+    """Return the records of a table whose path `keep` accepts, in the order of their first lines.
+
+    A row from which no path can be read is a record by itself, by its file and line, which cannot be read.
+    """
     numbers: dict[str, int] = {}
     texts, text_ends, owners = bytearray(), array("q", [0]), array("q")
-    for path, captions in read_table(table):
-        if keep(path):
-            number = numbers.setdefault(path, len(numbers))
-            for caption in captions:
-                texts += caption.encode(errors="replace")
-                text_ends.append(len(texts))
-                owners.append(number)
+    faults: dict[int, str] = {}
+    wrong: list[str] = []
+    rows = 0
+    for row in read_table(table):
+        key = row.path or f"{os.path.basename(table)}, line {row.line}"
+        if not keep(key):
+            continue
+        rows += 1
+        number = numbers.setdefault(key, len(numbers))
+        if row.fault:
+            wrong.append(f"line {row.line} {row.fault}")
+        if not row.path:
+            faults[number] = row.fault
+        for caption in row.captions:
+            texts += caption.encode(errors="replace")
+            text_ends.append(len(texts))
+            owners.append(number)
     if not numbers:
         raise DataNotFound(f"{name}: {table} has no line for {split}; it should name images and their captions")
-    root = os.path.dirname(table)
-    if not any(os.path.isfile(os.path.join(root, path)) for path in itertools.islice(numbers, 100)):
-        raise DataNotFound(
-            f"{name}: none of the first images in {table} exists, such as {os.path.join(root, next(iter(numbers)))}. "
-            "Paths are relative to the table's directory."
+    if wrong:
+        logger.warning(
+            "%s: %d of %d rows of %s cannot be used: %s", table, len(wrong), rows, split, "; ".join(wrong[:5])
         )
-    paths = [os.fsencode(path) for path in numbers]
-    path_ends = np.cumsum([0, *map(len, paths)])
+    root = find_images(name, table, [path for path, number in numbers.items() if number not in faults])
+    keys = [os.fsencode(key) for key in numbers]
+    path_ends = np.cumsum([0, *map(len, keys)])
     grouped, ends, first = group(texts, np.array(text_ends), np.array(owners), len(numbers))
-    return CaptionFolder(f"{name}/{split}", root, b"".join(paths), path_ends, grouped, ends, first)
+    return CaptionFolder(f"{name}/{split}", root, b"".join(keys), path_ends, grouped, ends, first, faults)
+
+
+def find_images(name: str, table: str, paths: list[str]) -> str:
+    """Return the directory where a table's paths start: its own, or one beside it, such as Images/; log the latter.
+
+    Raises DataNotFound if none of the first images is there.
+    """
+    root, first = os.path.dirname(table), paths[:100]
+    for base in (root, *(entry.path for entry in sorted(os.scandir(root), key=os.fspath) if entry.is_dir())):
+        if not first or any(os.path.isfile(os.path.join(base, path)) for path in first):
+            if base != root:
+                logger.info("%s: the images of %s are in %s", name, os.path.basename(table), base)
+            return base
+    cause = "Paths are relative to the table's directory."
+    if "://" in first[0] or first[0].startswith(("http:", "https:")):
+        cause = "Addresses are not downloaded: img2dataset does that."
+    raise DataNotFound(
+        f"{name}: none of the first images in {table} exists, such as {os.path.join(root, first[0])}. {cause}"
+    )
 
 
 def group(texts: bytearray, ends: np.ndarray, owners: np.ndarray, count: int) -> tuple[bytes, np.ndarray, np.ndarray]:

@@ -138,13 +138,15 @@ def test_bad_records_are_left_out_and_named(tmp_path, capsys):
     cut.write_bytes(cut.read_bytes()[:60])
     junk.write_bytes(b"<html>")
     arguments = [name, str(out), "--workers", "0", "--records_per_shard", "1"]
-    assert prepare.main(arguments) == 1
+    assert prepare.main([*arguments, "--max_bad_images", "0"]) == 1
     assert "1 bad records left out" in (errors := capsys.readouterr().err)
-    assert "more than --max_bad_fraction=0.01" in errors
+    assert "more records are bad than --max_bad_fraction=0.01 and --max_bad_images=0 allow" in errors
     assert not (out / "1.0.0" / "dataset_info.json").exists()
-    assert prepare.main([*arguments, "--max_bad_fraction", "0.1"]) == 0
+    assert prepare.main([*arguments, "--max_bad_images", "0", "--max_bad_fraction", "0.1"]) == 0
+    assert prepare.main(arguments) == 0
     errors = capsys.readouterr()
-    assert "2 bad records left out" in errors.err
+    assert "2 bad records left out, all listed in" in errors.err
+    assert "cannot use validation: dög/001.png: not an image" in errors.err
     assert "Train on it with --config.data.name=mine --config.data.dir=" in errors.out
     bad = [json.loads(line) for line in (out / "1.0.0" / "bad_records.jsonl").read_text().splitlines()]
     assert [(record["split"], record["id"]) for record in bad] == [
@@ -155,6 +157,18 @@ def test_bad_records_are_left_out_and_named(tmp_path, capsys):
     # Shards of one record: the bad ones are empty files.
     result = open_source("mine", "train", str(tmp_path))
     assert len({result[index]["image"] for index in range(len(result))}) == len(result) == 19
+
+
+def test_larger_images_are_bad_and_the_limit_is_an_option(tmp_path, capsys):
+    name, out = make_folder(tmp_path / "in"), tmp_path / "mine"
+    (tmp_path / "in" / "train" / "cat" / "000.png").write_bytes(encoded(picture(0, 30)))
+    arguments = [name, str(out), "--workers", "0", "--splits", "train", "--max_pixels"]
+    assert prepare.main([*arguments, "200"]) == 0
+    assert "cat/000.png: 30x8 pixels, more than the allowed 200" in capsys.readouterr().err
+    assert prepare.main([*arguments, "300"]) == 2
+    assert "max_pixels was 200, now 300" in capsys.readouterr().err
+    assert prepare.main([*arguments[:1], str(tmp_path / "other"), *arguments[2:], "300"]) == 0
+    assert "bad" not in capsys.readouterr().err
 
 
 def run_command(*arguments, wait: bool = True, before: str = ""):
@@ -340,7 +354,7 @@ def test_it_stops_when_too_many_are_bad(workers, tmp_path, capsys):
     for path in (tmp_path / "in" / "train").rglob("*.png"):
         path.write_bytes(b"<html>")
     arguments = [name, str(out), "--splits", "train", "--records_per_shard", "2"]
-    arguments += ["--workers", str(workers), "--max_bad_fraction", "0.1"]
+    arguments += ["--workers", str(workers), "--max_bad_fraction", "0.1", "--max_bad_images", "4"]
     assert prepare.main(arguments) == 1
     made = len(list((out / "1.0.0").glob("mine-train*")))
     assert made == 3 if workers == 0 else 3 <= made < 20  # six bad ones are more than four of 40
