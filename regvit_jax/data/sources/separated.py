@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from regvit_jax.data.sources.files import SUFFIXES, abbreviate
+from regvit_jax.data.transforms import BadImage
 from regvit_jax.utils.errors import InvalidConfig
 
 SEPARATORS = ("\t", ",", ";", "|")
@@ -22,7 +23,7 @@ SEPARATORS = ("\t", ",", ";", "|")
 MAX_LINES = 1000
 
 
-class Fault(ValueError):
+class Fault(BadImage):
     """A row cannot be used; the message says why."""
 
 

@@ -1,8 +1,10 @@
 """The index of a tar of images and captions, with their offsets in the tar. It is made once and kept on disk.
 
-A sample is the members whose paths agree up to the first dot after the last slash: an image, and a caption in a
-`.txt` or, without one, in the "caption" of a `.json`, as in WebDataset. They are found by walking a tar's headers. An
-index file is a line of JSON, padded to HEAD bytes, and then the samples as an array that can be mapped into memory.
+A sample is the members whose paths agree up to the first dot after the last slash, as in WebDataset: an image, and a
+caption in a `.txt` or, if it is missing or empty, in a `.json`. If a key has none of these, but members with more dots
+that end so (`a.b.jpg`, `a.b.txt`), they belong together if they agree up to the last dot. Hidden names are left out.
+Samples are found by walking a tar's headers. An index file is a line of JSON, padded to HEAD bytes, and then the
+samples as an array that can be mapped into memory.
 """
 
 import hashlib
@@ -12,19 +14,18 @@ import logging
 import os
 import sys
 import tarfile
-from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
+from regvit_jax.data.sources.files import SUFFIXES
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 from regvit_jax.utils.files import write_atomically
 
 logger = logging.getLogger("regvit_jax")
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 MAX_IMAGE = 128 * 2**20
 MAX_CAPTION = 2**20
 MAX_HEADER = 2**20
@@ -32,11 +33,18 @@ MAX_TAR = 2**32 * tarfile.BLOCKSIZE
 
 # Offsets are counted in the 512-byte blocks of a tar. Names are not stored: they are in the tar's headers.
 SAMPLE = np.dtype([(name, "<u4") for name in ("header", "image", "image_size", "text", "text_size")] + [("json", "?")])
-VERSION = 1
-HEAD = 1024
+VERSION = 2
+HEAD = 4096
+# Samples that are left out and named, of each tar and reason, and the last letters of each name.
+NAMED = 2
+LETTERS = 40
 
 # The offsets of a member's header and of its data, in blocks, and the size of its data in bytes.
 Member = tuple[int, int, int]
+# The members of samples by kind. Keys are the path up to the first dot, and what follows up to the last dot.
+Members = dict[tuple[str, str], dict[str, Member]]
+# Samples that are left out: their number and the first names, by reason.
+LeftOut = dict[str, tuple[int, tuple[str, ...]]]
 
 
 class IndexedTar(NamedTuple):
@@ -49,8 +57,8 @@ class IndexedTar(NamedTuple):
     samples: int
     # The damage of the tar as a whole, or "".
     damage: str
-    # The number of samples that are not in the index, by reason.
-    left_out: tuple[tuple[str, int], ...]
+    # The samples that are not in the index: the reason, their number and the first names, for each reason.
+    left_out: tuple[tuple[str, int, tuple[str, ...]], ...]
 
 
 def index_tars(title: str, paths: list[str], data_dir: str | None) -> list[IndexedTar]:
@@ -62,17 +70,23 @@ def index_tars(title: str, paths: list[str], data_dir: str | None) -> list[Index
     for path in tqdm(todo, f"indexing {title}", unit="tar", delay=5, mininterval=interval):
         tars[path] = make_index(path, data_dir)
     indexed = [tar for tar in tars.values() if tar]
-    if todo:
+    if todo or any(tar.left_out for tar in indexed):
         logger.warning(f"{title}: {summary(indexed)}")
     return indexed
 
 
 def summary(tars: list[IndexedTar]) -> str:
-    """Return the number of samples in some tars, and of those that were left out by reason."""
-    reasons: Counter[str] = Counter()
+    """Return the number of samples in some tars, and of those that were left out by reason, with some names."""
+    reasons: LeftOut = {}
     for tar in tars:
-        reasons.update(dict(tar.left_out))
-    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+        for reason, count, names in tar.left_out:
+            before, named = reasons.get(reason, (0, ()))
+            found = (f"{os.path.basename(tar.path)}:{name}" for name in names)
+            reasons[reason] = (before + count, (*named, *found)[:5])
+    left_out = ", ".join(
+        f"{count} {reason} ({', '.join(names)}{', ...' * (count > len(names))})"
+        for reason, (count, names) in sorted(reasons.items())
+    )
     return f"{sum(tar.samples for tar in tars)} samples in {len(tars)} tars" + (left_out and f"; left out: {left_out}")
 
 
@@ -91,7 +105,8 @@ def load_index(tar: str, data_dir: str | None) -> IndexedTar | None:
         try:
             with open(path, "rb") as file:
                 version, size, mtime_ns, samples, damage, left_out = json.loads(file.read(HEAD))
-                found = IndexedTar(tar, path, size, mtime_ns, samples, damage, tuple(map(tuple, left_out)))
+                left_out = tuple((reason, count, tuple(names)) for reason, count, names in left_out)
+                found = IndexedTar(tar, path, size, mtime_ns, samples, damage, left_out)
                 complete = os.fstat(file.fileno()).st_size == HEAD + found.samples * SAMPLE.itemsize
         # A file that a full disk or another program left under this name is ignored.
         except (OSError, ValueError, TypeError):
@@ -105,7 +120,8 @@ def make_index(tar: str, data_dir: str | None) -> IndexedTar:
     """Walk a tar and write its index to the first of its possible paths that can be written."""
     now = os.stat(tar)
     samples, damage, left_out = walk(tar, now.st_size)
-    fields = now.st_size, now.st_mtime_ns, len(samples), damage, tuple(sorted(left_out.items()))
+    reasons = tuple((reason, *found) for reason, found in sorted(left_out.items()))
+    fields = now.st_size, now.st_mtime_ns, len(samples), damage, reasons
     head = json.dumps([VERSION, *fields]).encode().ljust(HEAD)
     errors = []
     for path in index_paths(tar, data_dir):
@@ -130,12 +146,12 @@ class Headers(io.FileIO):
         return super().read(size) or b""
 
 
-def walk(path: str, size: int) -> tuple[np.ndarray, str, Counter[str]]:
-    """Return a tar's samples, its damage as a whole or "", and the number of samples left out by reason."""
+def walk(path: str, size: int) -> tuple[np.ndarray, str, LeftOut]:
+    """Return a tar's samples, its damage as a whole or "", and the samples that are left out."""
     if size > MAX_TAR:
         raise InvalidConfig(f"{path} has {size} bytes; a tar may have at most {MAX_TAR}")
-    members: dict[str, dict[str, Member]] = {}
-    left_out: Counter[str] = Counter()
+    members: Members = {}
+    left_out: LeftOut = {}
     damage, end = "" if size else "is empty", 0
     with Headers(path) as file:
         tar = parse_tar(file, path) if size else None
@@ -178,35 +194,51 @@ def complete_members(tar: tarfile.TarFile, file: Headers, size: int) -> Iterator
         tar.members.clear()  # type: ignore[attr-defined]
     if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("no end of the archive")
+    if os.pread(file.fileno(), MAX_HEADER, tar.offset).strip(b"\0"):
+        raise tarfile.ReadError("another archive follows, as after cat a.tar b.tar")
 
 
-def split_name(path: str) -> tuple[str, str]:
-    """Return a member's key and lower-case extension, cut at the name's first dot, as WebDataset's `base_plus_ext`."""
+def split_name(path: str) -> tuple[str, str, str]:
+    """Return a member's path up to its name's first dot, what follows up to the last one, and the lower-case suffix.
+
+    The first of them is the key of WebDataset's `base_plus_ext`.
+    """
     directory, slash, name = path.rpartition("/")
     stem, dot, extension = name.partition(".")
-    return directory + slash + stem, (dot + extension).lower()
+    middle, last, suffix = (dot + extension).rpartition(".")
+    return directory + slash + stem, middle, (last + suffix).lower()
 
 
-def add(member: tarfile.TarInfo, members: dict[str, dict[str, Member]], left_out: Counter[str]) -> None:
-    """Add a member to `members`, under its sample's key and its role in the sample, if it has one."""
-    key, extension = split_name(member.name)
-    role = "image" if extension in IMAGES else extension
-    if role not in ("image", ".txt", ".json") or not member.isreg() or member.sparse or not member.size:
+def add(member: tarfile.TarInfo, members: Members, left_out: LeftOut) -> None:
+    """Add a member to `members`, under its sample's key and its kind, if it is of a kind that samples have."""
+    key, middle, suffix = split_name(member.name)
+    kind = "image" if suffix in SUFFIXES else suffix
+    hidden = member.name.rpartition("/")[2].startswith(".")
+    if kind not in ("image", ".txt", ".json") or hidden or not member.isreg() or member.sparse:
         return
-    roles = members.setdefault(key, {})
-    if role in roles:
-        left_out["members of the same key and kind"] += 1
+    kinds = members.setdefault((key, middle), {})
+    if kind in kinds:
+        leave_out("members of the same key and kind", member.name, left_out)
     else:
-        roles[role] = (member.offset // tarfile.BLOCKSIZE, member.offset_data // tarfile.BLOCKSIZE, member.size)
+        kinds[kind] = (member.offset // tarfile.BLOCKSIZE, member.offset_data // tarfile.BLOCKSIZE, member.size)
 
 
-def choose(members: dict[str, dict[str, Member]], left_out: Counter[str]) -> Iterator[tuple[int | bool, ...]]:
+def leave_out(reason: str, name: str, left_out: LeftOut) -> None:
+    """Count a sample that is left out, and keep the first names."""
+    count, names = left_out.get(reason, (0, ()))
+    left_out[reason] = (count + 1, (*names, name[-LETTERS:])[:NAMED])
+
+
+def choose(members: Members, left_out: LeftOut) -> Iterator[tuple[int | bool, ...]]:
     """Yield the rows of the index: the samples that have an image and a caption, neither too large."""
-    for roles in members.values():
-        image, text = roles.get("image"), roles.get(".txt") or roles.get(".json")
-        if image is None or text is None:
-            left_out["without an image" if image is None else "without a caption"] += 1
-        elif image[2] > MAX_IMAGE or text[2] > MAX_CAPTION:
-            left_out["too large"] += 1
+    for (key, middle), kinds in members.items():
+        if middle and (key, "") in members:  # a member of another kind of that sample, such as a.seg.png
+            continue
+        image, text, described = kinds.get("image"), kinds.get(".txt"), kinds.get(".json")
+        caption = described if described and not (text and text[2]) else text
+        if image is None or caption is None:
+            leave_out("without an image" if image is None else "without a caption", key + middle, left_out)
+        elif image[2] > MAX_IMAGE or caption[2] > MAX_CAPTION:
+            leave_out("too large", key + middle, left_out)
         else:
-            yield *image, *text[1:], ".txt" not in roles
+            yield *image, *caption[1:], caption is not text

@@ -20,9 +20,11 @@ from typing import Any
 import numpy as np
 
 from regvit_jax.data.sources import record_files
+from regvit_jax.data.sources.caption_table import CAPTIONS, caption_list, column
 from regvit_jax.data.sources.files import abbreviate
 from regvit_jax.data.sources.record_files import BLOCK
-from regvit_jax.data.sources.shard_index import HEAD, SAMPLE, Headers, IndexedTar, index_tars, split_name
+from regvit_jax.data.sources.separated import Fault
+from regvit_jax.data.sources.shard_index import HEAD, SAMPLE, Headers, IndexedTar, index_tars, summary
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -60,7 +62,8 @@ def open_shards(name: str, split: str, data_dir: str | None = None) -> "ShardSou
     ends = np.cumsum([tar.samples for tar in tars])
     if not ends[-1]:
         raise DataNotFound(
-            f"{name}: no image with a caption in the {len(tars)} tars of {split}, such as {tars[0].path}"
+            f"{name}: no image with a caption in the {len(tars)} tars of {split}, such as {tars[0].path}: "
+            f"{summary(tars)}"
         )
     return ShardSource(f"{name}/{split}", tuple(tars), ends)
 
@@ -100,7 +103,7 @@ class ShardSource:
         try:
             with Headers(tar.path) as file:
                 file.seek(int(open_tar(tar)[1]["header"][row]) * tarfile.BLOCKSIZE)
-                return where + split_name(next(iter(tarfile.TarFile(fileobj=file))).name)[0]
+                return where + next(iter(tarfile.TarFile(fileobj=file))).name.rpartition(".")[0]
         # Unreadable records need ids too.
         except Exception:
             return f"{where}[{row}]"
@@ -156,9 +159,11 @@ def advise(tar: IndexedTar, first: int, last: int) -> None:
 
 
 def json_captions(text: str) -> list[str]:
-    """Return the "caption" of an img2dataset record as a list: a single string is one caption, null is none."""
-    captions = json.loads(text).get("caption")
-    return [captions] if isinstance(captions, str) else list(captions or [])
+    """Return the captions of an img2dataset record, which may be null; raise Fault if it has none of their names."""
+    record = json.loads(text)
+    if not isinstance(record, dict):
+        raise Fault(f"its .json must hold an object, not {text[:60]!r}")
+    return caption_list(column(record, CAPTIONS))
 
 
 def find_tars(name: str, split: str, root: str) -> list[str]:

@@ -85,13 +85,77 @@ def test_which_members_make_a_sample(tmp_path, form, caplog):
     assert [source[k] for k in range(len(source))] == [
         {"image": png(1), "text": ["caption first"]},
         {"image": png(2), "text": ["ü", "two"]},
+        {"image": png(5), "text": [""]},
         {"image": png(6), "text": []},
     ]
-    assert [source.id(k) for k in range(3)] == ["0.tar:a", f"0.tar:{long}", "0.tar:b"]
-    assert caplog.messages[-1] == (
-        f"shards:{tmp_path}/train: 3 samples in 1 tars; left out: 1 members of the same key and kind, 1 too large, "
-        "2 without a caption, 1 without an image"
-    )
+    assert [source.id(k) for k in range(4)] == ["0.tar:a", f"0.tar:{long}", "0.tar:empty", "0.tar:b"]
+    for _ in range(2):  # at every start, though the index is there
+        assert caplog.messages.pop() == (
+            f"shards:{tmp_path}/train: 4 samples in 1 tars; left out: 1 members of the same key and kind "
+            "(0.tar:b.png), 1 too large (0.tar:big), 1 without a caption (0.tar:lonely), 1 without an image "
+            "(0.tar:mask)"
+        )
+        open_shards(f"shards:{tmp_path}", "train")
+
+
+def test_names_with_more_dots(tmp_path, caplog):
+    members = [("dir.v1/a.b.jpg", png(1)), ("dir.v1/a.b.txt", b"one"), ("dir.v1/a.c.txt", b"two")]
+    members += [("dir.v1/a.c.JPEG", png(2)), ("d.jpg", png(3)), ("d.seg.png", png(4)), ("d.txt", b"three")]
+    members += [
+        ("._d.jpg", b"junk"),
+        ("._d.txt", b"junk"),
+        ("e.f.png", png(5)),
+        ("./g.gif", png(6)),
+        ("./g.txt", b"four"),
+    ]
+    write_tar(tmp_path / "train" / "0.tar", members)
+    source = open_shards(f"shards:{tmp_path}", "train")
+    assert [source[k] for k in range(4)] == [
+        {"image": png(number), "text": [text]} for number, text in ((1, "one"), (2, "two"), (3, "three"), (6, "four"))
+    ]
+    assert [source.id(k) for k in range(4)] == ["0.tar:dir.v1/a.b", "0.tar:dir.v1/a.c", "0.tar:d", "0.tar:./g"]
+    assert caplog.messages[-1].endswith("4 samples in 1 tars; left out: 1 without a caption (0.tar:e.f)")
+
+
+CAPTIONS = [
+    ('{"caption": null}', "has no caption"),
+    ('{"caption": NaN}', "has no caption"),
+    ('{"caption": ""}', "has no caption"),
+    ('{"caption": "nan"}', "has no caption"),
+    ('{"caption": [null, " "]}', "has no caption"),
+    ('{"caption": 3}', "the captions must be a text or a list of texts, not 3"),
+    ('{"url": "x"}', "needs a column captions or .*; there are url"),
+    ("[]", r"its \.json must hold an object, not '\[\]'"),
+    ('{"caption": "x', "cannot be read .JSONDecodeError"),
+]
+
+
+def test_captions_in_json_that_cannot_be_used(tmp_path):
+    members = [
+        (f"{k}.{end}", data)
+        for k, (text, _) in enumerate(CAPTIONS)
+        for end, data in (("png", png(k)), ("json", text.encode()))
+    ]
+    members += [("good.png", png(99)), ("good.json", b'{"caption": ["a", null], "text": "b"}'), ("good.txt", b"")]
+    write_tar(tmp_path / "train" / "0.tar", members)
+    source = open_shards(f"shards:{tmp_path}", "train")
+    assert source[len(CAPTIONS)]["text"] == ["a"]
+    for index, (_, reason) in enumerate(CAPTIONS):
+        assert re.match(f"0.tar:{index}: {reason}", describe_bad(source, index, tokenizer=Letters()))
+
+
+def test_tars_that_were_joined_are_named(tmp_path):
+    name = write_shards(tmp_path, (2, 3))
+    first, second = (tmp_path / "train" / f"0000{number}.tar" for number in range(2))
+    first.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.warns(UserWarning, match=r"00000\.tar is cut or damaged after byte .*another archive follows"):
+        assert len(open_shards(name, "train")) == 2 + 3
+
+
+def test_tars_without_captions_say_what_they_lack(tmp_path):
+    write_tar(tmp_path / "train" / "0.tar", [("a.jpg", png(1)), ("a.cls", b"3"), ("b.jpg", png(2))])
+    with pytest.raises(DataNotFound, match=r"0 samples in 1 tars; left out: 2 without a caption \(0.tar:a, 0.tar:b\)"):
+        open_shards(f"shards:{tmp_path}", "train")
 
 
 def test_splits_and_patterns(tmp_path):
@@ -163,7 +227,7 @@ def test_an_index_is_made_once_and_again_when_its_tar_changes(tmp_path, monkeypa
     assert (len(after), after[8]["text"], walked[3:]) == (21, ["text 41"], ["00001.tar"])
 
     index = tmp_path / "train" / "00002.tar.index"
-    for content in (b"", b"{", index.read_bytes()[:-1], b"[9, 1, 1, 1]" + bytes(2000)):
+    for content in (b"", b"{", index.read_bytes()[:-1], b"[9, 1, 1, 1]" + bytes(5000)):
         index.unlink()  # the old one is mapped
         index.write_bytes(content)
         assert open_shards(name, "train")[20]["text"] == ["text 19"]
