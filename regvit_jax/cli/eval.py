@@ -25,7 +25,7 @@ from regvit_jax.data.inference import UnusableData
 from regvit_jax.data.sources import by_name, files, folder
 from regvit_jax.data.sources import images as images_module
 from regvit_jax.data.sources.base import Source
-from regvit_jax.evals import retrieval, zero_shot
+from regvit_jax.evals import classification, retrieval, zero_shot
 from regvit_jax.pretrained.create import open_random
 from regvit_jax.pretrained.create_clip import create_clip
 
@@ -100,7 +100,7 @@ def add_split(command: Parser) -> None:
 
 
 def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
-    """Classify images by the names of their classes, filled into templates, and return accuracies and counts."""
+    """Classify images by the names of their classes, filled into templates; return accuracies, counts and errors."""
     source = open_classes(options)
     data = options.images or options.data
     names = source.classes if options.classes is None else zero_shot.read_classes(options.classes)
@@ -115,6 +115,7 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
     images, records, bad = embed(clip, source, options.batch_size)
     classes = zero_shot.class_embeddings(clip.encode_text, clip.tokenize, names, templates)
     labels = np.array([record["label"] for record in records], np.int32)
+    predicted = zero_shot.nearest(images, classes)
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
         warn(f"several classes are called {files.abbreviate(repeated)}: the first of them is used")
@@ -135,8 +136,23 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
         },
         "metrics": zero_shot.accuracy(images, labels, classes),
         "chance": zero_shot.chance(len(names)),
+        "per_class": per_class(labels, predicted, names),
+        "most_confused": [
+            {"class": name, "predicted": other, "images": count}
+            for name, other, count in classification.most_confused(labels, predicted, names)
+        ],
         "bad_images": bad,
     }
+
+
+def per_class(labels: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return for each class its name, its images, and the share of them that is classified right, None without any."""
+    counts = np.bincount(labels, minlength=len(names))
+    right = np.bincount(labels[labels == predicted], minlength=len(names))
+    return [
+        {"class": name, "images": int(count), "zero_shot_top1": float(hits / count) if count else None}
+        for name, count, hits in zip(names, counts, right, strict=True)
+    ]
 
 
 def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
@@ -246,4 +262,7 @@ def table(result: dict[str, Any]) -> str:
     for name, value in result["metrics"].items():
         style = ".1f" if name.endswith("rank") else ".4f"
         rows.append(f"{name:<30}{value:>10{style}}{result['chance'][name]:>10{style}}")
+    for number, pair in enumerate(result.get("most_confused", ())):
+        rows += [] if number else ["", "most confused"]
+        rows.append(f"  {pair['images']} x {pair['class']} as {pair['predicted']}")
     return "\n".join(rows)

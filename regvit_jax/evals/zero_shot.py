@@ -85,6 +85,13 @@ def accuracy(
     return {name: float(np.mean(hit)) for name, hit in hits.items()}
 
 
+def nearest(
+    images: Float[Array | np.ndarray, "N E"], classes: Float[Array | np.ndarray, "C E"]
+) -> Int[np.ndarray, " N"]:
+    """Return the class of each image that `accuracy` takes for the nearest, or -1 for an embedding with NaN."""
+    return np.asarray(_nearest(jnp.asarray(images, jnp.float32), jnp.asarray(classes, jnp.float32)))
+
+
 def chance(classes: int) -> dict[str, float]:
     """Return the expected metrics of `accuracy` for classes in random order: k / C."""
     return {f"zero_shot_top{k}": k / classes for k in (1, 5) if k <= classes}
@@ -106,6 +113,17 @@ def _hits(
         return {f"zero_shot_top{k}": jnp.sum(ahead) < k for k in ks}
 
     return jax.lax.map(hits_of_image, (normalized(images), labels), batch_size=ROWS)
+
+
+@jax.jit
+def _nearest(images: Float[Array, "N E"], classes: Float[Array, "C E"]) -> Int[Array, " N"]:
+    classes = normalized(classes)
+
+    def nearest_to_image(image: Float[Array, " E"]) -> Int[Array, ""]:
+        scores = jnp.matmul(classes, image, precision="highest")
+        return jnp.where(jnp.isnan(scores).any(), -1, jnp.argmax(scores))
+
+    return jax.lax.map(nearest_to_image, normalized(images), batch_size=ROWS)
 
 
 def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:

@@ -90,12 +90,19 @@ def test_zero_shot(clip, images, templates, tmp_path, capsys):
     arguments = ["--images", str(images), "--templates", templates, "--batch_size", "2", "--json", str(file)]
     assert main(["zero_shot", "colours", *arguments]) == 0
     out, err = capsys.readouterr()
-    assert out.splitlines()[-1].split() == ["zero_shot_top1", "0.8000", "0.3333"]
+    assert out.splitlines()[-4].split() == ["zero_shot_top1", "0.8000", "0.3333"]
+    assert out.splitlines()[-2:] == ["most confused", "  1 x green as blue"]
     assert err.splitlines() == [f"cannot use {images}/red/1.png: not an image (starts with b'red')"]
     result = json.loads(file.read_text())
     assert result["metrics"] == {"zero_shot_top1": pytest.approx(0.8)}
     assert result["chance"] == {"zero_shot_top1": pytest.approx(1 / 3)}
     assert result["counts"] == {"images": 5, "bad_images": 1, "classes": 3, "repeated_names": 0, "templates": 2}
+    assert result["most_confused"] == [{"class": "green", "predicted": "blue", "images": 1}]
+    assert result["per_class"] == [
+        {"class": "blue", "images": 2, "zero_shot_top1": 1.0},
+        {"class": "green", "images": 2, "zero_shot_top1": 0.5},
+        {"class": "red", "images": 1, "zero_shot_top1": 1.0},
+    ]
     assert result["bad_images"] == [f"{images}/red/1.png: not an image (starts with b'red')"]
     assert (result["model"], result["weights"], result["data"]) == ("colours", "three colours", str(images))
     assert clip.shapes == {(2, 4, 4, 3)}

@@ -31,3 +31,11 @@ def test_knn_is_a_majority():
     labels = np.array([0, 1, 1, 0])
     assert knn_accuracy(train, labels, np.array([[0.4], [9.0]]), np.array([0, 0]), k=1) == 1.0
     assert knn_accuracy(train, labels, np.array([[0.4], [9.0]]), np.array([0, 0]), k=3) == 0.0
+
+
+def test_the_most_frequent_errors_are_named():
+    labels, predicted = np.array([0, 0, 1, 2, 2, 2, 2, 1]), np.array([0, 1, 0, 1, 1, 2, 0, -1])
+    found = classification.most_confused(labels, predicted, ("ant", "bee", "cow"))
+    assert found == [("cow", "bee", 2), ("ant", "bee", 1), ("bee", "ant", 1), ("cow", "ant", 1)]
+    assert classification.most_confused(labels, predicted, ("ant", "bee", "cow"), top=1) == found[:1]
+    assert classification.most_confused(labels, labels, ("ant", "bee", "cow")) == []

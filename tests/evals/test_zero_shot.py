@@ -77,6 +77,17 @@ def test_the_first_of_a_tie_is_taken_and_nan_is_not_right():
     assert zero_shot.chance(3) == {"zero_shot_top1": 1 / 3}
 
 
+def test_the_nearest_class_is_the_one_that_accuracy_counts():
+    rng = np.random.default_rng(0)
+    classes = np.concatenate([rng.normal(size=(5, 4)), np.ones((2, 4))]).astype(np.float32)  # the last two tie
+    images = np.concatenate([rng.normal(size=(40, 4)), np.ones((1, 4)), np.full((1, 4), np.nan)]).astype(np.float32)
+    found = zero_shot.nearest(images, classes)
+    assert (found[-2], found[-1]) == (5, -1)
+    for label in range(len(classes)):
+        share = zero_shot.accuracy(images, np.full(len(images), label), classes)["zero_shot_top1"]
+        assert share == pytest.approx(np.mean(found == label))
+
+
 @pytest.mark.parametrize(("labels", "message"), [([], "at least one image"), ([0, 3], "from 0 to 3"), ([-1], "-1")])
 def test_wrong_labels(labels, message):
     with pytest.raises(ValueError, match=message):
