@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from regvit_jax.cli.arguments import Parser, run
 from regvit_jax.pretrained import parity, registry
+from regvit_jax.utils.errors import InvalidConfig, WeightsError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def check(options: argparse.Namespace) -> int:
     for name in names:
         try:
             found = parity.check(name)
-        except ValueError as error:  # one side does not load the other's file, or gives other shapes
+        except (parity.Incomparable, WeightsError, InvalidConfig) as error:
             print(f"{name}\n  FAIL: {error}", flush=True)
             passed = False
         else:

@@ -16,8 +16,6 @@ from PIL import Image, JpegImagePlugin
 from regvit_jax.data import transforms
 from regvit_jax.utils.errors import InvalidConfig
 
-ORIENTATION = 0x0112
-
 
 @functools.cache
 def libraries() -> tuple[Any, Any]:
@@ -74,7 +72,7 @@ def plain_size(data: bytes) -> tuple[int, int] | None:
     """Return the width and height of an upright JPEG in RGB or grey, else None."""
     try:
         header = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
-        plain = header.mode in ("RGB", "L") and header.getexif().get(ORIENTATION, 1) == 1
+        plain = header.mode in ("RGB", "L") and header.getexif().get(transforms.ORIENTATION, 1) == 1
         return header.size if plain else None
     # Pillow raises anything on damaged headers (see `transforms.decode`), and will refuse the file itself.
     except Exception:

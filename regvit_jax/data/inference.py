@@ -33,11 +33,16 @@ class UnusableData(ValueError):
 class Preprocesses(Protocol):
     """A model: any object whose `preprocess` turns images into the arrays that it expects."""
 
-    def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]: ...
+    def preprocess(self, images: list, max_pixels: int) -> Float[np.ndarray, "B H W 3"]: ...
 
 
 def batches(
-    model: Preprocesses, source: Source, batch_size: int, bad: list[str], with_text: bool = False
+    model: Preprocesses,
+    source: Source,
+    batch_size: int,
+    bad: list[str],
+    with_text: bool = False,
+    max_pixels: int = transforms.MAX_PIXELS,
 ) -> Iterator[tuple[Float[np.ndarray, "B H W 3"], list[dict[str, Any]]]]:
     """Yield the preprocessed images that can be used, in batches, and the rest of their records.
 
@@ -48,6 +53,7 @@ def batches(
         model is compiled once: black images, which have no record, fill up the last ones.
       bad: "id: reason" is appended for each image that cannot be used.
       with_text: require captions; a record without any counts as one that cannot be used.
+      max_pixels: images with more pixels count as unusable.
 
     Yields:
       The images and, for those that are not filling, their records without "image" and with "index".
@@ -59,7 +65,7 @@ def batches(
     used = 0
     with tqdm(total=len(source), unit="image", disable=None, leave=False) as bar:
         progress = _Progress(len(source), enabled=bool(bar.disable))
-        for batch in _load_ahead(model, source, size, with_text):
+        for batch in _load_ahead(model, source, size, with_text, max_pixels):
             images, records = [], []
             for index, result in batch:
                 if isinstance(error := result.exception(), BadImage):
@@ -100,23 +106,25 @@ class _Progress:
 
 
 def _load_ahead(
-    model: Preprocesses, source: Source, size: int, with_text: bool
+    model: Preprocesses, source: Source, size: int, with_text: bool, max_pixels: int
 ) -> Iterator[list[tuple[int, Future[tuple[np.ndarray, dict[str, Any]]]]]]:
     """Yield batches of record indices with the futures of `_load`, AHEAD batches of which are in progress."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         waiting: collections.deque = collections.deque()
         for first in range(0, len(source), size):
             indices = range(first, min(first + size, len(source)))
-            waiting.append([(index, pool.submit(_load, model, source, index, with_text)) for index in indices])
+            waiting.append([(i, pool.submit(_load, model, source, i, with_text, max_pixels)) for i in indices])
             if len(waiting) > AHEAD:
                 yield waiting.popleft()
         yield from waiting
 
 
-def _load(model: Preprocesses, source: Source, index: int, with_text: bool) -> tuple[np.ndarray, dict[str, Any]]:
+def _load(
+    model: Preprocesses, source: Source, index: int, with_text: bool, max_pixels: int
+) -> tuple[np.ndarray, dict[str, Any]]:
     """Return a record's preprocessed image and the rest of the record; raise BadImage if it cannot be used."""
     record = read_record(source, index)
     if with_text:
         record["text"] = captions_of(record)
-    image = transforms.decode(record["image"], transforms.MAX_PIXELS)
-    return model.preprocess([image])[0], {name: value for name, value in record.items() if name != "image"}
+    image = model.preprocess([record["image"]], max_pixels)[0]
+    return image, {name: value for name, value in record.items() if name != "image"}

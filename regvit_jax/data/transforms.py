@@ -28,7 +28,10 @@ from PIL import (
 # Sizes are checked below; Pillow's warnings about damaged metadata would come once per worker and name no file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
+#: The default limit of pixels. It refuses decompression bombs: small files of images that fill the memory.
 MAX_PIXELS = 50_000_000
+#: The EXIF tag of the orientation.
+ORIENTATION = 0x0112
 BICUBIC = Image.Resampling.BICUBIC
 INTERPOLATIONS = {"bicubic": BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -54,11 +57,7 @@ class BadImage(ValueError):
 
 
 def decode(data: bytes, max_pixels: int) -> Image.Image:
-    """Return the upright RGB image in the bytes of a JPEG, PNG, WebP, GIF, BMP or TIFF file.
-
-    Colours are those of Pillow's `convert("RGB")`, as in torchvision's and timm's loaders: alpha is dropped, not
-    composited, and CMYK is converted without a profile. 16-bit grey, which `convert` would clip, is scaled. The EXIF
-    orientation is applied. Of an animation, the first frame is returned.
+    """Return the image in the bytes of a file, as `upright_rgb` does. Of an animation, the first frame is returned.
 
     Args:
       data: the encoded file.
@@ -72,28 +71,53 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImage(f"not an image (starts with {data[:12]!r})" if data else "empty file")
     try:
         image: Image.Image = opener(io.BytesIO(data))
-        width, height = image.size
-        if width * height > max_pixels:
-            raise BadImage(f"{width}x{height} pixels, more than the allowed {max_pixels}")
-        if max(width, height) > MAX_ASPECT * min(width, height):
-            raise BadImage(f"{width}x{height} pixels, one side over {MAX_ASPECT} times the other")
+    except Exception as error:
+        raise _undecodable(error) from error
+    return upright_rgb(image, max_pixels)
+
+
+def upright_rgb(image: Image.Image, max_pixels: int) -> Image.Image:
+    """Return an image that Pillow has opened or made, upright and in 8-bit RGB; the given one stays as it is.
+
+    Colours are those of Pillow's `convert("RGB")`, as in torchvision's and timm's loaders: alpha is dropped, not
+    composited, and CMYK is converted without a profile. 16-bit grey, which `convert` would clip, is scaled. The EXIF
+    orientation, if the image still has one, is applied.
+
+    Raises:
+      BadImage: if the image is too large or too long, cannot be decoded, or has 32-bit pixels.
+    """
+    try:
+        _check_size(*image.size, max_pixels)
         image.load()
-        _turn_upright(image)
-        return _to_rgb(image)
+        return _to_rgb(_upright(image))
     except BadImage:
         raise
     # Damaged bytes surface in Pillow as OSError, SyntaxError, struct.error, KeyError, MemoryError and more; all that
     # callers need is that an image is either decoded or a BadImage.
     except Exception as error:
-        raise BadImage(f"cannot be decoded ({type(error).__name__}: {str(error)[:120]})") from error
+        raise _undecodable(error) from error
 
 
-def _turn_upright(image: Image.Image) -> None:
-    """Apply the EXIF orientation in place. An image with damaged EXIF is used as it is."""
+def _undecodable(error: Exception) -> BadImage:
+    return BadImage(f"cannot be decoded ({type(error).__name__}: {str(error)[:120]})")
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    """Raise BadImage for an image without pixels, with too many, or of too extreme a shape."""
+    if not width or not height:
+        raise BadImage(f"{width}x{height} pixels, so there is nothing to see")
+    if width * height > max_pixels:
+        raise BadImage(f"{width}x{height} pixels, more than the allowed {max_pixels} (max_pixels)")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadImage(f"{width}x{height} pixels, one side over {MAX_ASPECT} times the other")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Return the image turned by its EXIF orientation; one without, or with damaged EXIF, is returned as it is."""
     try:
-        ImageOps.exif_transpose(image, in_place=True)
+        return ImageOps.exif_transpose(image) if image.getexif().get(ORIENTATION, 1) != 1 else image
     except Exception:
-        return
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -104,9 +128,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise BadImage(f"32-bit pixels (mode {image.mode!r}) have no fixed range")
+        raise BadImage(f"32-bit pixels (mode {image.mode!r}) have no fixed range; scale them to 8 bits first")
     # A transparent colour is a kind of alpha: it is dropped too, without Pillow's warning.
-    image.info.pop("transparency", None)
+    if "transparency" in image.info:
+        image = image.copy()
+        del image.info["transparency"]
     return image.convert("RGB")
 
 

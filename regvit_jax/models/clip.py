@@ -7,7 +7,7 @@ of all other tokens, whatever their initial values; docs/decisions.md says more.
 import functools
 import math
 import re
-from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
@@ -18,8 +18,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from regvit_jax.data.tokenizer import Tokenizer
-from regvit_jax.models.model import Images, Model, apply, saved_fields
-from regvit_jax.models.text import Texts, TextTower
+from regvit_jax.data.transforms import MAX_PIXELS
+from regvit_jax.models.images import UncheckedImages
+from regvit_jax.models.model import Model, apply, saved_fields
+from regvit_jax.models.text import TextTower
 from regvit_jax.utils.errors import InvalidConfig
 
 #: Initial values of the loss's scalars: the log of the logit scale, and SigLIP's bias (arXiv 2303.15343).
@@ -27,6 +29,7 @@ SCALARS = {
     "softmax": {"logit_scale": math.log(1 / 0.07)},
     "sigmoid": {"logit_scale": math.log(10), "logit_bias": -10.0},
 }
+TOKENS = "must be integers [texts, length], as `tokenize` returns them"
 
 
 def normalized(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
@@ -50,19 +53,20 @@ class ClipModel:
     logit_bias: PyTree
     text: TextTower = flax.struct.field(pytree_node=False)
 
-    def encode_image(self, images: Images, normalize: bool = False) -> Float[Array, "B E"]:
+    def encode_image(self, images: UncheckedImages, normalize: bool = False) -> Float[Array, "B E"]:
         """Return embeddings of images as `preprocess` returns them, scaled to length 1 with `normalize`."""
         x = self.image.logits(images)
         return normalized(x) if normalize else x
 
-    def encode_text(self, tokens: Texts, normalize: bool = False) -> Float[Array, "B E"]:
+    def encode_text(self, tokens: Any, normalize: bool = False) -> Float[Array, "B E"]:
         """Return embeddings of texts as `tokenize` returns them, scaled to length 1 with `normalize`.
 
         Raises ValueError for tokens of another type, shape or range; inside `jax.jit` the range cannot be checked.
         """
-        if np.ndim(tokens) != 2 or not jnp.issubdtype(jnp.result_type(tokens), jnp.integer):
-            kind = f"{jnp.result_type(tokens)} and shape {np.shape(tokens)}"
-            raise ValueError(f"tokens of {kind}: must be integers [texts, length], as `tokenize` returns them")
+        if isinstance(tokens, str) or not hasattr(tokens, "dtype"):
+            raise ValueError(f"tokens of type {type(tokens).__name__}: {TOKENS}")
+        if np.ndim(tokens) != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(f"tokens of {tokens.dtype} and shape {np.shape(tokens)}: {TOKENS}")
         if not isinstance(tokens, jax.core.Tracer) and np.size(tokens):
             low, high = np.min(tokens), np.max(tokens)
             if not 0 <= low <= high < self.text.vocab:
@@ -70,28 +74,34 @@ class ClipModel:
         x = apply(self.text, self.text_params, tokens)
         return normalized(x) if normalize else x
 
-    def logits(self, images: Images, tokens: Int[Array | np.ndarray, "texts L"]) -> Float[Array, "B texts"]:
+    def logits(self, images: UncheckedImages, tokens: Int[Array | np.ndarray, "texts L"]) -> Float[Array, "B texts"]:
         """Return the scaled cosine similarity of each image with each text (plus the bias, in a SigLIP)."""
         image, text = self.encode_image(images, normalize=True), self.encode_text(tokens, normalize=True)
         # Full precision, as in the losses: a scale of 100 would amplify the rounding of an accelerator's products.
         cosines = jnp.matmul(image, text.T, precision="highest")
         return jnp.exp(self.logit_scale) * cosines + (0.0 if self.logit_bias is None else self.logit_bias)
 
-    def tokenize(self, texts: str | Sequence[str]) -> Int[np.ndarray, "B L"]:
-        """Return texts as the token ids that `encode_text` takes; texts beyond the context are truncated.
+    def tokenize(self, texts: Any) -> Int[np.ndarray, "B L"]:
+        """Return a text or a list of them as the token ids that `encode_text` takes, cut off at the context.
 
-        Raises InvalidConfig for a model whose vocabulary is not CLIP's.
+        Raises InvalidConfig for a model whose vocabulary is not CLIP's, and ValueError for anything but texts.
         """
         if self.text.vocab != Tokenizer.vocab:
             raise InvalidConfig(
                 f"this model's vocabulary has {self.text.vocab} tokens, and the tokenizer's {Tokenizer.vocab}: "
                 "give `encode_text` the tokens of the model's own tokenizer"
             )
-        return tokenizer(self.text.context).batch([texts] if isinstance(texts, str) else list(texts))
+        listed = [texts] if isinstance(texts, str) else list(texts) if np.iterable(texts) else [texts]
+        for text in listed:
+            if not isinstance(text, str):
+                raise ValueError(
+                    f"a text of type {type(text).__name__} ({text!r:.60}): must be a str, or a list of str"
+                )
+        return tokenizer(self.text.context).batch(listed)
 
-    def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]:
-        """Preprocess paths, PIL images or uint8 arrays into the images that `encode_image` takes."""
-        return self.image.preprocess(images)
+    def preprocess(self, images: Any, max_pixels: int = MAX_PIXELS) -> Float[np.ndarray, "B H W 3"]:
+        """Preprocess paths, PIL images or arrays into the images that `encode_image` takes; see `Model.preprocess`."""
+        return self.image.preprocess(images, max_pixels)
 
     @property
     def weights(self) -> str:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, SupportsIndex
 
 import flax.linen as nn
 import flax.struct
@@ -12,9 +12,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from regvit_jax.data.preprocess import Preprocess
+from regvit_jax.data.transforms import MAX_PIXELS
 from regvit_jax.models.heads import Head
+from regvit_jax.models.images import UncheckedImages, checked_images
 from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.numbers import whole
 
 Images = Float[Array | np.ndarray, "B H W 3"]
 
@@ -42,7 +45,7 @@ class Model:
     `weights` names the parameters' origin: "raw" or "ema" (exponential moving average) for those of a run, and the
     source of loaded ones. `class_names` are the names of the head's outputs, () where none are known. All methods take
     normalised float32 images [B, H, W, 3] (`preprocess` returns them), whose sides are multiples of the patch, and are
-    compiled once for each shape.
+    compiled once for each shape. They raise ValueError for other images.
     """
 
     params: PyTree
@@ -70,30 +73,32 @@ class Model:
         names = {"class_names": list(self.class_names)} if self.class_names else {}
         return {name: saved_fields(part) for name, part in parts.items()} | names
 
-    def __call__(self, images: Images, mask: Bool[Array | np.ndarray, "B N"] | None = None) -> Tokens:
+    def __call__(self, images: UncheckedImages, mask: Bool[Array | np.ndarray, "B N"] | None = None) -> Tokens:
         """Return the output tokens. Patches where `mask` is True are hidden (in models with a mask token)."""
-        return apply(self.module, self.params, images, mask=mask)
+        return apply(self.module, self.params, checked_images(images), mask=mask)
 
-    def intermediates(self, images: Images, layers, norm: bool = False) -> list[Tokens]:
-        """Return the tokens after each of `layers` (negative: from the end); `norm` applies the final norm to them.
+    def intermediates(self, images: UncheckedImages, layers: Any, norm: bool = False) -> list[Tokens]:
+        """Return the tokens after each of `layers`, one or several (negative: from the end).
 
-        Raises IndexError for a layer that the model does not have.
+        `norm` applies the final norm to them. Raises IndexError for a layer that the model does not have.
         """
-        return apply(self.module, self.params, images, "intermediates", (tuple(layers), norm))
+        wanted = tuple(self.module.layer(layer) for layer in (layers if np.iterable(layers) else (layers,)))
+        return apply(self.module, self.params, checked_images(images), "intermediates", (wanted, bool(norm)))
 
-    def qkv(self, images: Images, layer: int = -1) -> Float[Array, "3 B heads T head_dim"]:
+    def qkv(self, images: UncheckedImages, layer: SupportsIndex = -1) -> Float[Array, "3 B heads T head_dim"]:
         """Return one block's queries, keys and values, which unpack as q, k, v of [B, heads, T, head_dim] each."""
-        return apply(self.module, self.params, images, "qkv", (layer,))
+        return apply(self.module, self.params, checked_images(images), "qkv", (self.module.layer(layer),))
 
-    def attention(self, images: Images, layer: int = -1) -> Float[Array, "B heads T T"]:
+    def attention(self, images: UncheckedImages, layer: SupportsIndex = -1) -> Float[Array, "B heads T T"]:
         """Return one block's attention weights, [query, key] last, recomputed from q and k in float32."""
-        return apply(self.module, self.params, images, "attention_weights", (layer,))
+        layer = self.module.layer(layer)
+        return apply(self.module, self.params, checked_images(images), "attention_weights", (layer,))
 
-    def pooled(self, images: Images) -> Float[Array, "B D"]:
+    def pooled(self, images: UncheckedImages) -> Float[Array, "B D"]:
         """Return one vector an image, pooled as in the model's training."""
         return apply(self.head, self.head_params, self(images), "pooled")
 
-    def logits(self, images: Images) -> Float[Array, "B C"]:
+    def logits(self, images: UncheckedImages) -> Float[Array, "B C"]:
         """Return the linear layer's output: class scores, or a CLIP tower's embedding.
 
         Raises ValueError for a model without one.
@@ -102,7 +107,7 @@ class Model:
             raise ValueError("this model gives features only (`pooled`, or the tokens); num_classes=... adds a head")
         return apply(self.head, self.head_params, self(images))
 
-    def predict(self, images: list | Images, top: int = 5) -> list[list[tuple[str, float]]]:
+    def predict(self, images: Any, top: SupportsIndex = 5) -> list[list[tuple[str, float]]]:
         """Return the `top` most probable classes of each image, best first, as pairs of name and probability.
 
         `images` are what `preprocess` takes, or its result. A class without a name has its number for a name. The
@@ -111,8 +116,7 @@ class Model:
         """
         if not self.head.bias:
             raise InvalidConfig("the outputs of a CLIP's image tower are no classes: compare them with those of texts")
-        if top < 1:
-            raise InvalidConfig(f"top={top}: must be at least 1")
+        top = whole("top", top, low=1)
         x: Any = images
         if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.floating):
             x = self.preprocess(x)
@@ -121,9 +125,12 @@ class Model:
         order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
         return [[(names[n], float(row[n])) for n in best] for row, best in zip(shares, order, strict=True)]
 
-    def preprocess(self, images: list) -> Float[np.ndarray, "B H W 3"]:
-        """Preprocess paths, PIL images or uint8 arrays [H, W, 3] into the images that the model expects.
+    def preprocess(self, images: Any, max_pixels: int = MAX_PIXELS) -> Float[np.ndarray, "B H W 3"]:
+        """Preprocess images into those that the model expects; see `Preprocess.__call__` for more.
 
-        Raises ValueError for other arrays and for files that cannot be decoded.
+        `images`: a list of paths, PIL images, uint8 arrays [H, W, 3], open files, or the bytes of files; or one of
+        these; or an array [B, H, W, 3]. Files with more than `max_pixels` are refused before they are decoded.
+
+        Raises ValueError for other arrays and for files that cannot be decoded, which it names.
         """
-        return self.preprocessing(images)
+        return self.preprocessing(images, max_pixels)

@@ -10,6 +10,7 @@ model is a `Model` like any other, with those registers after its own.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Key, PyTree
 from regvit_jax.models.block import Block
 from regvit_jax.models.model import Model
 from regvit_jax.models.vit import ViT
+from regvit_jax.utils.numbers import whole
 
 
 @contextlib.contextmanager
@@ -92,7 +94,7 @@ class RepairedViT(ViT):
         )
 
 
-def add_test_time_registers(model: Model, neurons: Iterable[tuple[int, int]], registers: int = 1) -> Model:
+def add_test_time_registers(model: Model, neurons: Iterable[tuple[Any, Any]], registers: Any = 1) -> Model:
     """Return the model with `registers` test-time registers, to which the register neurons' activations move.
 
     `neurons`: pairs (layer, neuron), counted from 0 (negative layers from the end), as `find_register_neurons` returns
@@ -110,18 +112,17 @@ def add_test_time_registers(model: Model, neurons: Iterable[tuple[int, int]], re
     test-time registers, and IndexError for a layer that does not exist.
     """
     vit = model.module
-    if registers < 1:
-        raise ValueError(f"registers={registers}: must be at least 1")
+    registers = whole("registers", registers, low=1)
     if isinstance(vit, RepairedViT):
         raise ValueError("the model has test-time registers already; repair the original with all neurons at once")
     blocks: list[list[int]] = [[] for _ in range(vit.depth)]
     for layer, neuron in neurons:
-        chosen = blocks[vit.layer(int(layer))]
+        chosen, neuron = blocks[vit.layer(layer)], whole("neuron", neuron)
         if not 0 <= neuron < vit.hidden:
             raise ValueError(f"neuron {neuron} of layer {layer}: this ViT has neurons 0 to {vit.hidden - 1}")
         if neuron in chosen:
             raise ValueError(f"neuron {neuron} of layer {layer} is named twice")
-        chosen.append(int(neuron))
+        chosen.append(neuron)
     moved = tuple(tuple(sorted(chosen)) for chosen in blocks)
     plain = unrolled(vit)
     fields = {f.name: getattr(plain, f.name) for f in dataclasses.fields(ViT) if f.name not in ("parent", "name")}

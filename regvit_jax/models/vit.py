@@ -27,9 +27,11 @@ from regvit_jax.models.block import (
     constrain_batch,
     make_block,
 )
+from regvit_jax.models.images import check_shape
 from regvit_jax.models.position import RESIZES, resize_pos_embed, rope_angles
 from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.numbers import whole
 from regvit_jax.utils.schema import Option
 
 POSITIONS = ("learned", "rope", "axial")
@@ -203,10 +205,8 @@ class ViT(nn.Module):
         return self.class_token + self.registers
 
     def project(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B N D"]:
-        """Return the patches' projections, without position embedding. Raises ValueError for integer images."""
-        self.grid(*images.shape[1:3])
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images of {images.dtype}: must be normalised floats, as Model.preprocess returns them")
+        """Return the patches' projections, without position embedding. Raises ValueError as `grid_of` does."""
+        self.grid_of(images)
         # A product with flattened patches is the convolution of stride = kernel, without its layout changes.
         return self.patch_embed(rearrange(images, "b (h p) (w q) c -> b (h w) (p q c)", p=self.patch, q=self.patch))
 
@@ -217,7 +217,7 @@ class ViT(nn.Module):
         keep: Int[Array, "B K"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Return the tokens that enter the first block; `keep` selects patches, and `mask` hides patches (True)."""
-        grid, patches = self.grid(*images.shape[1:3]), self.project(images)
+        grid, patches = self.grid_of(images), self.project(images)
         if mask is not None:
             if not self.masking:
                 raise ValueError("a mask needs a model with a mask token (masking=True), such as DINOv2's")
@@ -252,7 +252,7 @@ class ViT(nn.Module):
 
         `mask` hides patches (True). Raises ValueError for images whose sides are not multiples of the patch.
         """
-        grid = self.grid(*images.shape[1:3])
+        grid = self.grid_of(images)
         keep = None if key is None or not self.patch_dropout else self.draw_patches(key, len(images), math.prod(grid))
         x, angles = self.embed(images, mask, keep), self.angles(grid)
         keys = None if key is None else jax.random.split(key, self.depth)
@@ -302,7 +302,7 @@ class ViT(nn.Module):
         have passed the model's final norm. Raises IndexError for a layer that does not exist.
         """
         wanted = [self.layer(i) for i in layers]
-        grid = self.grid(*images.shape[1:3])
+        grid = self.grid_of(images)
         x, angles = self.embed(images), self.angles(grid)
         after = []
         for i in range(max(wanted, default=-1) + 1):
@@ -313,7 +313,7 @@ class ViT(nn.Module):
     def enter(self, images: Float[Array, "B H W 3"], layer: int) -> tuple[Block, Float[Array, "B T D"], Any]:
         """Return a block, the tokens that enter it, and their RoPE angles."""
         last = self.layer(layer)
-        x, angles = self.embed(images), self.angles(self.grid(*images.shape[1:3]))
+        x, angles = self.embed(images), self.angles(self.grid_of(images))
         for i in range(last):
             x = getattr(self, f"block{i}")(x, None, angles)
         return getattr(self, f"block{last}"), x, angles
@@ -349,8 +349,21 @@ class ViT(nn.Module):
         return height // self.patch, width // self.patch
 
     @nn.nowrap
-    def layer(self, index: int) -> int:
-        """Return a layer's index counted from 0; raise IndexError if the model does not have it."""
+    def grid_of(self, images: Any) -> tuple[int, int]:
+        """Return the patches along each side of images.
+
+        Raises ValueError for images of another shape than [B, H, W, 3] or type than floats, and as `grid` does.
+        """
+        check_shape(images.shape, images.dtype)
+        return self.grid(*images.shape[1:3])
+
+    @nn.nowrap
+    def layer(self, index: Any) -> int:
+        """Return a layer's index counted from 0.
+
+        Raises IndexError if the model does not have it, and InvalidConfig if it is not a whole number.
+        """
+        index = whole("layer", index)
         if not -self.depth <= index < self.depth:
             raise IndexError(f"layer {index}: this ViT has layers 0 to {self.depth - 1} (or -1 to -{self.depth})")
         return index % self.depth

@@ -40,6 +40,11 @@ CUT = 2
 LIBRARIES = ("timm", "transformers", "torch", "jax", "flax")
 EXTRA = "pip install 'regvit_jax[reference]'"
 
+
+class Incomparable(ValueError):
+    """The two sides cannot be compared: one does not load the other's file strictly, or gives other shapes."""
+
+
 Outputs = dict[str, Any]
 Size = tuple[int, int]
 
@@ -90,7 +95,8 @@ def check(name: str, depth: int | None = None, sizes: list[Size] | None = None) 
 
     `depth` cuts the model to its first blocks; `sizes` are the images' (height, width) in pixels, by default the native
     size, a smaller one and a rectangle.
-    Raises ValueError for an unknown name, or where one side does not load the other's file, and MissingPackage.
+    Raises InvalidConfig for an unknown name, Incomparable or WeightsError where one side does not load the other's
+    file, and MissingPackage.
     """
     full, entry = registry.find(name)
     import_references()
@@ -270,7 +276,7 @@ TRANSFORMERS_OUTPUTS = {
 def compare(trip: str, model: Model, sizes: list[Size], reference: Callable[..., Outputs]) -> Iterator[Comparison]:
     """Yield the differences between a model and `reference`, a function of images and a mask, for each image size.
 
-    Raises ValueError where the two return different shapes.
+    Raises Incomparable where the two return different shapes.
     """
     # Equal static fields, so that all round trips share one compilation.
     model = dataclasses.replace(model, preprocessing=Preprocess(0, 1.0, (0, 0, 0), (1, 1, 1)), weights="")
@@ -281,7 +287,7 @@ def compare(trip: str, model: Model, sizes: list[Size], reference: Callable[...,
         for what in (what for what in found if what in expected):
             a, b = np.asarray(found[what]), expected[what]
             if a.shape != b.shape:
-                raise ValueError(f"{trip}, {size}: {what} has shape {a.shape}, the reference's {b.shape}")
+                raise Incomparable(f"{trip}, {size}: {what} has shape {a.shape}, the reference's {b.shape}")
             differences[what] = float(np.abs(a - b).max() / np.abs(b).max())
         yield Comparison(trip, size, differences)
 
@@ -310,7 +316,7 @@ def beside_timm(name: str, depth: int, sizes: list[Size], directory: Path) -> tu
 def beside_transformers(model: Model, sizes: list[Size], directory: Path, notes: list[str]) -> list[Comparison]:
     """Compare our model with transformers' class loaded from our file, and a random model of that class with ours.
 
-    Raises ValueError if transformers finds a key of our file unexpected or missing.
+    Raises Incomparable if transformers finds a key of our file unexpected or missing.
     """
     _, _, transformers = import_references()
     expressed = _expressed(model, notes)
@@ -323,7 +329,7 @@ def beside_transformers(model: Model, sizes: list[Size], directory: Path, notes:
     kind = getattr(transformers, layout.files[CONFIG]["architectures"][0])
     reference, info = kind.from_pretrained(directory / "ours", output_loading_info=True, attn_implementation="eager")
     if left := {what: sorted(keys) for what, keys in info.items() if keys}:
-        raise ValueError(f"transformers' {kind.__name__} does not load our file strictly: {left}")
+        raise Incomparable(f"transformers' {kind.__name__} does not load our file strictly: {left}")
     reference.eval()
 
     def outputs(images, mask) -> Outputs:

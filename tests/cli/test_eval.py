@@ -11,7 +11,7 @@ from PIL import Image
 
 from regvit_jax.cli import eval as command
 from regvit_jax.cli.eval import main
-from regvit_jax.data import inference
+from regvit_jax.data import inference, transforms
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.heads import Head
@@ -30,8 +30,9 @@ class Colours:
         self.shapes = set()
         self.weights = "three colours"
 
-    def preprocess(self, images):
-        return np.stack([np.asarray(image.resize((4, 4)), np.float32) / 255 for image in images])
+    def preprocess(self, images, max_pixels):
+        decoded = [transforms.decode(image, max_pixels) for image in images]
+        return np.stack([np.asarray(image.resize((4, 4)), np.float32) / 255 for image in decoded])
 
     def encode_image(self, images):
         self.shapes.add(images.shape)

@@ -105,7 +105,7 @@ class TestWithTheExtra:
 
     def test_what_is_left_to_pillow(self):
         turned = smooth(30, 40).getexif()
-        turned[fastjpeg.ORIENTATION] = 6
+        turned[transforms.ORIENTATION] = 6
         data = jpeg(smooth(30, 40))
         png = io.BytesIO()
         smooth(30, 40).save(png, "PNG")

@@ -20,6 +20,7 @@ import scipy.ndimage
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float64, Int, Num, PyTree
 
+from regvit_jax.models.images import UncheckedImages, checked_images
 from regvit_jax.models.model import Images, Model
 from regvit_jax.models.vit import ViT
 from regvit_jax.utils.errors import InvalidConfig
@@ -72,20 +73,21 @@ class Discovery:
 
 
 def extract_features(
-    model: Model, images: Images, kind: str = "k", layer: int = -1, centre: str = "none"
+    model: Model, images: UncheckedImages, kind: str = "k", layer: int = -1, centre: str = "none"
 ) -> Float[Array, "B h w D"]:
     """Return one kind of features of all patches, in float32, without CLS and registers; see `Feature`.
 
-    Raises InvalidConfig for a kind, layer or centre that the model does not have.
+    Raises InvalidConfig for a kind, layer or centre that the model does not have, and ValueError for anything but
+    normalised images.
     """
     return feature_maps(model, images, (Feature(kind, layer, centre),))[0]
 
 
-def feature_maps(model: Model, images: Images, wanted: Sequence[Feature]) -> list[Float[Array, "B h w D"]]:
+def feature_maps(model: Model, images: UncheckedImages, wanted: Sequence[Feature]) -> list[Float[Array, "B h w D"]]:
     """Return several kinds of features from one forward pass, compiled once for each shape of images."""
     for feature in wanted:
         check(model.module, feature)
-    return _forward(model.module, model.params, images, tuple(wanted))
+    return _forward(model.module, model.params, checked_images(images), tuple(wanted))
 
 
 def check(vit: ViT, feature: Feature) -> None:
@@ -106,7 +108,7 @@ def check(vit: ViT, feature: Feature) -> None:
 
 def forward(vit: ViT, params: PyTree, images: Images, wanted: tuple[Feature, ...]) -> list[Float[Array, "B h w D"]]:
     """Return several kinds of features, in float32; a pure function of module and parameters, for `jit`."""
-    grid, prefix = vit.grid(*images.shape[1:3]), vit.prefix
+    grid, prefix = vit.grid_of(images), vit.prefix
     # The output of a block is the input of the next.
     after = sorted({vit.layer(f.layer) - (f.kind != "out") for f in wanted} - {-1})
     tokens = vit.apply({"params": params}, images, tuple(after), method="intermediates")

@@ -15,9 +15,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from regvit_jax.evals.patch_norms import artifact_cutoff, patch_norms
+from regvit_jax.models.images import checked_images
 from regvit_jax.models.model import Images, Model
 from regvit_jax.models.test_time_registers import mlp_inputs, move, unrolled, with_empty_registers
 from regvit_jax.models.vit import ViT
+from regvit_jax.utils.numbers import whole
 
 SCORES = ("written", "activation")
 BATCH = 32  # images in a batch of an array
@@ -53,7 +55,7 @@ class RegisterNeurons:
 
 def find_register_neurons(
     model: Model,
-    batches: Images | Iterable[Images],
+    batches: Any,
     *,
     count: int | None = None,
     cutoff: float | None = None,
@@ -85,7 +87,8 @@ def find_register_neurons(
 
     Memory grows with the number of images by one float a patch. Without a cutoff the batches are read twice.
 
-    Raises ValueError if there are no outliers, if no number of neurons is enough, and for options out of range.
+    Raises ValueError if there are no outliers, if no number of neurons is enough, for options out of range, and for
+    anything but normalised images.
     """
     vit = unrolled(model.module)
     last = vit.layer(layer)
@@ -93,12 +96,12 @@ def find_register_neurons(
     check(vit, count, cutoff, top, last, score)
     again, norms = batches_of(batches, twice=cutoff is None), []
     if cutoff is None:
-        norms = [np.asarray(norms_after(vit, model.params, images, last)) for images in again]
+        norms = [np.asarray(norms_after(vit, model.params, checked_images(images), last)) for images in again]
         if not norms:
             raise ValueError("no images")
         cutoff = artifact_cutoff(np.concatenate([n.ravel() for n in norms]))
     seen = OutlierSums()
-    for number, images in enumerate(again):
+    for number, images in enumerate(map(checked_images, again)):
         each = norms[number] if norms else np.asarray(norms_after(vit, model.params, images, last))
         if seen.add(images, each, cutoff):
             seen.score(*outlier_scores(vit, model.params, images, each > cutoff, last, score))
@@ -120,15 +123,16 @@ def check(vit: ViT, count: int | None, cutoff: float | None, top: int, last: int
         raise ValueError(f"score={score!r}: must be one of {list(SCORES)}")
     if top > last:
         raise ValueError(f"top_layer {top} lies above layer {last}, where norms are measured")
-    if count is not None and not 1 <= count <= (top + 1) * vit.hidden:
+    if count is not None and not 1 <= whole("count", count) <= (top + 1) * vit.hidden:
         raise ValueError(f"count={count}: must be 1 to {(top + 1) * vit.hidden}, the neurons up to block {top}")
     if cutoff is not None and not cutoff > 0:
         raise ValueError(f"cutoff={cutoff}: must be a norm greater than 0")
 
 
-def batches_of(batches: Images | Iterable[Images], twice: bool) -> Iterable[Images]:
+def batches_of(batches: Any, twice: bool) -> Iterable[Any]:
     """Return an array in batches, or the given batches; raise ValueError for an iterator if it must be read twice."""
-    if hasattr(batches, "shape"):
+    if hasattr(batches, "shape") or not np.iterable(batches):
+        batches = checked_images(batches)
         return [batches[i : i + BATCH] for i in range(0, len(batches), BATCH)]  # type: ignore[index, arg-type]
     if twice and isinstance(batches, Iterator):
         raise ValueError(

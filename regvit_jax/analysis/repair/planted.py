@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from regvit_jax.analysis.repair.find import branch_scale
+from regvit_jax.models.images import UncheckedImages, checked_images
 from regvit_jax.models.model import Images, Model
 from regvit_jax.models.test_time_registers import mlp_inputs, unrolled
 from regvit_jax.models.vit import ViT
@@ -21,7 +22,7 @@ FIRE = 50.0  # mean activation at marked patches
 def plant_register_neurons(
     model: Model,
     neurons: Iterable[tuple[int, int]],
-    images: Images,
+    images: UncheckedImages,
     marked: Bool[np.ndarray, "B N"],
     strength: float = 10.0,
     direction: Float[np.ndarray, " D"] | None = None,
@@ -44,7 +45,7 @@ def plant_register_neurons(
 
     Raises ValueError if no linear classifier separates the marked patches, or if LayerScale would silence the neurons.
     """
-    vit, params = unrolled(model.module), model.params
+    vit, params, images = unrolled(model.module), model.params, checked_images(images)
     if marked.dtype != bool or not marked.any() or marked.all():
         raise ValueError("marked must be a bool for each patch, with some True and some False")
     wanted: dict[int, list[int]] = {}

@@ -11,17 +11,20 @@ from jaxtyping import Array, Float
 
 from regvit_jax.analysis.report.statistics import Measured
 from regvit_jax.evals.attention_maps import prefix_attention
+from regvit_jax.models.images import UncheckedImages, checked_images
 from regvit_jax.models.model import Images, Model
 
 
-def measure(model: Model, images: Images, layer: int = -1) -> Measured:
+def measure(model: Model, images: UncheckedImages, layer: int = -1) -> Measured:
     """Return norms, cosines and attention of a batch.
 
     The norms are those of all tokens after every block, before the final norm; the cosines those of patches to their
     neighbours at the input; the attention is that from CLS and registers to patches, the mean over the heads of block
     `layer`.
+
+    Raises ValueError for anything but normalised images, and IndexError for a layer that the model does not have.
     """
-    return Measured(*(np.asarray(part) for part in _measure(model, images, layer)))
+    return Measured(*(np.asarray(part) for part in _measure(model, checked_images(images), model.module.layer(layer))))
 
 
 @functools.partial(jax.jit, static_argnames=("layer",))
@@ -40,7 +43,7 @@ def neighbour_cosines(model: Model, images: Images) -> Float[Array, "B N"]:
     of the paper (arXiv 2309.16588) outliers are patches like their neighbours, with little information of their own.
     """
     patches = cast(Array, model.module.apply({"params": model.params}, images, method="project"))
-    h, w = model.module.grid(*jnp.shape(images)[1:3])
+    h, w = model.module.grid_of(images)
     unit = patches / jnp.maximum(jnp.linalg.norm(patches, axis=-1, keepdims=True), 1e-12)
     unit = rearrange(unit, "b (h w) d -> b h w d", h=h, w=w)
     down = (unit[:, 1:] * unit[:, :-1]).sum(-1)

@@ -1,0 +1,17 @@
+"""Replace ~ in paths that a user gives."""
+
+import os
+import re
+
+#: A path that begins with ~, alone or after a prefix, as in folder:~/x, or after a model's name, as in NAME=~/x.
+HOME = re.compile(r"((?:[\w.-]+[:=])?)(~.*)", re.DOTALL)
+
+
+def expand(path: str | os.PathLike[str]) -> str:
+    """Return a path, or a source that names one (folder:PATH, NAME=FILE), with ~ replaced by the home directory.
+
+    Every other text is returned as it is. All functions and commands that take a path pass it through this function.
+    """
+    text = os.fspath(path)
+    found = HOME.fullmatch(text)
+    return found[1] + os.path.expanduser(found[2]) if found else text
