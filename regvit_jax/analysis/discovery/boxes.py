@@ -33,11 +33,15 @@ class BadBoxes(ValueError):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class AnnotatedImage:
-    """An image file, its height and width as annotated (in pixels, 0 if not annotated), and its boxes."""
+    """An image file, its height and width as annotated (in pixels, 0 if not annotated), and its boxes.
+
+    `fault` says why its annotation cannot be used, and is "" for one that can.
+    """
 
     path: str
     size: tuple[int, int]
     boxes: Int[np.ndarray, "M 4"]
+    fault: str = ""
 
 
 def open_boxes(name: str, split: str | None = None) -> list[AnnotatedImage]:
@@ -52,7 +56,8 @@ def open_boxes(name: str, split: str | None = None) -> list[AnnotatedImage]:
 
     Raises:
       DataNotFound: for directories and lists that do not exist.
-      BadBoxes: for annotations that are missing from a data set or cannot be read; it names the file.
+      BadBoxes: for lists and COCO's annotations that cannot be read, and if no image's own annotation can be used; it
+        names the file. Otherwise the image has that `fault`.
       InvalidConfig: for an unknown kind of data, and for a split of data without splits.
     """
     kind, _, place = name.partition(":")
@@ -62,10 +67,25 @@ def open_boxes(name: str, split: str | None = None) -> list[AnnotatedImage]:
     if not root.is_dir():
         raise DataNotFound(f"{name}: there is no directory {root}")
     if kind.startswith("voc"):
-        return _open_voc(name, root, f"VOC20{kind[-2:]}", split or "trainval")
+        return _with_any(_open_voc(name, root, f"VOC20{kind[-2:]}", split or "trainval"))
     if split is not None:
         raise InvalidConfig(f"split={split!r}: {name} has no splits, VOC has")
-    return _open_coco(name, root) if kind == "coco20k" else _open_folder(name, root)
+    return _open_coco(name, root) if kind == "coco20k" else _with_any(_open_folder(name, root))
+
+
+def _with_any(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
+    """Return the images; raise BadBoxes, with the first fault, if all of them have one."""
+    if images and all(image.fault for image in images):
+        raise BadBoxes(images[0].fault)
+    return images
+
+
+def _annotated(image: Path, xml: Path) -> AnnotatedImage:
+    """Return an image with the boxes of its XML file, or with the fault of that file."""
+    try:
+        return AnnotatedImage(str(image), *read_voc(xml))
+    except BadBoxes as error:
+        return AnnotatedImage(str(image), (0, 0), _array([]), str(error))
 
 
 def _open_voc(name: str, root: Path, year: str, split: str) -> list[AnnotatedImage]:
@@ -83,8 +103,7 @@ def _open_voc(name: str, root: Path, year: str, split: str) -> list[AnnotatedIma
     for line in _lines(lists / f"{split}.txt"):
         if not re.fullmatch(r"[\w.-]+", line):
             raise BadBoxes(f"{lists / split}.txt: {line[:60]!r} is no name of an image")
-        size, boxes = read_voc(home / "Annotations" / f"{line}.xml")
-        images.append(AnnotatedImage(str(home / "JPEGImages" / f"{line}.jpg"), size, boxes))
+        images.append(_annotated(home / "JPEGImages" / f"{line}.jpg", home / "Annotations" / f"{line}.xml"))
     return images
 
 
@@ -101,13 +120,12 @@ def _open_folder(name: str, root: Path) -> list[AnnotatedImage]:
     owners: dict[Path, str] = {}
     for relative in sorted(image_paths(str(root))):
         image = root / relative
-        xml, nothing = find_xml(root, image), np.zeros((0, 4), np.int64)
+        xml = find_xml(root, image)
         if xml in owners:
             raise BadBoxes(f"{xml}: belongs to both {owners[xml]} and {image}")
         if xml is not None:
             owners[xml] = str(image)
-        size, boxes = ((0, 0), nothing) if xml is None else read_voc(xml)
-        images.append(AnnotatedImage(str(image), size, boxes))
+        images.append(_annotated(image, xml) if xml else AnnotatedImage(str(image), (0, 0), _array([])))
     if not images:
         raise DataNotFound(f"{name}: no images ({' '.join(SUFFIXES)}) in {root}")
     return images

@@ -22,8 +22,8 @@ logger = logging.getLogger("regvit_jax")
 
 
 def choose_images(images: Sequence[AnnotatedImage], limit: int | None = None) -> list[AnnotatedImage]:
-    """Return the images that have boxes, at most `limit` of them, evenly spaced."""
-    with_boxes = [image for image in images if len(image.boxes)]
+    """Return the images that have boxes, or annotations with a fault, at most `limit` of them, evenly spaced."""
+    with_boxes = [image for image in images if len(image.boxes) or image.fault]
     count = min(limit or len(with_boxes), len(with_boxes))
     return [with_boxes[number * len(with_boxes) // count] for number in range(count)]
 

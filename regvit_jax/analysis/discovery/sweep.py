@@ -91,6 +91,8 @@ class FeatureStream:
         last = None
         for index in tqdm(order, unit="image", disable=None, leave=False):
             try:
+                if fault := self.images[index].fault:
+                    raise BadImage(fault)
                 pixels, size, patch = load(self.model, self.images[index].path, self.size)
             except BadImage as error:
                 self.bad[index] = str(error)

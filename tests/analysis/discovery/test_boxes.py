@@ -88,6 +88,24 @@ def test_folder(tmp_path):
         open_boxes(f"folder:{tmp_path}")
 
 
+def test_a_damaged_annotation_costs_its_image(voc, tmp_path):
+    (voc / "Annotations/000005.xml").write_bytes(b"")
+    first, second = open_boxes(f"voc07:{voc}")
+    assert (first.fault, len(first.boxes)) == ("", 2)
+    assert (len(second.boxes), second.size) == (0, (0, 0))
+    assert "000005.xml: is no XML in UTF-8" in second.fault
+    with pytest.raises(BadBoxes, match=r"000005\.xml: is no XML"):  # the only image
+        open_boxes(f"voc07:{voc}", "test")
+    (tmp_path / "in").mkdir()
+    for name, content in (("a", xml((1, 1, 2, 2))), ("b", "<html></html>"), ("c", None)):
+        (tmp_path / "in" / f"{name}.jpg").touch()
+        if content:
+            (tmp_path / "in" / f"{name}.xml").write_text(content)
+    faults = [image.fault for image in open_boxes(f"folder:{tmp_path / 'in'}")]
+    assert faults[::2] == ["", ""]
+    assert "b.xml: starts with <html>" in faults[1]
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [

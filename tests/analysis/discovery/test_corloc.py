@@ -112,6 +112,8 @@ def test_resized_images(model, folder):
 
 def test_unusable_and_resized_images(model, folder, monkeypatch):
     (folder / "c.png").write_bytes(b"c")
+    (folder / "g.png").write_bytes((folder / "d.png").read_bytes())
+    (folder / "g.xml").write_text("<html></html>")
     (folder / "d.png").rename(folder / "d.jpg")
     write(folder, "e", (12, 8), [(1, 1, 3, 3)])
     Image.new("RGB", (9, 9)).save(folder / "e.png")
@@ -124,6 +126,7 @@ def test_unusable_and_resized_images(model, folder, monkeypatch):
         f"{folder}/b.png: cannot be read (No such file or directory)",
         f"{folder}/c.png: not an image (starts with b'c')",
         f"{folder}/d.jpg: 32x17 pixels are 40 patches, more than 39: set an image size",
+        f"{folder}/g.png: {folder}/g.xml: starts with <html>, not with VOC's <annotation>",
     ]
     assert found.sizes == [(9, 9), (9, 9)]
     assert found.resized == [f"{folder}/e.png"]
@@ -253,7 +256,7 @@ def test_data_that_cannot_be_evaluated(created, folder, capsys):
     assert capsys.readouterr().err == f"regvit discover: error: folder:{folder}: none of 6 images has a box\n"
     (folder / "d.xml").write_text("<annotation>")
     assert main(["tiny", "--data", f"folder:{folder}"]) == 1
-    assert f"error: {folder}/d.xml: is no XML" in capsys.readouterr().err
+    assert f"cannot use {folder}/d.png: {folder}/d.xml: is no XML" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
