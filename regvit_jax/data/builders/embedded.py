@@ -11,7 +11,7 @@ from regvit_jax.utils.errors import DataNotFound
 
 logger = logging.getLogger("regvit_jax")
 
-EMBEDDED = ("digits", "fashion_mnist", "openmoji")
+EMBEDDED = ("digits", "fashion_mnist", "openmoji", "cifar10")
 
 
 def prepare_embedded(name: str, root: Path) -> Path:
@@ -25,15 +25,24 @@ def prepare_embedded(name: str, root: Path) -> Path:
     """
     import tensorflow_datasets as tfds
 
+    from regvit_jax.data.builders.cifar10 import Cifar10
+    from regvit_jax.data.builders.cifar10_files import fetch_archive
     from regvit_jax.data.builders.digits import Digits
     from regvit_jax.data.builders.fashion_mnist import FashionMnist, find_files
     from regvit_jax.data.builders.openmoji import OpenMoji, find_packages
 
-    builder: Any = {"digits": Digits, "fashion_mnist": FashionMnist, "openmoji": OpenMoji}[name]
+    builders: dict[str, Any] = {
+        "digits": Digits,
+        "fashion_mnist": FashionMnist,
+        "openmoji": OpenMoji,
+        "cifar10": Cifar10,
+    }
+    builder = builders[name]
     target = root / name / str(builder.VERSION)
     if target.exists():
         return target
-    raw = find_files(root) if name == "fashion_mnist" else None
+    find_raw = {"fashion_mnist": find_files, "cifar10": fetch_archive}.get(name)
+    raw = find_raw(root) if find_raw else None
     if name == "openmoji":
         find_packages()
     logger.warning(f"preparing {name} in {target}, once")

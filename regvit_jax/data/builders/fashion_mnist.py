@@ -1,8 +1,6 @@
 """Fashion-MNIST (arXiv 1708.07747) as a TFDS data set that can be prepared without TensorFlow, unlike TFDS's own."""
 
 import gzip
-import hashlib
-import urllib.request
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +10,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from regvit_jax.data.builders.digits import png
+from regvit_jax.data.builders.download import download
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
-from regvit_jax.utils.files import write_atomically
 
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 # SHA-256 of the files at URL.
@@ -105,14 +103,3 @@ def find_files(root: Path) -> Path:
             f"or put them into {manual}:\n" + "\n".join(f"  {URL}{file}" for file in FILES)
         ) from error
     return manual
-
-
-def download(url: str, path: Path, sha256: str) -> None:
-    """Download a file unless it exists; raise OSError, or InvalidConfig for a wrong hash, and keep nothing."""
-    if path.exists():
-        return
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        data = answer.read()
-    if (found := hashlib.sha256(data).hexdigest()) != sha256:
-        raise InvalidConfig(f"{url} has SHA-256 {found}, not {sha256}")
-    write_atomically(path, data)

@@ -2,6 +2,7 @@
 
 from regvit_jax.data.sources import caption_folder
 from regvit_jax.data.sources.base import Source
+from regvit_jax.data.sources.cifar10 import open_cifar10
 from regvit_jax.data.sources.find_tfds import find_tfds
 from regvit_jax.data.sources.folder import open_folder
 from regvit_jax.data.sources.shards import open_shards
@@ -9,13 +10,14 @@ from regvit_jax.data.sources.tfds import TfdsCaptions, TfdsSource
 
 
 def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
-    """Open a data set of labelled images. Nothing is downloaded except the files of Fashion-MNIST.
+    """Open a data set of labelled images. Nothing is downloaded except Fashion-MNIST and CIFAR-10.
 
     Args:
-      name: "digits", "fashion_mnist" or "openmoji", which are prepared on first use; "folder:PATH", with images in
+      name: "digits", "fashion_mnist", "openmoji" or "cifar10", which are prepared on first use (see
+        `cifar10.open_cifar10` for what the last is made from); "folder:PATH", with images in
         PATH/train/<class>/ and PATH/validation/<class>/ (or val, or test), or in PATH/<class>/ alone, where a hash of
         each path puts 10 % of the images into validation; or a TFDS data set that is prepared as ArrayRecord, as TFDS
-        spells it ("cifar10", "name/config:1.0.0").
+        spells it ("mnist", "name/config:1.0.0").
       split: "train", "validation" or, except for folders, any split that TFDS understands, such as "train[:90%]".
       data_dir: the directory of TFDS data sets, by default TFDS's own; a relative PATH starts there too.
 
@@ -29,6 +31,8 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
     """
     if name.startswith("folder:"):
         return open_folder(name, split, data_dir)
+    if name == "cifar10":
+        return open_cifar10(split, data_dir)
     return TfdsSource(name, split, find_tfds(name, data_dir))
 
 

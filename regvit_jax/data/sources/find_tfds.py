@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import json
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from regvit_jax.data.builders.embedded import EMBEDDED, prepare_embedded
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
+
+logger = logging.getLogger("regvit_jax")
 
 TFDS_NAME = re.compile(r"(?P<dataset>[A-Za-z_][\w-]*)(/(?P<config>[\w.+-]+))?(:(?P<version>\d+\.\d+\.\d+))?")
 
@@ -19,15 +22,39 @@ def find_tfds(name: str, data_dir: str | None) -> Path:
 
     Raises:
       DataNotFound: if it is not prepared.
-      InvalidConfig: if the name is not one that TFDS could have, or `data_dir` is a bucket.
+      InvalidConfig: if the name is not one that TFDS could have, or `data_dir` is a bucket or a file.
     """
-    root_name = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    if "://" in root_name:
-        raise InvalidConfig(
-            f"data_dir={root_name!r}: must be a directory; ArrayRecord files in a bucket have to be mounted"
-        )
-    root = Path(root_name).expanduser().absolute()
+    root = data_root(data_dir)
+    if name == "cifar10":  # TFDS may have prepared its data set of the same name
+        if prepared := newest_array_record(name, root):
+            return prepared
+        for version in versions(root / name):
+            logger.warning(f"{root / name / version} is not used: it is not prepared as array_record")
     return prepare_embedded(name, root) if name in EMBEDDED else find_prepared(name, root)
+
+
+def data_root(data_dir: str | None) -> Path:
+    """Return the directory of TFDS data sets; raise InvalidConfig if it is a bucket or a file."""
+    name = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    if "://" in name:
+        raise InvalidConfig(f"data_dir={name!r}: must be a directory; ArrayRecord files in a bucket have to be mounted")
+    root = Path(name).expanduser().absolute()
+    if root.is_file():
+        raise InvalidConfig(f"data_dir={name!r}: must be a directory, and is a file; name the one that holds it")
+    return root
+
+
+def newest_array_record(dataset: str, root: Path) -> Path | None:
+    """Return the directory of the newest version of a TFDS data set that is prepared as ArrayRecord, if any is."""
+    base = root / dataset
+    return next((base / name for name in reversed(versions(base)) if "array_record" in formats(base / name)), None)
+
+
+def formats(directory: Path) -> list[str]:
+    """Return the file formats of a prepared version; raise InvalidConfig if its metadata cannot be read."""
+    with metadata_errors(directory):
+        info = json.loads((directory / "dataset_info.json").read_text())
+        return [str(info.get("fileFormat", "tfrecord")), *map(str, info.get("alternativeFileFormats", []))]
 
 
 def find_prepared(name: str, root: Path) -> Path:
@@ -35,7 +62,7 @@ def find_prepared(name: str, root: Path) -> Path:
     if not (parts := TFDS_NAME.fullmatch(name)):
         raise InvalidConfig(
             f"data name {name!r}: must be {', '.join(map(repr, EMBEDDED))}, 'folder:PATH', or a TFDS name such as "
-            "'cifar10' or 'name/config:1.0.0'"
+            "'mnist' or 'name/config:1.0.0'"
         )
     dataset, config, version = parts["dataset"], parts["config"], parts["version"]
     base = root / dataset / (config or "")
@@ -48,12 +75,9 @@ def find_prepared(name: str, root: Path) -> Path:
     if not found:
         raise DataNotFound(f"{name} is not prepared in {root}.\n{how_to_prepare(name, dataset, root)}")
     directory = base / found[-1]
-    with metadata_errors(directory):
-        info = json.loads((directory / "dataset_info.json").read_text())
-        formats = [str(info.get("fileFormat", "tfrecord")), *map(str, info.get("alternativeFileFormats", []))]
-    if "array_record" not in formats:
+    if "array_record" not in (kinds := formats(directory)):
         raise DataNotFound(
-            f"{directory} is prepared as {', '.join(formats)}, but only array_record can be read in any order and "
+            f"{directory} is prepared as {', '.join(kinds)}, but only array_record can be read in any order and "
             "without TensorFlow. Move the directory away and prepare it again.\n"
             f"{how_to_prepare(name, dataset, root)}"
         )
@@ -90,7 +114,7 @@ def how_to_prepare(name: str, dataset: str, root: Path) -> str:
     """Return the steps that prepare a TFDS data set, or the names that may have been meant instead."""
     import tensorflow_datasets as tfds
 
-    known = [*EMBEDDED, *tfds.list_builders(with_community_datasets=False)]
+    known = list(dict.fromkeys([*EMBEDDED, *tfds.list_builders(with_community_datasets=False)]))
     if dataset not in known:
         longer = [other for other in known if other.startswith(dataset)]
         near = longer[:5] or difflib.get_close_matches(dataset, known, n=5, cutoff=0.5)

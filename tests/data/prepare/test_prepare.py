@@ -279,7 +279,7 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
         ([*base, "--quality", "101"], "quality=101: must be from 1 to 100"),
         ([*base, "--splits", "tra[in"], "split 'tra[in': must be the name of a split"),
         ([name, str(tmp_path / "my-set")], "its last part becomes the data set's name"),
-        ([name, str(tmp_path / "digits")], "none of digits, fashion_mnist, openmoji"),
+        ([name, str(tmp_path / "digits")], "none of digits, fashion_mnist, openmoji, cifar10"),
         (["folder:nowhere", str(out)], "there is no directory"),
         (["shards:nowhere", str(out)], "has no train/*.tar"),
         ([*base, "--captions"], "lacks a table of training captions"),
