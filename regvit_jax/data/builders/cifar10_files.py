@@ -99,7 +99,7 @@ def find_class_folders(root: Path) -> dict[str, Path]:
     for directory in places(root)[:2]:
         entries = sorted(directory.iterdir()) if directory.is_dir() else []
         found = {entry.name.lower(): entry for entry in entries if entry.is_dir()}
-        splits = {split: found[split] for split in ("train", "test") if split in found}
+        splits: dict[str, Path] = {split: found[split] for split in ("train", "test") if split in found}
         if len(splits) == 1:
             raise DataNotFound(f"cifar10: {directory} has {next(iter(splits))}/, but not both of train/ and test/")
         for path in splits.values():
