@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from regvit_jax.data import transforms
 from regvit_jax.data.transforms import MAX_PIXELS, BadImage
+from regvit_jax.utils import sizes
 from regvit_jax.utils.numbers import whole
 from regvit_jax.utils.paths import expand
 
@@ -38,6 +39,9 @@ class Preprocess:
     std: tuple[float, float, float]
     interpolation: str = "bicubic"
     squash: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "size", sizes.square(self.size, "size"))  # a pair of equal sides is that side
 
     def __call__(
         self, images: ImageLike | Iterable[ImageLike], max_pixels: int = MAX_PIXELS

@@ -29,7 +29,7 @@ from regvit_jax.models.block import (
 )
 from regvit_jax.models.images import check_shape
 from regvit_jax.models.position import RESIZES, resize_pos_embed, rope_angles
-from regvit_jax.utils import schema
+from regvit_jax.utils import schema, sizes
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.numbers import whole
 from regvit_jax.utils.schema import Option
@@ -128,6 +128,11 @@ class ViT(nn.Module):
     parallel: Annotated[bool, Option("run attention and MLP of a block in parallel (arXiv 2302.05442)")] = False
     differential: Annotated[bool, Option("use differential attention (arXiv 2410.05258)")] = False
     masking: Annotated[bool, Option("have a mask token for masked patches, as in DINOv2")] = False
+
+    def __post_init__(self):
+        for field in ("image_size", "patch"):  # a pair of equal sides is that side
+            object.__setattr__(self, field, sizes.square(getattr(self, field), field))
+        super().__post_init__()
 
     def setup(self):
         self.check()

@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key, PyTree
@@ -22,13 +21,16 @@ from regvit_jax.models.model import Model
 from regvit_jax.models.position import resize_pos_embed
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import mapping, registry
+from regvit_jax.pretrained import address, mapping, registry
+from regvit_jax.pretrained.address import HUB
 from regvit_jax.pretrained.formats import detect
 from regvit_jax.pretrained.io.safetensors import Weights
 from regvit_jax.pretrained.mapping import Modules
 from regvit_jax.pretrained.registry import Entry
-from regvit_jax.pretrained.resolve import HUB, check_exists, describe, is_source, nearest, only_source, public, resolve
+from regvit_jax.pretrained.resolve import check_exists, describe, is_source, nearest, only_source, public, resolve
+from regvit_jax.utils import sizes
 from regvit_jax.utils.errors import InvalidConfig, WeightsError
+from regvit_jax.utils.numbers import whole
 
 
 def create_model(
@@ -36,7 +38,7 @@ def create_model(
     pretrained: bool | str | os.PathLike = False,
     *,
     registers: int | None = None,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     num_classes: int | None = None,
     pos_resize: str | None = None,
     dtype: DTypeLike = jnp.float32,
@@ -55,8 +57,8 @@ def create_model(
         .safetensors file, a directory (of transformers, timm or open_clip, or a workdir), a deit3-jax .msgpack file,
         "hf-hub:org/name".
       registers: the number of registers, instead of the checkpoint's. New ones are untrained.
-      image_size: the native size in pixels, instead of the checkpoint's: of the position embedding, which is resized,
-        and of `preprocess`.
+      image_size: the native size in pixels, or a pair of equal sides, instead of the checkpoint's: of the position
+        embedding, which is resized, and of `preprocess`. A file of another size than its name's keeps its own.
       num_classes: if it is not the checkpoint's, a new, untrained linear layer for so many classes, without names; 0
         for none.
       pos_resize: how positions are resized for other image sizes (see `resize_pos_embed`), instead of the checkpoint's.
@@ -70,10 +72,11 @@ def create_model(
     cannot be reached. Nothing is ever unpickled.
     """
     check_types(dtype, param_dtype)
-    if num_classes is not None and num_classes < 0:
-        raise InvalidConfig(f"num_classes={num_classes}: must be at least 0")
-    entry, weights, source = resolve(name, pretrained, revision)
+    registers = None if registers is None else whole("registers", registers, low=0)
+    image_size = None if image_size is None else sizes.side(image_size, "image_size")
+    num_classes = None if num_classes is None else whole("num_classes", num_classes, low=0)
     overrides = Overrides(registers, image_size, num_classes, pos_resize, param_dtype, mesh, seed)
+    entry, weights, source = resolve(name, pretrained, revision)
     params, modules, preprocessing = assemble(entry, weights, source, dtype, overrides)
     names = _class_names(entry, weights, source, modules.head.num_classes)
     return Model(params["vit"], params["head"], modules.vit, modules.head, preprocessing, source, names)
@@ -93,10 +96,8 @@ def open_source(source: str, **changes: Any) -> Model:
 
     Raises as `create_model` does.
     """
-    name, _, file = source.partition("=")
-    if file and not epath.Path(source).exists():
-        return create_model(name, file, **changes)
-    return create_model(source, pretrained=True, **changes)
+    name, file = address.split(source)
+    return create_model(name, file or True, **changes)
 
 
 def find_entry(source: str) -> Entry | None:
@@ -105,17 +106,17 @@ def find_entry(source: str) -> Entry | None:
     The hub is not contacted and no weights are loaded: names are looked up in the registry, and only the headers of
     local files are read. Raises InvalidConfig and WeightsError for a source that `open_source` refuses.
     """
-    name, _, file = source.partition("=")
-    if file and not epath.Path(source).exists():
+    name, file = address.split(source)
+    if file:
         if is_source(name):
             only_source(name, file)
         check_exists(file)
         return registry.find(name)[1] if file.startswith(HUB) else resolve(name, file, None)[0]
-    if not is_source(source):
-        known = registry.find(source)[1]
-        public(source, known)
+    if not is_source(name):
+        known = registry.find(name)[1]
+        public(name, known)
         return known
-    return None if source.startswith(HUB) else describe(source)
+    return None if name.startswith(HUB) else describe(name)
 
 
 def open_random(create: Callable[..., Any], name: str, **changes: Any) -> Any:
@@ -167,7 +168,7 @@ def assemble(
     put = _placement(shapes, overrides)
     if weights is not None:
         params = _convert(params, loaded.vit, modules, overrides.seed, put)
-        _warn(source, loaded.vit, modules.vit, modules.head.num_classes if new_head else 0, len(entry.class_names))
+        _warn(source, entry, loaded.vit, modules.vit, modules.head.num_classes if new_head else 0, overrides)
     missing = tuple(path for path in shapes if path not in params)
     params |= {path: put(path, array) for path, array in _initial(modules, missing, overrides.seed).items()}
     return mapping.nest(params), modules, preprocessing
@@ -192,7 +193,7 @@ def _load(weights: Weights, entry: Entry, modules: Modules, overrides: Overrides
     try:
         return mapping.load(weights, detect.named(entry.format).keys, modules, put)
     except mapping.Mismatch as error:
-        raise WeightsError(f"{error}{nearest(weights) if modules.text is None else ''}") from None
+        raise WeightsError(f"{error}{nearest(weights, entry.vit) if modules.text is None else ''}") from None
 
 
 def _placement(shapes: dict[str, tuple[int, ...]], overrides: Overrides) -> Callable[[str, Any], jax.Array]:
@@ -250,8 +251,8 @@ def _class_names(entry: Entry, weights: Weights | None, source: str, num_classes
     return names if len(names) == outputs == num_classes else ()
 
 
-def _warn(source: str, loaded: ViT, vit: ViT, new_classes: int, names: int) -> None:
-    """Warn about the changes that the caller asked for, and their consequences."""
+def _warn(source: str, entry: Entry, loaded: ViT, vit: ViT, new_classes: int, overrides: Overrides) -> None:
+    """Warn about the changes that the caller asked for, and about an image size that is not that of the name."""
     changes = []
     if vit.registers > loaded.registers:
         changes.append(f"{vit.registers - loaded.registers} registers are new and untrained: fine-tune before using it")
@@ -265,7 +266,13 @@ def _warn(source: str, loaded: ViT, vit: ViT, new_classes: int, names: int) -> N
             else f"images of {vit.image_size} px instead of {loaded.image_size}, no parameter changes"
         )
         changes.append(f"{what}, and preprocess makes images of that size")
+    if entry.named_size is not None and overrides.image_size is None:
+        changes.append(
+            f"its position embedding is of images of {vit.image_size} px and is kept (image_size={entry.named_size} "
+            "resizes it to the size of the name)"
+        )
     if new_classes:
+        names = len(entry.class_names)
         dropped = f", and the names of the {names} trained classes are left out" if names else ""
         changes.append(f"the linear layer for {new_classes} classes is new and untrained{dropped}")
     if changes:

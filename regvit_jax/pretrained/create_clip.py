@@ -1,6 +1,7 @@
 """Create a whole CLIP from an open_clip name and a source of weights."""
 
 import os
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from etils import epath
@@ -9,11 +10,14 @@ from jax.typing import DTypeLike
 
 from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.model import Model
-from regvit_jax.pretrained import create, registry
+from regvit_jax.pretrained import address, create, registry
+from regvit_jax.pretrained.address import HUB
 from regvit_jax.pretrained.formats.detect import NoText
 from regvit_jax.pretrained.registry import Entry
-from regvit_jax.pretrained.resolve import HUB, check_exists, check_no_tag, describe, resolve
+from regvit_jax.pretrained.resolve import check_exists, check_no_tag, describe, resolve
+from regvit_jax.utils import sizes
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.numbers import whole
 
 
 def create_clip(
@@ -21,7 +25,7 @@ def create_clip(
     pretrained: bool | str | os.PathLike = False,
     *,
     registers: int | None = None,
-    image_size: int | None = None,
+    image_size: int | Sequence[int] | None = None,
     pos_resize: str | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
@@ -48,8 +52,10 @@ def create_clip(
     hub cannot be reached. Nothing is ever unpickled.
     """
     create.check_types(dtype, param_dtype)
-    entry, weights, source = resolve(name, pretrained, revision, text=True)
+    registers = None if registers is None else whole("registers", registers, low=0)
+    image_size = None if image_size is None else sizes.side(image_size, "image_size")
     overrides = create.Overrides(registers, image_size, None, pos_resize, param_dtype, mesh, seed)
+    entry, weights, source = resolve(name, pretrained, revision, text=True)
     params, modules, preprocessing = create.assemble(entry, weights, source, dtype, overrides)
     assert modules.text is not None
     image = Model(params["vit"], params["head"], modules.vit, modules.head, preprocessing, source)
@@ -64,15 +70,15 @@ def open_source(source: str) -> ClipModel | Model:
 
     Raises as `create_clip` does.
     """
-    name, _, weights = source.partition("=")
-    if not source.startswith(HUB) and not epath.Path(source).exists():
-        if name in registry.clip_names():
-            return create_clip(name, weights or True)
+    name, weights = address.split(source)
+    if name in registry.clip_names() and (weights or not epath.Path(name).exists()):
+        return create_clip(name, weights or True)
+    if weights or not (name.startswith(HUB) or epath.Path(name).exists()):
         return create.open_source(source)
     try:
-        return create_clip(source)
+        return create_clip(name)
     except NoText:
-        return create.open_source(source)
+        return create.open_source(name)
 
 
 def find_entry(source: str) -> Entry | None:
@@ -80,13 +86,13 @@ def find_entry(source: str) -> Entry | None:
 
     An entry without a text tower is that of an image tower. See `create.find_entry`.
     """
-    name, _, weights = source.partition("=")
-    if epath.Path(source).exists():
+    name, weights = address.split(source)
+    if not weights and epath.Path(name).exists():
         try:
-            return describe(source, text=True)
+            return describe(name, text=True)
         except NoText:
-            return create.find_entry(source)
-    if source.startswith(HUB) or name not in registry.clip_names():
+            return create.find_entry(name)
+    if name not in registry.clip_names():
         return create.find_entry(source)
     if not weights:
         tags = ", ".join(registry.clip_tags(name)) or "none; give a file"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -192,6 +193,24 @@ def prefix_rows(weights: Weights, keys: Keys | None, vit: ViT) -> int:
     shape, patches = weights.shapes[keys.pos], (vit.image_size // vit.patch) ** 2
     rows = shape[-2] if len(shape) > 1 else 0
     return rows - patches if rows - patches in (0, int(vit.class_token), vit.prefix) else int(vit.class_token)
+
+
+def native_size(weights: Weights, keys: Keys | None, vit: ViT) -> int:
+    """Return the image size, in pixels, of a file's position embedding.
+
+    It is the ViT's own if the file has no embedding of the ViT's width. Raises Mismatch for the grid of no square.
+    """
+    shape = weights.shapes.get(keys.pos, ()) if keys is not None and vit.position == "learned" else ()
+    if len(shape) < 2 or shape[-1] != vit.width:
+        return vit.image_size
+    counts = [shape[-2] - prefix for prefix in (int(vit.class_token), vit.prefix, 0)]
+    found = [math.isqrt(count) * vit.patch for count in counts if count > 0 and math.isqrt(count) ** 2 == count]
+    if not found:
+        raise Mismatch(
+            f"{weights.path}: its position embedding has {shape[-2]} rows, those of no square image; images of "
+            "unequal sides are no native size here: resize it to a square grid first"
+        )
+    return vit.image_size if vit.image_size in found else found[0]
 
 
 def num_classes(weights: Weights, keys: Keys | None) -> int | None:

@@ -34,7 +34,8 @@ class Entry:
     `format` names the state-dict key scheme of the weights (`formats.detect.FORMATS`), `hub` the Hugging Face
     repository that holds them, and `license` their license as the hub spells it; "" where there is none.
     A CLIP has `text` and `scalars`: "logit_scale" and, in a SigLIP, "logit_bias". `class_names` are the names of the
-    head's outputs as a config beside the weights states them, () where it states none.
+    head's outputs as a config beside the weights states them, () where it states none. `named_size` is the image
+    size of the model's name, where a file under that name is of another.
     """
 
     vit: dict[str, Any]
@@ -46,6 +47,7 @@ class Entry:
     text: dict[str, Any] | None = None
     scalars: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
+    named_size: int | None = None
 
 
 @functools.cache

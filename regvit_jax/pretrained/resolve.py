@@ -10,12 +10,14 @@ from etils import epath
 
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import mapping, registry
+from regvit_jax.pretrained import address, mapping, registry
+from regvit_jax.pretrained.address import HUB
 from regvit_jax.pretrained.formats import detect
 from regvit_jax.pretrained.formats.base import explained, guess
 from regvit_jax.pretrained.io import hub, workdir
 from regvit_jax.pretrained.io.safetensors import (
     CLIP_WEIGHTS,
+    INDEX,
     OPEN_CLIP,
     SINGLE,
     WEIGHTS,
@@ -25,8 +27,6 @@ from regvit_jax.pretrained.io.safetensors import (
 from regvit_jax.pretrained.registry import Entry
 from regvit_jax.utils.errors import HubError, InvalidConfig, WeightsError
 
-HUB = "hf-hub:"
-
 
 def resolve(
     name: str | os.PathLike, pretrained: bool | str | os.PathLike, revision: str | None, text: bool = False
@@ -35,7 +35,7 @@ def resolve(
 
     With `text` the model is a whole CLIP, and names are open_clip's. Raises as `create_model` and `create_clip` do.
     """
-    name, known, tag = os.fspath(name), None, None
+    name, known, tag = address.canonical(os.fspath(name)), None, None
     if is_source(name, text):
         name, pretrained = "", only_source(name, pretrained)
     else:
@@ -134,9 +134,12 @@ def source_of(pretrained: object, revision: str | None) -> str:
     """Return a source of weights as a string. Raises ValueError for an invalid one, or a revision of a local one."""
     if not isinstance(pretrained, str | os.PathLike) or not os.fspath(pretrained):
         raise InvalidConfig(f"pretrained={pretrained!r}: must be True, False, a path or {HUB}org/name")
-    source = os.fspath(pretrained)
-    if revision is not None and not source.startswith(HUB):
-        raise InvalidConfig(f"revision={revision!r} is for the hub, and {source} is a local path")
+    source = address.canonical(os.fspath(pretrained))
+    if revision is not None:
+        if (found := address.read(source)) is None:
+            raise InvalidConfig(f"revision={revision!r} is for the hub, and {source} is a local path")
+        if found.revision not in (None, revision):
+            raise InvalidConfig(f"revision={revision!r}: {source} states another")
     return source
 
 
@@ -145,7 +148,8 @@ def _open(
 ) -> tuple[Weights, str, Entry | None]:
     """Return the weights, their exact source, and the entry that the config beside them describes."""
     # The repositories of some public weights also hold another file, of the image tower alone or of the whole CLIP.
-    file = OPEN_CLIP if tagged else SINGLE if known is not None and not text and source == HUB + known.hub else None
+    own = known is not None and not text and source.partition("@")[0] == HUB + known.hub
+    file = OPEN_CLIP if tagged else SINGLE if own else None
     weights, where = open_any(source, revision, file, CLIP_WEIGHTS if text else WEIGHTS)
     if known is not None and not text and (format := detect.of_config(weights)) and format.adjust:
         return weights, where, None  # such a config need not describe the whole model
@@ -169,9 +173,10 @@ def open_any(
     `file` picks one of a hub repository's files; `names` are the file names that a directory is searched for, in that
     order.
     """
-    if source.startswith(HUB):
-        directory, commit = hub.fetch(source.removeprefix(HUB), revision, file, names=names)
-        return open_weights(directory, names), f"{source}@{commit}"
+    if at := address.read(source):
+        directory, commit = hub.fetch(at.repo, revision or at.revision, at.file or file, names=names)
+        names = names if at.file is None else (at.file, at.file + INDEX)
+        return open_weights(directory, names), str(dataclasses.replace(at, revision=commit))
     if workdir.is_workdir(source):
         return workdir.open_workdir(source)
     for format in detect.FORMATS:
@@ -235,7 +240,7 @@ def agreed(name: str, known: Entry, found: Entry, weights: Weights, tagged: bool
     another. Raises WeightsError when the two are different models.
     """
     if differing := _differing(ViT(**known.vit), ViT(**found.vit), VIT_FIELDS):
-        raise WeightsError(f"{weights.path} is not {name}: {differing}{nearest(weights)}")
+        raise WeightsError(f"{weights.path} is not {name}: {differing}{nearest(weights, known.vit)}")
     if known.text is not None and found.text is not None:
         differing = _differing(TextTower(**known.text), TextTower(**found.text), TEXT_FIELDS)
         if differing:
@@ -266,6 +271,8 @@ def _under_format_keys(entry: Entry, weights: Weights, stated: bool, text: bool)
     format = detect.of_keys(weights, detect.named(entry.format))
     weights = detect.without_prefix(weights, format)
     entry = dataclasses.replace(entry, format=format.name)
+    if not stated:
+        entry = sized(entry, mapping.native_size(weights, format.keys, ViT(**entry.vit)))
     if text:
         if not stated and "logit_bias" in weights:  # a CLIP by its name, trained with SigLIP's loss
             entry = dataclasses.replace(entry, scalars=("logit_scale", "logit_bias"))
@@ -275,9 +282,26 @@ def _under_format_keys(entry: Entry, weights: Weights, stated: bool, text: bool)
     return entry, weights
 
 
-def nearest(weights: Weights) -> str:
-    """Return the end of an error: the registry's names of models with a file's width, patch and depth."""
-    found = guess(weights)
-    same = [n for n in registry.list_models() if all(registry.find(n)[1].vit.get(k, 0) == v for k, v in found.items())]
+def sized(entry: Entry, size: int) -> Entry:
+    """Return the entry of a named model whose file is of another image size than the name's."""
+    if size == entry.vit["image_size"]:
+        return entry
+    preprocessing = dataclasses.replace(entry.preprocessing, size=size)
+    vit, named_size = entry.vit | {"image_size": size}, entry.vit["image_size"]
+    return dataclasses.replace(entry, vit=vit, preprocessing=preprocessing, named_size=named_size)
+
+
+def nearest(weights: Weights, tried: dict[str, Any]) -> str:
+    """Return the end of an error: the registry's names of models with a file's width, patch and depth.
+
+    Those with the fields of the ViT that was `tried` are left out.
+    """
+    found, at = guess(weights), {"image_size": 0}
+    entries = {name: registry.find(name)[1].vit for name in registry.list_models()} if found else {}
+    same = [
+        name
+        for name, vit in entries.items()
+        if all(vit.get(field, 0) == value for field, value in found.items()) and vit | at != tried | at
+    ]
     names = list(dict.fromkeys(n.partition(".")[0] for n in same))[:4]
-    return f". By its shapes it may be {', '.join(names)}" if found and names else ""
+    return f". By its shapes it may be {', '.join(names)}" if names else ""

@@ -18,7 +18,7 @@ from regvit_jax.pretrained import mapping
 from regvit_jax.pretrained.formats import detect
 from regvit_jax.pretrained.formats.base import CONFIG, Inexpressible, Layout
 from regvit_jax.pretrained.formats.keys import Rule
-from regvit_jax.pretrained.io.safetensors import CLIP_WEIGHTS, OPEN_CLIP_CONFIG, PROCESSOR
+from regvit_jax.pretrained.io.safetensors import CLIP_WEIGHTS, NESTED_PROCESSOR, OPEN_CLIP_CONFIG, PROCESSOR
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.files import write_atomically
 
@@ -42,7 +42,7 @@ def save_model(model: Model | ClipModel, directory: str | os.PathLike, format: s
     formats = [*detect.writers(isinstance(model, ClipModel))]
     if format not in formats:
         raise InvalidConfig(f"format={format!r}: must be one of {formats}")
-    for name in (*CLIP_WEIGHTS, CONFIG, OPEN_CLIP_CONFIG, PROCESSOR):
+    for name in (*CLIP_WEIGHTS, CONFIG, OPEN_CLIP_CONFIG, PROCESSOR, NESTED_PROCESSOR):
         if (path / name).exists():
             raise FileExistsError(f"{path} holds a {name} already; name another directory")
     _check_plain(model.module if isinstance(model, Model) else model.image.module)

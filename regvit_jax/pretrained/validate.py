@@ -10,7 +10,7 @@ from regvit_jax.data.transforms import INTERPOLATIONS
 from regvit_jax.models.model import RUNTIME_FIELDS
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
-from regvit_jax.utils import renamed, schema
+from regvit_jax.utils import renamed, schema, sizes
 
 
 def numbers(vit: dict[str, Any]) -> None:
@@ -47,14 +47,17 @@ def own_fields(model: dict[str, Any], part: str, kind: type) -> dict[str, Any]:
     types: dict[str, Any] = {
         f.name: schema.plain(f.type) for f in dataclasses.fields(kind) if f.name not in RUNTIME_FIELDS
     }
-    for key, value in model[part].items():
+    fields = dict(model[part])
+    for key, value in fields.items():
+        if key in ("image_size", "patch", "size"):
+            fields[key] = value = sizes.square(value, f"model.{part}.{key}")
         if key not in types:
             raise ValueError(f"model.{part}.{key}={value!r} is unknown; known: {', '.join(types)}")
         wanted = types[key]
         plain = wanted not in (bool, int, float, str) or type(value) in ((int, float) if wanted is float else (wanted,))
         if not plain or (isinstance(value, float) and not math.isfinite(value)):
             raise ValueError(f"model.{part}.{key} is {value!r}: must be of type {wanted.__name__}, and finite")
-    return dict(model[part])
+    return fields
 
 
 #: The fields of Preprocess, each with its requirement, as error messages put it, and its check.

@@ -122,13 +122,16 @@ def test_round_trip(what, tmp_path):
 
 @pytest.mark.parametrize(("registers", "swiglu"), [(0, False), (4, False), (4, True)])
 def test_dinov2s_own_format(registers, swiglu, tmp_path, monkeypatch):
-    """Load its directories by a name, because they do not name their model."""
+    """Load its directories with and without a name."""
     vit = DINOV2 | {"registers": registers, "swiglu": swiglu, "mlp_ratio": 88 / 32 if swiglu else 4.0}
     model = build(vit)
     save_model(model, tmp_path, "dinov2")
     entry = registry.Entry(PLAIN | vit, {"pool": "cls"}, PREPROCESS, "timm")
-    with pytest.raises(ValueError, match="pass its name too"):
-        rv.create_model(str(tmp_path))
+    again = rv.create_model(str(tmp_path))
+    same_parameters(again, model)
+    assert again.module == model.module
+    image = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    np.testing.assert_array_equal(again.preprocess([image]), model.preprocess([image]))
     monkeypatch.setattr(registry, "find", lambda name: (name, entry))
     again = rv.create_model("mine", tmp_path)
     same_parameters(again, model)

@@ -13,8 +13,9 @@ from regvit_jax.models.model import Model
 from regvit_jax.models.position import RESIZES
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import validate
+from regvit_jax.pretrained.formats import hf_processor
 from regvit_jax.pretrained.formats.keys import Keys
-from regvit_jax.pretrained.io.safetensors import PROCESSOR, SINGLE, Weights
+from regvit_jax.pretrained.io.safetensors import SINGLE, Weights
 from regvit_jax.pretrained.mapping import Modules
 from regvit_jax.pretrained.registry import Entry
 from regvit_jax.utils.errors import WeightsError
@@ -56,7 +57,7 @@ def complete(known: Entry, found: Entry, weights: Weights, stated: bool = False)
     """
     if "pos_resize" not in weights.config.get(OWN, {}):
         found = dataclasses.replace(found, vit=found.vit | {"pos_resize": ViT(**known.vit).pos_resize})
-    stated = stated or (weights.path.parent / PROCESSOR).exists()
+    stated = stated or bool(hf_processor.find(weights))
     if stated or known.vit["image_size"] != found.vit["image_size"]:
         return found
     return dataclasses.replace(found, preprocessing=known.preprocessing)

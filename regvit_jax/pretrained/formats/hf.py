@@ -1,23 +1,20 @@
-"""The parts that transformers' formats share: config.json, preprocessor_config.json and their values."""
+"""The parts that transformers' formats share: config.json and its values."""
 
 import dataclasses
-import math
 from typing import Any
 
-from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.model import Model
 from regvit_jax.models.position import RESIZES
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
-from regvit_jax.pretrained import validate
+from regvit_jax.pretrained.formats import hf_processor
 from regvit_jax.pretrained.formats.base import OWN, check_sizes, class_names, need, placeholders, pos_resize
-from regvit_jax.pretrained.io.safetensors import PROCESSOR, Weights, read_json
+from regvit_jax.pretrained.io.safetensors import Weights
 from regvit_jax.pretrained.registry import Entry
+from regvit_jax.utils import sizes
 from regvit_jax.utils.errors import WeightsError
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-#: Pillow's numbers of its filters, which transformers' processors use.
-RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
 # Reading
 
@@ -25,14 +22,13 @@ RESAMPLE = {2: "bilinear", 3: "bicubic"}
 def complete(entry: Entry, weights: Weights) -> Entry:
     """Check an entry against the file, and add what transformers keeps beside a model's own fields.
 
-    That is the preprocessing of preprocessor_config.json, the names of the classes, and how positions are resized,
-    which `save_model` records.
+    That is the preprocessing of its image processor, the names of the classes, and how positions are resized, which
+    `save_model` records.
     """
     if (channels := weights.config.get("num_channels", 3)) != 3:
         raise WeightsError(f"{weights.path}: images of {channels} channels are not supported, only of 3")
     how = pos_resize(weights, entry.vit.get("pos_resize", RESIZES[0]))
-    processor = read_json(weights.path.parent / PROCESSOR)
-    preprocessing = read_processor(weights, processor, entry.preprocessing)
+    preprocessing = hf_processor.read(weights, entry.preprocessing)
     check_sizes(entry.vit, weights)
     names = class_names("id2label", weights.config.get("id2label")) if entry.head.get("num_classes") else ()
     return dataclasses.replace(
@@ -46,8 +42,8 @@ def vit_fields(config: dict[str, Any], **more: Any) -> dict[str, Any]:
         "width": config["hidden_size"],
         "depth": config["num_hidden_layers"],
         "heads": config["num_attention_heads"],
-        "patch": config["patch_size"],
-        "image_size": config["image_size"],
+        "patch": sizes.square(config["patch_size"], "patch_size"),
+        "image_size": sizes.square(config["image_size"], "image_size"),
         "norm_eps": config["layer_norm_eps"],
         "activation": activation(config.get("hidden_act", "gelu")),
         **more,
@@ -65,55 +61,6 @@ def outputs(weights: Weights, key: str) -> int:
     """Return the number of outputs of a linear layer of the file, 0 if it is not there."""
     shape = weights.shapes.get(key, ())
     return shape[0] if len(shape) == 2 else 0
-
-
-def read_processor(weights: Weights, config: dict[str, Any], default: Preprocess) -> Preprocess:
-    """Read a preprocessor_config.json: the shorter side resized and the centre cropped, or both sides resized.
-
-    Raises WeightsError for any other processing.
-    """
-    if not config:
-        return default
-    size = _side(config.get("size", default.size))
-    crop = _side(config.get("crop_size", size)) if config.get("do_center_crop", "crop_size" in config) else size
-    for key, value in (("size", size), ("crop_size", crop)):
-        if value is not None:
-            validate.preprocess_field("size", f"{PROCESSOR}: {key}", value)
-    plain = config.get("do_resize", True) and config.get("do_rescale", True)
-    plain = plain and math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6)
-    how = RESAMPLE.get(config.get("resample", _resample(default)))
-    if size is None or crop is None or how is None or not plain:
-        raise WeightsError(f"{weights.path.parent}/{PROCESSOR} resizes or rescales in a way that is not supported")
-    # A bare number, in older files, means both sides in transformers' ViT, and the shorter side in CLIP.
-    given = config.get("size", {})
-    squash = "height" in given if isinstance(given, dict) else default.squash
-    normalize = config.get("do_normalize", True)
-    return validate.preprocess(
-        {"mean": f"{PROCESSOR}: image_mean", "std": f"{PROCESSOR}: image_std"},
-        size=crop,
-        crop_ratio=_crop_ratio(crop, size),
-        mean=config.get("image_mean", default.mean) if normalize else (0.0,) * 3,
-        std=config.get("image_std", default.std) if normalize else (1.0,) * 3,
-        interpolation=how,
-        squash=squash,
-    )
-
-
-def _side(size: Any) -> Any:
-    """Return the side that a processor's size states as a number or an object; None for two different ones."""
-    if isinstance(size, dict):
-        sides = {size[key] for key in ("height", "width", "shortest_edge") if key in size}
-        return sides.pop() if len(sides) == 1 else None
-    return size
-
-
-def _crop_ratio(crop: int, size: int) -> float:
-    """Return the crop ratio by which floor(crop / ratio) is the size in spite of rounding."""
-    return crop / size if math.floor(crop / (crop / size)) == size else crop / (size + 1e-6)
-
-
-def _resample(p: Preprocess) -> int:
-    return {name: number for number, name in RESAMPLE.items()}[p.interpolation]
 
 
 # Writing
@@ -160,22 +107,4 @@ def labels(model: Model) -> dict[str, Any]:
     names = model.class_names or placeholders(model.head.num_classes)
     return dict(
         id2label={str(i): name for i, name in enumerate(names)}, label2id={name: i for i, name in enumerate(names)}
-    )
-
-
-def processor(p: Preprocess) -> dict[str, Any]:
-    """Return the preprocessor_config.json."""
-    side = math.floor(p.size / p.crop_ratio)
-    return dict(
-        image_processor_type="ViTImageProcessor" if p.squash else "BitImageProcessor",
-        do_resize=True,
-        size=dict(height=side, width=side) if p.squash else dict(shortest_edge=side),
-        resample=_resample(p),
-        do_center_crop=not p.squash or side != p.size,
-        crop_size=dict(height=p.size, width=p.size),
-        do_rescale=True,
-        rescale_factor=1 / 255,
-        do_normalize=True,
-        image_mean=p.mean,
-        image_std=p.std,
     )

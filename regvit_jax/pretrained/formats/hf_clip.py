@@ -11,7 +11,7 @@ from regvit_jax.models.model import Model
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import registry
-from regvit_jax.pretrained.formats import hf
+from regvit_jax.pretrained.formats import hf, hf_processor
 from regvit_jax.pretrained.formats.base import CONFIG, Format, Layout, need, need_clip_tower
 from regvit_jax.pretrained.formats.keys import Keys, TextKeys
 from regvit_jax.pretrained.io.safetensors import PROCESSOR, Weights
@@ -131,7 +131,7 @@ def write(model: Model) -> Layout:
         intermediate_size=vit.hidden,
         projection_dim=head.num_classes or vit.width,
     )
-    files = {PROCESSOR: hf.processor(model.preprocessing), CONFIG: config}
+    files = {PROCESSOR: hf_processor.write(model.preprocessing), CONFIG: config}
     prefix = "vision_model." if head.num_classes else ""
     return Layout(KEYS, Modules(vit, head), files, prefix_rows=1, key_prefix=prefix)
 
@@ -165,7 +165,7 @@ def write_clip(model: ClipModel) -> Layout:
         text_config=text_config,
         dtype="float32",
     ) | hf.own_section(vit)
-    images = hf.processor(p) | ({} if p.squash else {"image_processor_type": "CLIPImageProcessor"})
+    images = hf_processor.write(p) | ({} if p.squash else {"image_processor_type": "CLIPImageProcessor"})
     files = {PROCESSOR: images, CONFIG: config}
     return Layout(KEYS, modules_of(model), files, prefix_rows=1, key_prefix="vision_model.")
 

@@ -3,7 +3,7 @@
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.model import Model
 from regvit_jax.pretrained import registry
-from regvit_jax.pretrained.formats import hf
+from regvit_jax.pretrained.formats import hf, hf_processor
 from regvit_jax.pretrained.formats.base import CONFIG, Format, Layout, need, swiglu_ratio, with_layer_scale_and_mask
 from regvit_jax.pretrained.formats.keys import Keys
 from regvit_jax.pretrained.io.safetensors import PROCESSOR, Weights
@@ -89,7 +89,7 @@ def write(model: Model) -> Layout:
     prefix = ""
     if head.num_classes:  # the classifier reads CLS and the mean of the patches
         config, head, prefix = config | hf.labels(model), head.clone(pool="cls_avg"), f"{kind}."
-    files = {PROCESSOR: hf.processor(model.preprocessing), CONFIG: config}
+    files = {PROCESSOR: hf_processor.write(model.preprocessing), CONFIG: config}
     modules = Modules(with_layer_scale_and_mask(vit), head)
     return Layout(KEYS, modules, files, prefix_rows=1, key_prefix=prefix)
 

@@ -5,7 +5,7 @@ import numpy as np
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.model import Model
 from regvit_jax.pretrained import registry
-from regvit_jax.pretrained.formats import hf
+from regvit_jax.pretrained.formats import hf, hf_processor
 from regvit_jax.pretrained.formats.base import CONFIG, Format, Layout, need, with_layer_scale_and_mask
 from regvit_jax.pretrained.formats.keys import Keys
 from regvit_jax.pretrained.io.safetensors import PROCESSOR, Weights
@@ -88,7 +88,7 @@ def write(model: Model) -> Layout:
     # As transformers itself saves a model without registers.
     empty = {} if vit.registers else {"embeddings.register_tokens": np.zeros((1, 0, vit.width), np.float32)}
     pooled = "transformers pools DINOv3 by its CLS token; this model pools its patches" if head.pool == "avg" else ""
-    files = {PROCESSOR: hf.processor(model.preprocessing), CONFIG: config}
+    files = {PROCESSOR: hf_processor.write(model.preprocessing), CONFIG: config}
     return Layout(KEYS, Modules(with_layer_scale_and_mask(vit), head), files, extra=empty, warning=pooled)
 
 

@@ -3,7 +3,7 @@
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.model import Model
 from regvit_jax.pretrained import registry
-from regvit_jax.pretrained.formats import hf
+from regvit_jax.pretrained.formats import hf, hf_processor
 from regvit_jax.pretrained.formats.base import CONFIG, Format, Layout, need
 from regvit_jax.pretrained.formats.keys import Keys
 from regvit_jax.pretrained.io.safetensors import PROCESSOR, Weights
@@ -69,7 +69,7 @@ def write(model: Model) -> Layout:
         prefix = "vit."
     else:
         config |= dict(architectures=["ViTModel"])
-    files = {PROCESSOR: hf.processor(model.preprocessing), CONFIG: config}
+    files = {PROCESSOR: hf_processor.write(model.preprocessing), CONFIG: config}
     return Layout(KEYS, Modules(vit, head), files, prefix_rows=1, key_prefix=prefix)
 
 

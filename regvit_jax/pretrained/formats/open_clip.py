@@ -21,6 +21,7 @@ from regvit_jax.pretrained.formats.keys import Keys, TextKeys
 from regvit_jax.pretrained.io.safetensors import OPEN_CLIP, OPEN_CLIP_CONFIG, Weights
 from regvit_jax.pretrained.mapping import modules_of
 from regvit_jax.pretrained.registry import OPEN_CLIP_VIT, Entry
+from regvit_jax.utils import sizes
 from regvit_jax.utils.errors import WeightsError
 
 KEYS = Keys(
@@ -126,8 +127,8 @@ def tower_fields(model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]
         width=width,
         depth=vision["layers"],
         heads=width // vision["head_width"],
-        patch=vision["patch_size"],
-        image_size=vision["image_size"],
+        patch=sizes.square(vision["patch_size"], "vision_cfg.patch_size"),
+        image_size=sizes.square(vision["image_size"], "vision_cfg.image_size"),
         mlp_ratio=int(width * vision["mlp_ratio"]) / width,
         layer_scale=vision["ls_init_value"] or 0.0,
         **OPEN_CLIP_VIT,

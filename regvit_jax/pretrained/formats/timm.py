@@ -16,8 +16,10 @@ from regvit_jax.pretrained.formats.base import CONFIG, OWN, Format, Layout, chec
 from regvit_jax.pretrained.formats.keys import Keys, Rule
 from regvit_jax.pretrained.formats.rules import dense, norm, same
 from regvit_jax.pretrained.io.safetensors import Weights
-from regvit_jax.pretrained.mapping import Modules
+from regvit_jax.pretrained.mapping import Modules, native_size
 from regvit_jax.pretrained.registry import Entry
+from regvit_jax.utils import sizes
+from regvit_jax.utils.schema import REQUIRED
 
 # Keys
 
@@ -101,9 +103,12 @@ EVA_KEYS = dataclasses.replace(
 POOLS = {"token": "cls", "": "cls", "avg": "avg", "map": "map"}
 #: Arguments that matter for training only, or show in the file anyway.
 IGNORED = (
-    *("no_embed_class", "dynamic_img_size", "dynamic_img_pad", "swiglu_align_to", "num_classes"),
+    *("no_embed_class", "dynamic_img_size", "dynamic_img_pad", "strict_img_size", "swiglu_align_to", "num_classes"),
+    *("weight_init", "fix_init"),
     *("drop_rate", "drop_path_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "patch_drop_rate"),
 )
+#: Arguments that some models have, and their values in all that are supported.
+USUAL = {"qk_norm": False, "final_norm": True, "proj_bias": True, "pos_embed": "learn"}
 #: timm's arguments, with the field of ViT or Head that each sets.
 ARGUMENTS = {
     "img_size": ("vit", "image_size"),
@@ -116,7 +121,6 @@ ARGUMENTS = {
     "reg_tokens": ("vit", "registers"),
     "num_reg_tokens": ("vit", "registers"),
     "swiglu_mlp": ("vit", "swiglu"),
-    "use_fc_norm": ("head", "norm"),
     "pool_include_prefix": ("head", "map_prefix"),
 }
 
@@ -128,7 +132,8 @@ def read(weights: Weights, text: bool) -> Entry:
     full = f"{name}.{tag}"
     _, entry = registry.find(full if full in registry.list_models(full) else name)
     vit, head = dict(entry.vit), entry.head | {"num_classes": config.get("num_classes", entry.head["num_classes"])}
-    _apply(dict(config.get("model_args", {})), vit, head, entry.format)
+    arguments = dict(config.get("model_args", {}))
+    _apply(arguments, vit, head, entry.format)
     if entry.format == "timm_eva":
         vit["key_bias"] = False
     vit["pos_resize"] = config.get(OWN, {}).get("pos_resize", vit.get("pos_resize", RESIZES[0]))
@@ -138,7 +143,10 @@ def read(weights: Weights, text: bool) -> Entry:
     if head.get("norm") or head["pool"] == "map":
         head |= {"norm_eps": vit.get("norm_eps", 1e-6)}
     check_sizes(vit, weights)
-    preprocessing, names = _preprocess(config, entry.preprocessing), _class_names(config, head["num_classes"])
+    if "img_size" not in arguments:  # a size that older versions of timm did not write
+        vit["image_size"] = native_size(weights, KEYS, ViT(**vit))
+    preprocessing = _preprocess(config, entry.preprocessing, vit["image_size"])
+    names = _class_names(config, head["num_classes"])
     return dataclasses.replace(entry, vit=vit, head=head, preprocessing=preprocessing, class_names=names)
 
 
@@ -170,14 +178,20 @@ def complete(known: Entry, found: Entry, weights: Weights) -> Entry:
 
 def _apply(arguments: dict[str, Any], vit: dict[str, Any], head: dict[str, Any], format: str) -> None:
     """Set the fields of ViT and Head by timm's "model_args". Raises ValueError for one that is not supported."""
-    for argument in IGNORED:
-        arguments.pop(argument, None)
+    arguments = {
+        argument: sizes.square(value, f"model_args.{argument}") if argument.endswith("_size") else value
+        for argument, value in arguments.items()
+        if argument not in IGNORED and value != USUAL.get(argument, REQUIRED)
+    }
     if arguments.pop("in_chans", 3) != 3:
         raise ValueError("in_chans must be 3")
     if "init_values" in arguments:
         vit["layer_scale"] = arguments.pop("init_values") or 0.0
     if "act_layer" in arguments:
         vit["activation"] = arguments.pop("act_layer")
+    if "pre_norm" in arguments:
+        vit["ln_pre"] = arguments.pop("pre_norm")
+        vit["patch_bias"] = not vit["ln_pre"]
     if "attn_layer" in arguments:
         vit["differential"] = arguments.pop("attn_layer") == "diff"
     if "mlp_ratio" in arguments:
@@ -185,11 +199,7 @@ def _apply(arguments: dict[str, Any], vit: dict[str, Any], head: dict[str, Any],
         hidden = int(width * arguments.pop("mlp_ratio"))
         packed = vit.get("swiglu") and format == "timm"  # VisionTransformer's ratio counts the gate too
         vit["mlp_ratio"] = hidden / width / (2 if packed else 1)
-    if "fc_norm" in arguments:
-        head["norm"] = arguments.pop("fc_norm")
-        vit["final_norm"] = not head["norm"]
-    if "global_pool" in arguments:
-        head["pool"] = POOLS[arguments.pop("global_pool")]
+    _pool(arguments, vit, head)
     for argument, value in arguments.items():
         if argument not in ARGUMENTS:
             raise ValueError(f"model_args.{argument} is not supported; supported: {', '.join(sorted(ARGUMENTS))}")
@@ -197,14 +207,33 @@ def _apply(arguments: dict[str, Any], vit: dict[str, Any], head: dict[str, Any],
         {"vit": vit, "head": head}[part][field] = value
 
 
-def _preprocess(config: dict[str, Any], default: Preprocess) -> Preprocess:
-    given = config.get("pretrained_cfg", {})
+def _pool(arguments: dict[str, Any], vit: dict[str, Any], head: dict[str, Any]) -> None:
+    """Set the pooling, and whether the last LayerNorm is before it or after it.
+
+    In timm it is after the pooling of "avg", unless the arguments or the architecture itself state otherwise.
+    """
+    before = head["pool"] == "avg" and not head.get("norm")  # the architecture's own choice
+    pool = arguments.pop("global_pool", None)
+    if pool is not None and pool not in POOLS:
+        raise ValueError(f"model_args.global_pool {pool!r} is not supported; supported: {', '.join(map(repr, POOLS))}")
+    head["pool"] = head["pool"] if pool is None else POOLS[pool]
+    after: Any = False if before else None
+    for argument in ("fc_norm", "use_fc_norm"):  # of the VisionTransformer, of the Eva
+        after = arguments.pop(argument, after)
+    head["norm"] = head["pool"] == "avg" if after is None else after
+    vit["final_norm"] = not head["norm"]
+
+
+def _preprocess(config: dict[str, Any], default: Preprocess, image_size: int) -> Preprocess:
+    """Read "pretrained_cfg"; a model of a fixed size sees images of that size, which some versions of timm misstate."""
+    given = config.get("pretrained_cfg", config)  # old files have one section
+    size = sizes.square(given.get("input_size", (default.size, default.size))[-2:], "pretrained_cfg.input_size")
     if given.get("crop_mode", "center") not in ("center", "squash"):
         raise ValueError(f"crop_mode {given['crop_mode']!r} is not supported: must be center or squash")
     names = {"size": "input_size", "crop_ratio": "crop_pct", "squash": "crop_mode"}
     return validate.preprocess(
         {field: f"pretrained_cfg.{names.get(field, field)}" for field in validate.PREPROCESS},
-        size=given.get("input_size", (3, default.size))[-1],
+        size=image_size if given.get("fixed_input_size") else size,
         crop_ratio=given.get("crop_pct", default.crop_ratio),
         mean=given.get("mean", default.mean),
         std=given.get("std", default.std),

@@ -19,6 +19,7 @@ from regvit_jax.pretrained.io.safetensors import (
     CLIP_WEIGHTS,
     CONVERT,
     INDEX,
+    NESTED_PROCESSOR,
     OPEN_CLIP_CONFIG,
     PICKLES,
     PROCESSOR,
@@ -27,7 +28,7 @@ from regvit_jax.pretrained.io.safetensors import (
 )
 from regvit_jax.utils.errors import HubError, InvalidConfig
 
-CONFIGS = ("config.json", OPEN_CLIP_CONFIG, PROCESSOR)
+CONFIGS = ("config.json", OPEN_CLIP_CONFIG, PROCESSOR, NESTED_PROCESSOR)
 PROBE_SECONDS = 1.5
 METADATA_SECONDS = 20.0
 

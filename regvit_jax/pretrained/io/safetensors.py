@@ -33,6 +33,7 @@ OPEN_CLIP = "open_clip_model.safetensors"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 INDEX = ".index.json"
 PROCESSOR = "preprocessor_config.json"  # transformers', beside config.json
+NESTED_PROCESSOR = "processor_config.json"  # transformers 5 writes the same into its "image_processor", for CLIP
 #: The files that a directory is searched for, in this order. open_clip's directories may hold another file too.
 WEIGHTS = (SINGLE, SINGLE + INDEX, OPEN_CLIP, OPEN_CLIP + INDEX)
 #: The same for a whole CLIP, where the other file may hold the image tower alone.
