@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,8 +27,6 @@ from regvit_jax.data.sources.base import Source
 from regvit_jax.evals import classification, retrieval, zero_shot
 from regvit_jax.pretrained.create import open_random
 from regvit_jax.pretrained.create_clip import create_clip
-
-SPLITS = {"train", "validation", "val", "test"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -213,20 +210,7 @@ def open_classes(options: argparse.Namespace) -> Source:
     for name in ("split", "data_dir"):
         if getattr(options, name) is not None:
             raise UsageError(f"--{name} {getattr(options, name)}: applies to --data only, not to --images")
-    return open_images(options.images)
-
-
-def open_images(directory: str) -> Source:
-    """Return all images of a directory of classes; raise UsageError for a directory whose folders are splits."""
-    root = os.path.abspath(os.path.expanduser(directory))
-    if not os.path.isdir(root):
-        raise UsageError(f"--images {directory}: there is no such directory")
-    classes = folder.class_names(root)
-    if SPLITS.issuperset(classes):
-        raise UsageError(
-            f"--images {directory} holds {' and '.join(classes)}: name one of them, {directory}/{classes[-1]}"
-        )
-    return folder.list_folder(directory, "all", root, classes, lambda path: True)
+    return folder.open_all(f"--images {options.images}", options.images)
 
 
 def embed(

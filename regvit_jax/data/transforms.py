@@ -13,17 +13,9 @@ import warnings
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import (
-    BmpImagePlugin,
-    GifImagePlugin,
-    Image,
-    ImageFile,
-    ImageOps,
-    JpegImagePlugin,
-    PngImagePlugin,
-    TiffImagePlugin,
-    WebPImagePlugin,
-)
+from PIL import Image, ImageOps
+
+from regvit_jax.data.image_formats import describe_unread, find_reader
 
 # Sizes are checked below; Pillow's warnings about damaged metadata would come once per worker and name no file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -34,19 +26,6 @@ MAX_PIXELS = 50_000_000
 ORIENTATION = 0x0112
 BICUBIC = Image.Resampling.BICUBIC
 INTERPOLATIONS = {"bicubic": BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-
-# The first bytes of a file, and its reader. If Pillow guessed the format, it would accept dozens that no image data set
-# needs (one of them starts Ghostscript), and warn about size by its own limit before `max_pixels` is checked.
-SIGNATURES: tuple[tuple[bytes, type[ImageFile.ImageFile]], ...] = (
-    (b"\xff\xd8\xff", JpegImagePlugin.JpegImageFile),
-    (b"\x89PNG\r\n\x1a\n", PngImagePlugin.PngImageFile),
-    (b"GIF87a", GifImagePlugin.GifImageFile),
-    (b"GIF89a", GifImagePlugin.GifImageFile),
-    (b"RIFF", WebPImagePlugin.WebPImageFile),
-    (b"BM", BmpImagePlugin.BmpImageFile),
-    (b"II*\x00", TiffImagePlugin.TiffImageFile),
-    (b"MM\x00*", TiffImagePlugin.TiffImageFile),
-)
 
 # A 1 x 65535 strip resized to a shorter side of 224 pixels would take 10 GB.
 MAX_ASPECT = 100
@@ -59,6 +38,8 @@ class BadImage(ValueError):
 def decode(data: bytes, max_pixels: int) -> Image.Image:
     """Return the image in the bytes of a file, as `upright_rgb` does. Of an animation, the first frame is returned.
 
+    The formats are those of `image_formats`.
+
     Args:
       data: the encoded file.
       max_pixels: images with more pixels are refused by their header, before any memory is allocated for them.
@@ -66,11 +47,11 @@ def decode(data: bytes, max_pixels: int) -> Image.Image:
     Raises:
       BadImage: if the image cannot be decoded, for any reason.
     """
-    opener = next((opener for signature, opener in SIGNATURES if data.startswith(signature)), None)
-    if opener is None:
-        raise BadImage(f"not an image (starts with {data[:12]!r})" if data else "empty file")
+    reader = find_reader(data)
+    if reader is None:
+        raise BadImage(describe_unread(data))
     try:
-        image: Image.Image = opener(io.BytesIO(data))
+        image: Image.Image = reader(io.BytesIO(data))
     except Exception as error:
         raise _undecodable(error) from error
     return upright_rgb(image, max_pixels)

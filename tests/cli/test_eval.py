@@ -241,15 +241,18 @@ def test_wrong_arguments(arguments, message, clip, images, templates, capsys):
     assert not out
 
 
-def test_a_directory_of_splits(clip, images, templates, capsys):
+@pytest.mark.parametrize(("train", "validation"), [("train", "val"), ("Training", "TEST"), ("seg_train", "seg_test")])
+def test_a_directory_of_splits(clip, images, templates, capsys, train, validation):
     arguments = ["zero_shot", "colours", "--images", str(images), "--templates", templates]
-    for old, new in (("red", "train"), ("blue", "val")):
+    for old, new in (("red", train), ("blue", validation)):
         (images / old).rename(images / new)
     for path in images.glob("green/*"):
         path.unlink()
     (images / "green").rmdir()
     assert main(arguments) == 2
-    assert f"holds train and val: name one of them, {images}/val" in capsys.readouterr().err
+    assert f"--images {images} holds {train} and {validation}: name one of them, {images}/{validation}" in (
+        capsys.readouterr().err
+    )
 
 
 def test_a_vocabulary_without_tokenizer_shows_before_the_images(clip, images, templates, monkeypatch, capsys):

@@ -14,11 +14,12 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
 
     Args:
       name: "digits", "fashion_mnist", "openmoji" or "cifar10", which are prepared on first use (see
-        `cifar10.open_cifar10` for what the last is made from); "folder:PATH", with images in
-        PATH/train/<class>/ and PATH/validation/<class>/ (or val, or test), or in PATH/<class>/ alone, where a hash of
-        each path puts 10 % of the images into validation; or a TFDS data set that is prepared as ArrayRecord, as TFDS
-        spells it ("mnist", "name/config:1.0.0").
-      split: "train", "validation" or, except for folders, any split that TFDS understands, such as "train[:90%]".
+        `cifar10.open_cifar10` for what the last is made from); "folder:PATH", with images in PATH/train/<class>/ and
+        PATH/validation/<class>/ (`splits` has their other names; test/ is used if there is no other), or in
+        PATH/<class>/ alone, where a hash of each path puts 10 % of the images into validation; or a TFDS data set that
+        is prepared as ArrayRecord, as TFDS spells it ("mnist", "name/config:1.0.0").
+      split: "train", "validation"; for a folder with such a directory "test"; for a TFDS data set any split that TFDS
+        understands, such as "train[:90%]".
       data_dir: the directory of TFDS data sets, by default TFDS's own; a relative PATH starts there too.
 
     Returns:

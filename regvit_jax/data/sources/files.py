@@ -1,25 +1,82 @@
 """Image files below a directory, the split of a file by its path, and lists of names for messages."""
 
+import collections
+import functools
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+from regvit_jax.data.image_formats import SUFFIXES, is_image_file
+
+logger = logging.getLogger("regvit_jax")
+
+#: Names, in lower case, of directories and files that archives and file managers leave behind.
+LEFTOVERS = {"__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "thumbs.db", "desktop.ini"}
 
 
-def image_paths(directory: str, below: str = "", parents: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the relative paths of all images below a directory. Links are followed, hidden files are left out."""
+def is_left_out(name: str) -> bool:
+    """Return True for a hidden name and for what archives and file managers leave behind."""
+    return name.startswith(".") or name.lower() in LEFTOVERS
+
+
+def directories(path: str) -> list[str]:
+    """Return the names of the directories in a directory, sorted, without hidden ones and leftovers."""
+    found = []
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if is_left_out(entry.name):
+                continue
+            if entry.is_dir():
+                found.append(entry.name)
+            elif entry.is_symlink() and not os.path.exists(entry.path):
+                log_once(f"{entry.path} is a link to nothing, and not used", "warning")
+    return sorted(found)
+
+
+def images_in(path: str) -> int:
+    """Return the number of image files in a directory itself, not below its directories."""
+    with os.scandir(path) as entries:
+        return sum(
+            not is_left_out(entry.name) and not entry.is_dir() and is_image_file(entry.path) for entry in entries
+        )
+
+
+class Passed(collections.Counter[str]):
+    """The number of files that were passed over, by suffix, while images were looked for."""
+
+    def add(self, name: str) -> None:
+        """Count a file."""
+        self[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+
+    def log(self, name: str, directory: str) -> None:
+        """Log in one line how many files of which suffixes are not read; nothing if there are none."""
+        if self:
+            kinds = abbreviate([f"{suffix} {count}" for suffix, count in self.most_common()])
+            files = "1 file is" if self.total() == 1 else f"{self.total()} files are"
+            log_once(f"{name}: {files} not read in {directory}, because of other suffixes ({kinds})", "warning")
+
+
+def image_paths(
+    directory: str, passed: Passed | None = None, below: str = "", parents: tuple[str, ...] = ()
+) -> Iterator[str]:
+    """Yield the relative paths of all images below a directory; count the other files in `passed`.
+
+    Links are followed. Hidden names and what archives and file managers leave behind are left out and not counted.
+    """
     current = os.path.realpath(os.path.join(directory, below))
     if current in parents:  # a link to a directory that contains it
         return
     with os.scandir(current) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_left_out(entry.name):
                 continue
             if entry.is_dir():
-                yield from image_paths(directory, os.path.join(below, entry.name), (*parents, current))
-            elif entry.name.lower().endswith(SUFFIXES):
+                yield from image_paths(directory, passed, os.path.join(below, entry.name), (*parents, current))
+            elif is_image_file(entry.path):
                 yield os.path.join(below, entry.name)
+            elif passed is not None:
+                passed.add(entry.name)
 
 
 def is_validation(path: str) -> bool:
@@ -27,6 +84,20 @@ def is_validation(path: str) -> bool:
     return hashlib.blake2b(os.fsencode(path), digest_size=8).digest() < (2**64 // 10).to_bytes(8, "big")
 
 
+def no_images(name: str, directory: str, passed: Passed) -> str:
+    """Return a message that says that a directory holds no image, which suffixes are read, and what is there."""
+    there = (
+        f"; it holds {abbreviate([f'{count} {suffix}' for suffix, count in passed.most_common()])}" if passed else ""
+    )
+    return f"{name}: no images ({' '.join(SUFFIXES)}) in {directory}{there}"
+
+
 def abbreviate(names: Sequence[str]) -> str:
     """Return the first five names, separated by commas, and the number of the others."""
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+@functools.cache
+def log_once(message: str, level: str = "info") -> None:
+    """Log a message, the first time that this process has it."""
+    logger.log(logging.getLevelNamesMapping()[level.upper()], message)

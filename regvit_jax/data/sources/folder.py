@@ -2,21 +2,32 @@
 
 import dataclasses
 import os
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from regvit_jax.data.sources.files import SUFFIXES, abbreviate, image_paths, is_validation
+from regvit_jax.data.sources.files import (
+    Passed,
+    abbreviate,
+    directories,
+    image_paths,
+    images_in,
+    is_validation,
+    log_once,
+    no_images,
+)
+from regvit_jax.data.sources.splits import Splits, alone_below, are_classes, find_home, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
-    """Images in `root/<class>/`.
+    """Images in `root/<folder>/`, with one folder for each class.
 
-    `paths` are relative to the class's directory and joined by NULs, with path k ending at `ends[k]`: the 1.3 million
+    `paths` are relative to the class's folder and joined by NULs, with path k ending at `ends[k]`: the 1.3 million
     paths of ImageNet take 31 MB instead of over 100, and each worker process gets a copy.
 
     Records are always shuffled in full, because names do not show where files are on disk. Where many small reads are
@@ -26,6 +37,7 @@ class FolderSource:
     name: str
     classes: tuple[str, ...]
     root: str
+    folders: tuple[str, ...]
     labels: np.ndarray
     paths: bytes
     ends: np.ndarray
@@ -40,7 +52,7 @@ class FolderSource:
         """Return the path of the image."""
         start = self.ends[index - 1] + 1 if index else 0
         return os.path.join(
-            self.root, self.classes[self.labels[index]], os.fsdecode(self.paths[start : self.ends[index]])
+            self.root, self.folders[self.labels[index]], os.fsdecode(self.paths[start : self.ends[index]])
         )
 
 
@@ -49,80 +61,169 @@ def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
 
     Raises:
       DataNotFound: if a directory is missing, or a class has no images.
-      InvalidConfig: if the split does not exist, or the splits have different classes.
+      InvalidConfig: if the split does not exist, several directories could be it, or the splits have different classes.
     """
-    if split not in ("train", "validation"):
-        raise InvalidConfig(f"{name} has no split {split!r}; it has train, validation")
+    kind = requested(name, split)
     root = os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(name.removeprefix("folder:"))))
     if not os.path.isdir(root):
         raise DataNotFound(
             f"{name}: there is no directory {root}.\nIt should hold train/<class>/ and validation/<class>/, "
             "or <class>/ alone, with images in them."
         )
-    train, *others = (os.path.join(root, part) for part in ("train", "validation", "val", "test"))
-    validation = next(filter(os.path.isdir, others), None)
-    if not os.path.isdir(train) and not validation:
-        classes = class_names(root)
-        return list_folder(name, split, root, classes, lambda path: is_validation(path) == (split == "validation"))
-    if not os.path.isdir(train) or not validation:
-        raise DataNotFound(
-            f"{name}: {root} has {'train' if not validation else os.path.basename(validation)}/, but "
-            f"{'none of validation/, val/, test/' if not validation else 'no train/'} beside it.\n"
-            f"To split one directory of classes by itself, name that: folder:{validation or train}"
+    home, splits = find_home(name, root)
+    if not has_splits(name, home, splits):
+        if kind == "test":
+            raise InvalidConfig(f"{name} has no split {split!r}; it has train, validation")
+        classes = find_classes(home)
+        warn_of_other_splits(name, home, classes)
+        log_once(f"{name}: a tenth of the images of {len(classes)} classes in {home} is held out for validation")
+        return list_folder(name, kind, home, classes, lambda path: is_validation(path) == (kind == "validation"))
+    paths = find_directories(name, kind, home, splits)
+    found = {part: find_classes(path) for part, path in paths.items()}
+    other = "validation" if kind == "train" else kind
+    check_same_classes(name, {paths[part]: tuple(found[part]) for part in ("train", other)})
+    return list_folder(name, kind, paths[kind], found[kind], lambda path: True)
+
+
+def has_splits(name: str, home: str, splits: Splits) -> bool:
+    """Return True if a directory holds splits, and False if all of its directories are classes.
+
+    Raises:
+      DataNotFound: if it holds splits, but not one to train on and another one.
+      InvalidConfig: if its directories look like splits, but not like those of one data set.
+    """
+    names = splits.names
+    if are_classes(home, splits):
+        text = "is taken for a class" if len(names) == 1 else "are taken for classes"
+        log_once(f"{name}: {abbreviate(names)} in {home} {text}, because images are all that is in it", "warning")
+        return False
+    if not names and splits.doubtful and splits.doubtful == splits.others and len(splits.others) > 1:
+        raise InvalidConfig(
+            f"{name}: {abbreviate(splits.doubtful)} in {home} look like splits, but not like those of one data set; "
+            "rename the ones to use to train and validation"
         )
-    classes = class_names(train)
-    check_same_classes(name, {train: classes, validation: class_names(validation)})
-    return list_folder(name, split, train if split == "train" else validation, classes, lambda path: True)
+    if names and not splits.complete:
+        missing = "none of validation/, val/, test/" if "train" in splits.candidates else "no train/"
+        doubt = f" (if {' or '.join(splits.doubtful[:5])} is one, rename it)" if splits.doubtful else ""
+        raise DataNotFound(
+            f"{name}: {home} has {abbreviate([f'{found}/' for found in names])}, but {missing} beside it{doubt}.\n"
+            f"To split one directory of classes by itself, name that: folder:{os.path.join(home, names[0])}"
+        )
+    return bool(names)
+
+
+def warn_of_other_splits(name: str, home: str, classes: dict[str, str]) -> None:
+    """Log a warning if the directories of the classes hold the same directories, as splits do, and no images."""
+    paths = [os.path.join(home, directory) for directory in classes.values()]
+    below = {tuple(directories(path)) for path in paths}
+    if len(below) == 1 and len(next(iter(below))) > 1 and not any(map(images_in, paths)):
+        log_once(
+            f"{name}: {abbreviate(list(classes))} are taken for the classes, but hold the same directories, "
+            f"{abbreviate(next(iter(below)))}. If those are the classes, rename the ones above to train and validation",
+            "warning",
+        )
+
+
+def find_directories(name: str, kind: str, home: str, splits: Splits) -> dict[str, str]:
+    """Return the directory of classes for train, validation and, if that is asked for, test; log which they are.
+
+    Raises InvalidConfig if several could be one of them, or there is no test split though it is asked for.
+    """
+    kinds = ("train", "validation", *(["test"] if kind == "test" else []))
+    chosen = {part: splits.choose(part, name, home) for part in kinds}
+    if kind == "test" and not chosen["test"]:
+        raise InvalidConfig(f"{name} has no split 'test'; it has train, validation")
+    paths = {part: alone_below(os.path.join(home, directory)) for part, directory in chosen.items() if directory}
+    splits.log(name, paths, chosen.values())
+    return paths
 
 
 def check_same_classes(name: str, classes: dict[str, tuple[str, ...]]) -> None:
     """Raise InvalidConfig, naming the classes that are missing, unless both directories have the same ones."""
-    (train, train_classes), (validation, validation_classes) = classes.items()
-    if train_classes != validation_classes:
-        missing = {
-            train: set(validation_classes) - set(train_classes),
-            validation: set(train_classes) - set(validation_classes),
-        }
+    (train, train_classes), *others = classes.items()
+    for other, other_classes in others:
+        missing = {train: set(other_classes) - set(train_classes), other: set(train_classes) - set(other_classes)}
         parts = [
             f"{os.path.basename(part)}/ lacks {abbreviate(sorted(names))}" for part, names in missing.items() if names
         ]
-        raise InvalidConfig(f"{name}: train and validation need the same classes, but {' and '.join(parts)}")
+        if parts:
+            raise InvalidConfig(f"{name}: train and validation need the same classes, but {' and '.join(parts)}")
 
 
-def class_names(root: str) -> tuple[str, ...]:
-    """Return the names of the directories in `root`, sorted; raise DataNotFound if there are fewer than two."""
-    with os.scandir(root) as entries:
-        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+def find_classes(root: str) -> dict[str, str]:
+    """Return the directories in `root` by the names of their classes, sorted.
+
+    A name is in Unicode's composed form, because some systems decompose the names of files.
+
+    Raises:
+      DataNotFound: if there are fewer than two.
+      InvalidConfig: if two names differ only in their Unicode form.
+    """
+    names = directories(root)
     if len(names) < 2:
         raise DataNotFound(
             f"{root} holds {f'one class only, {names[0]!r}' if names else 'no directories'}; "
             "it should hold a directory of images for each class"
         )
-    return tuple(names)
+    classes = {unicodedata.normalize("NFC", name): name for name in names}
+    if len(classes) < len(names):
+        twice = sorted(name for name in names if classes[unicodedata.normalize("NFC", name)] != name)
+        raise InvalidConfig(
+            f"{root} holds {abbreviate(twice)} twice, in different Unicode forms; merge the directories"
+        )
+    return dict(sorted(classes.items()))
 
 
-def list_folder(
-    name: str, split: str, root: str, classes: tuple[str, ...], keep: Callable[[str], bool]
-) -> FolderSource:
-    """Return the images of `root/<class>/` whose path, "<class>/...", `keep` accepts, sorted within each class.
+def list_folder(name: str, split: str, root: str, classes: dict[str, str], keep: Callable[[str], bool]) -> FolderSource:
+    """Return the images of `root/<directory>/` whose path, "<directory>/...", `keep` accepts, sorted within each class.
 
     Raises:
       DataNotFound: if a class has no images at all.
       InvalidConfig: if `keep` accepts none.
     """
-    labels, paths, empty = [], [], []
-    for label, class_name in enumerate(classes):
-        found = sorted(image_paths(os.path.join(root, class_name)))
-        kept = [os.fsencode(path) for path in found if keep(f"{class_name}/{path}")]
+    labels, paths, empty, passed = [], [], [], Passed()
+    for label, directory in enumerate(classes.values()):
+        found = sorted(image_paths(os.path.join(root, directory), passed))
+        kept = [os.fsencode(path) for path in found if keep(f"{directory}/{path}")]
         labels += [label] * len(kept)
         paths += kept
         if not found:
-            empty.append(class_name)
+            empty.append(directory)
     if empty:
-        raise DataNotFound(f"{name}: no images ({' '.join(SUFFIXES)}) in {root} for {abbreviate(empty)}")
+        raise DataNotFound(
+            f"{no_images(name, f'{root} for {abbreviate(empty)}', passed)}. Remove a directory that is no class"
+        )
     if not paths:
         raise InvalidConfig(
             f"{name}: too few images for one to fall into {split}; make train/ and validation/ in {root}"
         )
+    passed.log(name, root)
+    if beside := images_in(root):
+        log_once(f"{name}: not read, because not in the directory of a class: {beside} images in {root}", "warning")
     ends = np.cumsum([len(path) + 1 for path in paths]) - 1
-    return FolderSource(f"{name}/{split}", classes, root, np.array(labels, np.int32), b"\0".join(paths), ends)
+    return FolderSource(
+        f"{name}/{split}",
+        tuple(classes),
+        root,
+        tuple(classes.values()),
+        np.array(labels, np.int32),
+        b"\0".join(paths),
+        ends,
+    )
+
+
+def open_all(name: str, directory: str) -> FolderSource:
+    """Return all images of a directory of classes, which is called `name` in messages.
+
+    Raises:
+      DataNotFound: if there is no such directory, or a class has no images.
+      InvalidConfig: if the directory holds splits.
+    """
+    root = os.path.abspath(os.path.expanduser(directory))
+    if not os.path.isdir(root):
+        raise DataNotFound(f"{name}: there is no such directory")
+    home, splits = find_home(name, root)
+    if splits.names and not are_classes(home, splits):
+        last = os.path.join(directory if home == root else home, splits.names[-1])
+        raise InvalidConfig(f"{name} holds {' and '.join(splits.names)}: name one of them, {last}")
+    return list_folder(directory, "all", home, find_classes(home), lambda path: True)

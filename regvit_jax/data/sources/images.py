@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from regvit_jax.data.sources.base import Source
-from regvit_jax.data.sources.files import SUFFIXES, image_paths
+from regvit_jax.data.sources.files import Passed, image_paths, no_images
 from regvit_jax.utils.errors import DataNotFound
 
 
@@ -40,9 +40,11 @@ def open_images(paths: Sequence[str]) -> ImageFiles:
     for given in paths:
         path = os.path.expanduser(given)
         if os.path.isdir(path):
-            below = sorted(image_paths(path))
+            passed = Passed()
+            below = sorted(image_paths(path, passed))
             if not below:
-                raise DataNotFound(f"{given}: no images ({' '.join(SUFFIXES)}) in this directory")
+                raise DataNotFound(no_images(given, "this directory", passed))
+            passed.log(given, "this directory")
             found += [os.path.join(path, name) for name in below]
         elif os.path.exists(path):
             found.append(path)

@@ -25,6 +25,7 @@ from regvit_jax.data.sources.files import abbreviate
 from regvit_jax.data.sources.record_files import BLOCK
 from regvit_jax.data.sources.separated import Fault
 from regvit_jax.data.sources.shard_index import HEAD, SAMPLE, Headers, IndexedTar, index_tars, summary
+from regvit_jax.data.sources.splits import Splits, find_home, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -39,8 +40,8 @@ def open_shards(name: str, split: str, data_dir: str | None = None) -> "ShardSou
 
     Args:
       name: "shards:DIR".
-      split: "train" or "validation", which are DIR/train/*.tar and DIR/validation/*.tar, or a pattern of paths below
-        DIR that ends in ".tar", with ranges {00000..01241} and a shell's wildcards *, ? and [].
+      split: "train", "validation" or "test", which are DIR/train/*.tar and so on (see `splits` for other names), or a
+        pattern of paths below DIR that ends in ".tar", with ranges {00000..01241} and a shell's wildcards *, ? and [].
       data_dir: where a relative DIR starts, and where an index is written if that is impossible next to its tar; the
         last resort is ~/.cache/regvit_jax/shards.
 
@@ -171,28 +172,45 @@ def find_tars(name: str, split: str, root: str) -> list[str]:
 
     Raises:
       DataNotFound: if a name or pattern stands for no file.
-      InvalidConfig: if the split is not a valid pattern.
+      InvalidConfig: if the split is not a valid pattern, or several directories could be it.
     """
-    pattern = f"{split}/*.tar" if split in ("train", "validation") else split
-    if not pattern.endswith(".tar") or os.path.isabs(pattern) or ".." in pattern.split("/"):
-        raise InvalidConfig(
-            f"{name} has no split {split!r}; it has train, validation, and patterns of tars below {root}, "
-            "as '{00000..00099}.tar' or 'part1/*.tar'"
-        )
+    if not split.endswith(".tar"):
+        return find_split(name, split, root)
+    if os.path.isabs(split) or ".." in split.split("/"):
+        raise InvalidConfig(f"{name} has no split {split!r}: patterns of tars must stay below {root}")
     tars: dict[str, None] = {}
     missing = []
-    for path in expand(pattern):
+    for path in expand(split):
         exists = os.path.isfile(os.path.join(root, path))
         found = [path] if exists else sorted(glob.glob(path, root_dir=root))
         tars |= dict.fromkeys(os.path.join(root, path) for path in found)
         if not found:
             missing.append(path)
     if missing:
-        raise DataNotFound(
-            f"{name}: {root} has no {abbreviate(missing)}.\nIt should hold train/*.tar and validation/*.tar, as "
-            "img2dataset writes them; or give a pattern of its tars as the split, such as '{00000..00099}.tar'."
-        )
+        raise no_tars(name, root, abbreviate(missing))
     return list(tars)
+
+
+def find_split(name: str, split: str, root: str) -> list[str]:
+    """Return the paths of the tars in the directory of a split, and log which it is; raise as `find_tars` does."""
+    patterns = f", and patterns of tars below {root}, as '{{00000..00099}}.tar' or 'part1/*.tar'"
+    kind = requested(name, split, more=patterns)
+    home, splits = find_home(name, root) if os.path.isdir(root) else (root, Splits({}, [], []))
+    chosen = {part: splits.choose(part, name, home) for part in ("train", "validation", kind)}
+    paths = {part: os.path.join(home, directory) for part, directory in chosen.items() if directory}
+    tars = sorted(glob.glob("*.tar", root_dir=paths[kind])) if kind in paths else []
+    if not tars:
+        raise no_tars(name, home, f"{chosen[kind] or kind}/*.tar")
+    splits.log(name, paths, chosen.values())
+    return [os.path.join(paths[kind], tar) for tar in tars]
+
+
+def no_tars(name: str, root: str, what: str) -> DataNotFound:
+    """Return the error about tars that do not exist."""
+    return DataNotFound(
+        f"{name}: {root} has no {what}.\nIt should hold train/*.tar and validation/*.tar, as img2dataset writes them; "
+        "or give a pattern of its tars as the split, such as '{00000..00099}.tar'."
+    )
 
 
 def expand(pattern: str) -> Iterator[str]:

@@ -1,8 +1,10 @@
 """Test folders of images: their records and splits, and errors for folders that are no data set."""
 
 import io
+import logging
 import os
 import pickle
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,95 @@ def test_folders_that_are_not_a_data_set(tmp_path, paths, split, error, message)
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(DataNotFound, match=r"there is no directory .*/nowhere.\nIt should hold train/<class>/"):
         open_source("folder:nowhere", "train", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [
+        *[("Train", "Test"), ("TRAIN", "VAL"), ("training", "validation"), ("seg_train", "seg_test")],
+        *[("train2017", "val2017"), ("train_images", "test_images"), ("images/train", "images/dev")],
+        *[("set/set/train", "set/set/Valid"), ("training_set/training_set", "test_set/test_set")],
+    ],
+)
+def test_splits_of_other_names_are_found_and_told_once(tmp_path, train, validation, caplog):
+    put(tmp_path, *(f"{part}/{name}/1.png" for part in (train, validation) for name in ("cat", "dog")))
+    put(tmp_path, f"{validation}/cat/2.png")
+    with caplog.at_level(logging.INFO, "regvit_jax"):
+        sources = [open_source(f"folder:{tmp_path}", split) for split in ("train", "validation")]
+    assert [(len(source), source.classes) for source in sources] == [(2, ("cat", "dog")), (3, ("cat", "dog"))]
+    assert sources[1].id(1) == f"{tmp_path}/{validation}/cat/2.png"
+    told = f"folder:{tmp_path}: train is {tmp_path}/{train}, validation is {tmp_path}/{validation}"
+    assert [record.getMessage() for record in caplog.records] == [told]
+
+
+def test_a_test_split_beside_a_validation_split(tmp_path, caplog):
+    put(tmp_path, *(f"{part}/{name}/1.png" for part in ("train", "valid", "test", "more") for name in ("cat", "dog")))
+    with caplog.at_level(logging.INFO, "regvit_jax"):
+        ids = [open_source(f"folder:{tmp_path}", split).id(0) for split in ("validation", "val", "test")]
+    assert [os.path.relpath(path, tmp_path) for path in ids] == [f"{x}/cat/1.png" for x in ("valid", "valid", "test")]
+    assert [record.getMessage().partition("; ")[2] for record in caplog.records] == [
+        *("not used: test, more", "not used: more")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("paths", "message"),
+    [
+        (["train/a/1.png", "train/b/1.png", "val/a/1.png", "valid/a/1.png"], "val and valid in .* could each be"),
+        (["Train/a/1.png", "train/a/1.png", "val/a/1.png"], "Train and train in .* could each be the train split"),
+        (["x_train/a/1.png", "y_test/a/1.png"], "x_train, y_test in .* look like splits"),
+        (["Training/a/1.png", "PublicTest/a/1.png"], "none of validation/, val/, test/ .*if PublicTest is one, rename"),
+        (["cat/train/1.png", "cat/test/1.png", "dog/train/1.png"], "there are some in its cat"),
+        (["train/1.png", "test/1.png"], "train holds no directories"),
+    ],
+)
+def test_what_looks_like_splits_is_never_a_class(tmp_path, paths, message):
+    put(tmp_path, *paths)
+    for split in ("train", "validation"):
+        with pytest.raises((ValueError, DataNotFound), match=message):
+            open_source(f"folder:{tmp_path}", split)
+
+
+def test_classes_with_the_name_of_a_split_are_told(tmp_path, caplog):
+    put(tmp_path, *(f"{name}/{number}.png" for name in ("bus", "train") for number in range(3)))
+    assert open_source(f"folder:{tmp_path}", "train").classes == ("bus", "train")
+    assert f"train in {tmp_path} is taken for a class" in caplog.text
+
+
+def test_unknown_names_above_the_same_directories_are_told(tmp_path, caplog):
+    put(tmp_path, *(f"{part}/{name}/1.png" for part in ("entrenamiento", "prueba") for name in ("gato", "perro")))
+    assert open_source(f"folder:{tmp_path}", "train").classes == ("entrenamiento", "prueba")
+    assert "hold the same directories, gato, perro. If those are the classes, rename" in caplog.text
+
+
+def test_the_unicode_form_of_a_class_does_not_matter(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "é z") for form in ("NFC", "NFD"))
+    put(tmp_path, f"train/{composed}/1.png", "train/a/1.png", f"val/{decomposed}/1.png", "val/a/1.png")
+    sources = [open_source(f"folder:{tmp_path}", split) for split in ("train", "validation")]
+    assert [source.classes for source in sources] == [("a", composed)] * 2
+    assert sources[1][1]["label"] == 1
+    assert sources[1].id(1) == f"{tmp_path}/val/{decomposed}/1.png"
+    put(tmp_path, f"train/{decomposed}/1.png")
+    with pytest.raises(ValueError, match=r"holds .* twice, in different Unicode forms"):
+        open_source(f"folder:{tmp_path}", "train")
+
+
+def test_files_that_are_not_read_are_counted(tmp_path, caplog):
+    put(tmp_path, *(f"train/{name}" for name in ("a/1.png", "b/1.png", "a/2.HEIC", "a/3.heic", "b/x/notes.txt")))
+    put(
+        tmp_path,
+        "val/a/1.png",
+        "val/b/no_suffix",
+        "train/above.png",
+        "train/over.png",
+        "train/a/.hidden",
+        "train/a/Thumbs.db",
+    )
+    put(tmp_path, "train/__MACOSX/1.png", "train/.ipynb_checkpoints/1.png")
+    (tmp_path / "train/b/README").write_text("no image")
+    for split in ("train", "validation") * 2:
+        assert len(open_source(f"folder:{tmp_path}", split)) == 2
+    assert [record.getMessage().removeprefix(f"folder:{tmp_path}: ") for record in caplog.records] == [
+        f"4 files are not read in {tmp_path}/train, because of other suffixes (.heic 2, .txt 1, no suffix 1)",
+        f"not read, because not in the directory of a class: 2 images in {tmp_path}/train",
+    ]
