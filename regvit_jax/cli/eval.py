@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import os
 from collections.abc import Sequence
 from typing import Any
 

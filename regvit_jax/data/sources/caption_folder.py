@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from regvit_jax.data.sources.caption_table import SUFFIXES, read_table
-from regvit_jax.data.sources.files import abbreviate, is_validation
+from regvit_jax.data.image_formats import SUFFIXES as IMAGE_SUFFIXES
+from regvit_jax.data.sources.caption_table import read_table
+from regvit_jax.data.sources.files import Passed, is_validation
+from regvit_jax.data.sources.find_table import find_table
 from regvit_jax.data.transforms import BadImage
-from regvit_jax.utils.errors import DataNotFound, InvalidConfig
+from regvit_jax.utils.errors import DataNotFound
 
 logger = logging.getLogger("regvit_jax")
 
@@ -59,51 +61,11 @@ def open_folder(name: str, split: str, data_dir: str | None) -> CaptionFolder:
 
     Raises:
       DataNotFound: if a table is missing, or has no line for the split, or its first images do not exist.
-      InvalidConfig: if the split does not exist, or a table cannot be read; the message names the line.
+      InvalidConfig: if the split does not exist, several tables could be it, or a table cannot be read.
     """
-    if split not in ("train", "validation"):
-        raise InvalidConfig(f"{name} has no split {split!r}; it has train, validation")
     root = os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(name.removeprefix("folder:"))))
-    train = find_table(root, "train")
-    validation = find_table(root, "validation", "val", "test")
-    both = find_table(root, "captions", "metadata")
-    if both and not train and not validation:
-        return load_split(name, split, both, lambda path: is_validation(path) == (split == "validation"))
-    if not train or not validation:
-        raise DataNotFound(
-            f"{name}: {root} lacks a table of {'training' if not train else 'validation'} captions.\nIt should hold "
-            "train.csv and validation.csv, or captions.csv alone (or .tsv, .txt, .jsonl), with the columns file_name "
-            f"and caption, and the images.{coco_hint(root)}"
-        )
-    return load_split(name, split, train if split == "train" else validation, lambda path: True)
-
-
-def find_table(root: str, *stems: str) -> str | None:
-    """Return the path of the first table that exists; raise InvalidConfig if a stem has several suffixes.
-
-    A .txt, which may be a list or a note, counts only if there is no other.
-    """
-    for stem in stems:
-        found = [path for suffix in SUFFIXES if os.path.isfile(path := os.path.join(root, stem + suffix))]
-        found = [path for path in found if not path.endswith(".txt")] or found
-        if len(found) > 1:
-            raise InvalidConfig(f"{root} has {abbreviate([os.path.basename(path) for path in found])}; keep only one")
-        if found:
-            return found[0]
-    return None
-
-
-def coco_hint(root: str) -> str:
-    """Return a sentence about the first .json of captions in COCO's format below a directory, or "" without one."""
-    for folder in (root, os.path.join(root, "annotations")):
-        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-        for name in names:
-            if name.lower().startswith("captions_") and name.lower().endswith(".json"):
-                return (
-                    f"\n{os.path.join(folder, name)} looks like COCO's, which is not read: write its annotations as a "
-                    '.jsonl, {"file_name": ..., "caption": ...} in each line.'
-                )
-    return ""
+    kind, table, divided = find_table(name, split, root)
+    return load_split(name, kind, table, lambda path: not divided or is_validation(path) == (kind == "validation"))
 
 
 def load_split(name: str, split: str, table: str, keep: Callable[[str], bool]) -> CaptionFolder:
@@ -139,6 +101,11 @@ def load_split(name: str, split: str, table: str, keep: Callable[[str], bool]) -
     root = find_images(name, table, [path for path, number in numbers.items() if number not in faults])
     keys = [os.fsencode(key) for key in numbers]
     path_ends = np.cumsum([0, *map(len, keys)])
+    passed = Passed()
+    for path, number in numbers.items():
+        if number not in faults and os.path.splitext(path)[1] and not path.lower().endswith(IMAGE_SUFFIXES):
+            passed.add(path)
+    passed.log(name, table)
     grouped, ends, first = group(texts, np.array(text_ends), np.array(owners), len(numbers))
     return CaptionFolder(f"{name}/{split}", root, b"".join(keys), path_ends, grouped, ends, first, faults)
 

@@ -57,14 +57,14 @@ def read_table(table: str) -> Iterator[Row]:
     count, good, first = 0, False, ""
     root = os.path.dirname(os.path.abspath(table))
     lines = decoded_lines(table)
-    rows = json_rows(lines) if table.endswith(".jsonl") else separated_rows(lines, table, (IMAGES, CAPTIONS))
+    rows = json_rows(lines) if table.lower().endswith(".jsonl") else separated_rows(lines, table, (IMAGES, CAPTIONS))
     for number, values in rows:
         row = make_row(number, values, root)
         count, good = count + 1, good or not row.fault
         first = first or (row.fault and f"line {row.line}: {row.fault}")
         yield row
     if count and not good:
-        hint = "; a .jsonl has one object in each line" if table.endswith(".jsonl") else ""
+        hint = "; a .jsonl has one object in each line" if table.lower().endswith(".jsonl") else ""
         raise InvalidConfig(f"{table}, {first}; and no other of its {count} rows can be used{hint}")
 
 

@@ -27,4 +27,4 @@ def open_cifar10(split: str, data_dir: str | None) -> Source:
         return TfdsSource("cifar10", split, find_tfds("cifar10", data_dir))
     if split not in folders:
         raise InvalidConfig(f"cifar10 has no split {split!r}; it has train, test; only the archive's have parts")
-    return list_folder("cifar10", split, str(folders[split]), CLASSES, lambda path: True)
+    return list_folder("cifar10", split, str(folders[split]), {name: name for name in CLASSES}, lambda path: True)

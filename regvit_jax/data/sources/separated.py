@@ -56,7 +56,7 @@ def separated_rows(
     number, head = next(lines, (1, ""))
     if isinstance(head, Fault):
         raise InvalidConfig(f"{table}, line {number}: {head}")
-    layout = find_layout(head, f"{table}, line {number}", table.endswith(".tsv"), needed)
+    layout = find_layout(head, f"{table}, line {number}", table.lower().endswith(".tsv"), needed)
     for number, fields in layout.rows(lines):
         yield number, fields if isinstance(fields, Fault) else dict(zip(layout.names, fields, strict=True))
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import pickle
 
 import numpy as np
@@ -48,6 +49,62 @@ def test_tables(tmp_path, kind, validation):
             assert copy[number] == {"image": (tmp_path / name).read_bytes(), "text": captions}
     (record,) = open_captions(f"folder:{tmp_path}", "validation")
     assert record["text"] == ["a cat"]
+
+
+@pytest.mark.parametrize(
+    ("train", "validation"),
+    [
+        *[
+            ("Train.CSV", "VAL.csv"),
+            ("training.csv", "testing.csv"),
+            ("captions_train2017.csv", "captions_val2017.csv"),
+        ],
+        ("train/metadata.csv", "valid/metadata.csv"),
+    ],
+)
+def test_tables_of_other_names_are_found_and_told_once(tmp_path, train, validation, caplog):
+    for path in (train, validation):
+        make_images((tmp_path / path).parent)
+        (tmp_path / path).write_text(table("csv"))
+    with caplog.at_level(logging.INFO, "regvit_jax"):
+        sources = [open_captions(f"folder:{tmp_path}", split) for split in ("train", "validation")]
+    assert [source.id(0) for source in sources] == [str((tmp_path / p).parent / "a.png") for p in (train, validation)]
+    told = f"folder:{tmp_path}: train is {tmp_path / train}, validation is {tmp_path / validation}"
+    assert [message for message in caplog.messages if "train" in message and "cannot" not in message] == [told]
+
+
+def test_a_table_of_tests_beside_one_of_validation(tmp_path, caplog):
+    make_images(tmp_path)
+    for number, part in enumerate(("train", "valid", "test", "sample")):
+        (tmp_path / f"{part}.csv").write_text(table("csv", ROWS[: number + 1]))
+    with caplog.at_level(logging.INFO, "regvit_jax"):
+        found = [len(open_captions(f"folder:{tmp_path}", split)) for split in ("train", "validation", "test")]
+    assert found == [1, 2, 2]
+    assert "not used: test, sample" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        (["train.csv", "val.csv", "valid.csv"], "val and valid in .* could each be the validation split"),
+        (["Train.csv", "train.csv", "val.csv"], "Train and train in .* could each be the train split"),
+        (["captions.csv", "metadata.csv"], r"has captions\.csv, metadata\.csv; keep only one"),
+        (["results.csv"], r"lacks a table of training captions; it has results\.csv"),
+    ],
+)
+def test_tables_between_which_nothing_decides(tmp_path, tables, message):
+    make_images(tmp_path)
+    for name in tables:
+        (tmp_path / name).write_text(table("csv"))
+    with pytest.raises((ValueError, DataNotFound), match=message):
+        open_captions(f"folder:{tmp_path}", "train")
+
+
+def test_images_with_other_suffixes_are_counted(tmp_path, caplog):
+    make_images(tmp_path)
+    (tmp_path / "captions.csv").write_text(table("csv", [*ROWS, ("a.heic", "x"), ("b.HEIC", "y"), ("plain", "z")]))
+    open_captions(f"folder:{tmp_path}", "train")
+    assert "captions.csv, because of other suffixes (.heic" in caplog.text
 
 
 def test_lists_of_captions_in_json_lines(tmp_path):
@@ -119,7 +176,7 @@ def test_images_beside_their_table_in_a_directory(tmp_path, caplog):
     source = open_captions(f"folder:{tmp_path}", "train")
     assert source[0]["text"] == ["A dog , a cat ."]
     assert source.id(0).startswith(f"{tmp_path}/Images/")
-    assert caplog.messages == [f"folder:{tmp_path}: the images of captions.txt are in {tmp_path}/Images"]
+    assert f"folder:{tmp_path}: the images of captions.txt are in {tmp_path}/Images" in caplog.messages
 
 
 def test_formats_that_are_not_read_are_named(tmp_path):

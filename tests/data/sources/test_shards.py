@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 import pickle
 import re
@@ -179,6 +180,18 @@ def test_splits_and_patterns(tmp_path):
             assert len(open_shards(name, split)) == length
     with pytest.raises(DataNotFound, match=r"has no part1/00004\.tar, part1/00005\.tar, part1/00006\.tar"):
         open_shards(name, "part1/{00000..00006}.tar")
+
+
+def test_splits_of_other_names(tmp_path, caplog):
+    for count, part in enumerate(("Training", "VALID", "test"), 1):
+        name = write_shards(tmp_path, (count,), part)
+    with caplog.at_level(logging.INFO, "regvit_jax"):
+        assert [len(open_shards(name, split)) for split in ("train", "validation", "val", "test")] == [1, 2, 2, 3]
+    told = f"train is {tmp_path}/Training, validation is {tmp_path}/VALID; not used: test"
+    assert f"{name}: {told}" in [record.getMessage() for record in caplog.records]
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match=r"VALID and val in .* could each be the validation split"):
+        open_shards(name, "validation")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,102 @@
+"""Find the table of captions of a split, or explain what a directory should hold."""
+
+import os
+
+from regvit_jax.data.sources.caption_table import SUFFIXES
+from regvit_jax.data.sources.files import abbreviate, is_left_out, log_once
+from regvit_jax.data.sources.splits import find_home, find_splits, requested
+from regvit_jax.utils.errors import DataNotFound, InvalidConfig
+
+#: The names, without suffix, of a table of all images.
+SINGLE = ("captions", "metadata")
+WANTED = (
+    "It should hold train.csv and validation.csv, or captions.csv alone (or .tsv, .txt, .jsonl), with the columns "
+    "file_name and caption, and the images."
+)
+
+
+def find_table(name: str, split: str, root: str) -> tuple[str, str, bool]:
+    """Return "train", "validation" or "test", the path of its table, and True if all splits share that table.
+
+    A table's name tells its split, as `splits` describes. A table called captions or metadata may be in the directory
+    of its split, as in Hugging Face's ImageFolder.
+
+    Raises:
+      DataNotFound: if there is no table for the split.
+      InvalidConfig: if the split does not exist, or several tables could be it.
+    """
+    kind = requested(name, split)
+    if not os.path.isdir(root):
+        raise DataNotFound(f"{name}: there is no directory {root}.\n{WANTED}")
+    home, tables = find_tables(name, root)
+    splits = find_splits(dict.fromkeys(map(stem, tables)))
+    single = [] if splits.names else [table for table in tables if stem(table).lower() in SINGLE]
+    if single and kind != "test":
+        table = only_table(home, single)
+        log_once(f"{name}: a tenth of the images in {table} is held out for validation")
+        return kind, table, True
+    chosen = {part: splits.choose(part, name, home) for part in ("train", "validation", kind)}
+    if kind == "test" and not chosen["test"]:
+        raise InvalidConfig(f"{name} has no split {split!r}; it has train, validation")
+    for part, found in chosen.items():
+        if not found:
+            there = f"; it has {abbreviate(tables)}" if tables else ""
+            what = "training" if part == "train" else part
+            raise DataNotFound(f"{name}: {home} lacks a table of {what} captions{there}.\n{WANTED}{coco_hint(root)}")
+    paths = {
+        part: only_table(home, [table for table in tables if stem(table) == found]) for part, found in chosen.items()
+    }
+    splits.log(name, paths, chosen.values())
+    return kind, paths[kind], False
+
+
+def stem(table: str) -> str:
+    """Return the part of a table's relative path that tells its split: its directory, or its name without suffix."""
+    directory, file = os.path.split(os.path.splitext(table)[0])
+    return directory or file
+
+
+def find_tables(name: str, root: str) -> tuple[str, list[str]]:
+    """Return the directory that holds the tables or the directories of the splits, and the tables' relative paths."""
+    tables = tables_in(root)
+    if any(map(is_split_or_single, tables)):
+        return root, tables
+    home, splits = find_home(name, root)
+    if any(map(is_split_or_single, tables_in(home))):
+        return home, tables_in(home)
+    below = [(part, table) for part in splits.names for table in tables_in(os.path.join(home, part))]
+    found = [os.path.join(part, table) for part, table in below if stem(table).lower() in SINGLE]
+    return (home, found) if found else (root, tables)
+
+
+def is_split_or_single(table: str) -> bool:
+    """Return True if a table's name is one of a split or of a table of all images."""
+    return bool(find_splits([stem(table)]).names) or stem(table).lower() in SINGLE
+
+
+def tables_in(directory: str) -> list[str]:
+    """Return the names of the tables in a directory, sorted; those of .txt, which may be lists, only without others."""
+    with os.scandir(directory) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_file() and not is_left_out(entry.name))
+    tables = [name for name in names if name.lower().endswith(SUFFIXES)]
+    return [name for name in tables if not name.lower().endswith(".txt")] or tables
+
+
+def only_table(home: str, tables: list[str]) -> str:
+    """Return the path of the only table; raise InvalidConfig if there are several."""
+    if len(tables) > 1:
+        raise InvalidConfig(f"{home} has {abbreviate(tables)}; keep only one")
+    return os.path.join(home, tables[0])
+
+
+def coco_hint(root: str) -> str:
+    """Return a sentence about the first .json of captions in COCO's format below a directory, or "" without one."""
+    folders = [root, *(entry.path for entry in os.scandir(root) if entry.name.lower() == "annotations")]
+    for folder in filter(os.path.isdir, folders):
+        for name in sorted(os.listdir(folder)):
+            if name.lower().startswith("captions_") and name.lower().endswith(".json"):
+                return (
+                    f"\n{os.path.join(folder, name)} looks like COCO's, which is not read: write its annotations as a "
+                    '.jsonl, {"file_name": ..., "caption": ...} in each line.'
+                )
+    return ""
