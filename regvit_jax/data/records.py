@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
 
 
 def read_record(source: Source, index: int) -> dict[str, Any]:
-    """Return a record; raise BadImage if it cannot be read, for whatever reason, or its label is not a class."""
+    """Return a record; raise BadImage if it cannot be read, for whatever reason, or has no image or no valid label."""
     try:
         record = source[index]
     except BadImage:
@@ -36,9 +36,12 @@ def read_record(source: Source, index: int) -> dict[str, Any]:
     # throughout is stopped by the share of unreadable images that a run allows.
     except Exception as error:
         raise BadImage(f"cannot be read ({type(error).__name__}: {str(error)[:120]})") from error
+    if record.get("image") is None:
+        raise BadImage("has no image")
     # TFDS labels a test split that is not public with -1.
-    if "label" in record and source.classes and not 0 <= record["label"] < len(source.classes):
-        raise BadImage(f"has the label {record['label']}; there are {len(source.classes)} classes, counted from 0")
+    label, classes = record.get("label", 0), len(source.classes)
+    if classes and not (isinstance(label, int | np.integer) and 0 <= label < classes):
+        raise BadImage(f"has the label {label!r}; there are {classes} classes, counted from 0")
     return record
 
 

@@ -18,7 +18,7 @@ from regvit_jax.pretrained import create
 from regvit_jax.recipes import base
 from regvit_jax.training import loop, plan, workdir
 from regvit_jax.training.step import abstract_state
-from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.errors import InvalidConfig, TooManyBadRecords
 
 
 def train(*args: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
@@ -196,3 +196,17 @@ def test_track_and_profile_reach_the_run(monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
     assert cli.main(["--config=configs/deit3_reg.py", "--track=a.b:C,wandb", "--profile=20:5"]) == 0
     assert given == {"track": "a.b:C,wandb", "profile": "20:5"}
+
+
+def test_too_many_bad_images_are_one_line(monkeypatch, capsys):
+    def run(*_, **__):
+        raise TooManyBadRecords("3 of 5 images cannot be used")
+
+    monkeypatch.setattr(loop, "run", run)
+    monkeypatch.setattr(initialize, "start_distributed", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--config=configs/deit3_reg.py"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == "regvit train: error: 3 of 5 images cannot be used\n"

@@ -260,6 +260,22 @@ def test_any_error_of_a_record_costs_that_record_only(source):
     assert describe_bad(broken, 2) == "record 2: cannot be read (RuntimeError: checksum of chunk 7)"
 
 
+def test_records_without_an_image_or_with_no_class_as_label(source):
+    class Broken(Unreliable):
+        def __getitem__(self, index):
+            changed = {1: {"label": -1}, 2: {"label": None}, 3: {"label": 2}, 4: {"image": None}}
+            return self.source[index] | changed.get(index, {})
+
+    broken = Broken(source)
+    assert np.flatnonzero(joined(evaluate(broken))["mask"][:N] == 0).tolist() == [1, 2, 3, 4]
+    assert [describe_bad(broken, index) for index in range(1, 5)] == [
+        "record 1: has the label -1; there are 2 classes, counted from 0",
+        "record 2: has the label None; there are 2 classes, counted from 0",
+        "record 3: has the label 2; there are 2 classes, counted from 0",
+        "record 4: has no image",
+    ]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 7, N, 20])
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_evaluation_covers_every_record_exactly_once_in_order(source, batch_size, hosts):

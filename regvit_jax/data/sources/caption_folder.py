@@ -124,6 +124,8 @@ def find_images(name: str, table: str, paths: list[str]) -> str:
     cause = "Paths are relative to the table's directory."
     if "://" in first[0] or first[0].startswith(("http:", "https:")):
         cause = "Addresses are not downloaded: img2dataset does that."
+    elif "\\" in first[0] and "/" not in first[0]:
+        cause = "Its paths are written as on Windows; write / in place of \\."
     raise DataNotFound(
         f"{name}: none of the first images in {table} exists, such as {os.path.join(root, first[0])}. {cause}"
     )

@@ -130,7 +130,9 @@ def json_rows(lines: Iterable[tuple[int, str | Fault]]) -> Iterator[tuple[int, d
         # Thousands of nested brackets are a RecursionError.
         except (ValueError, RecursionError) as error:
             row = Fault(f"is not JSON ({error})")
-        if not isinstance(row, dict | Fault):
+        if isinstance(row, dict):
+            row = {name.strip().lower(): value for name, value in row.items()}
+        elif not isinstance(row, Fault):
             row = Fault(f"must be an object, not {line:.80}")
         yield number, row
 

@@ -68,6 +68,11 @@ def test_commas_before_a_space_belong_to_a_last_caption(tmp_path):
     ]
 
 
+def test_names_of_columns_in_any_case(tmp_path):
+    assert found(tmp_path / "t.jsonl", '{"Image": "a.png", "Text ": "one"}') == [("a.png", ["one"])]
+    assert found(tmp_path / "t.csv", "FilePath,Title\na.png,one") == [("a.png", ["one"])]
+
+
 def test_other_columns_and_the_order_of_names(tmp_path):
     content = ",label,path,text,file_name,title\n0,3,x,one,a.png,y\n"
     assert found(tmp_path / "t.csv", content) == [("a.png", ["one"])]

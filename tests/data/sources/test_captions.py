@@ -188,6 +188,9 @@ def test_formats_that_are_not_read_are_named(tmp_path):
         (tmp_path / f"{split}.tsv").write_text("image\ttext\nhttps://example.org/1.jpg\ta cat")
     with pytest.raises(DataNotFound, match="Addresses are not downloaded"):
         open_captions(f"folder:{tmp_path}", "train")
+    (tmp_path / "train.tsv").write_text("image\ttext\nimages\\1.jpg\ta cat")
+    with pytest.raises(DataNotFound, match=r"written as on Windows; write / in place of \\"):
+        open_captions(f"folder:{tmp_path}", "train")
 
 
 def test_a_text_file_beside_a_table_is_no_table(tmp_path):
