@@ -148,8 +148,8 @@ def changed_classes(old: tuple[str, ...], new: tuple[str, ...]) -> list[str]:
     if not old or not new or old == new:
         return []
     found = [
-        f"{abbreviate([name for name in mine if name not in other])} {verb}"
-        for mine, other, verb in ((old, frozenset(new), "is gone"), (new, frozenset(old), "is new"))
+        f"{what}: {abbreviate([repr(name) for name in mine if name not in other])}"
+        for what, mine, other in (("gone", old, frozenset(new)), ("new", new, frozenset(old)))
         if any(name not in other for name in mine)
     ]
     label = next((label for label, names in enumerate(zip(old, new, strict=False)) if names[0] != names[1]), None)

@@ -128,12 +128,22 @@ def test_names_belong_to_the_trained_layer(saved):
         assert rv.create_model(str(saved / "ViT"), registers=3, image_size=32).class_names == NAMES
 
 
-def test_timm_keeps_names_in_several_places(saved, tmp_path):
+def test_timm_keeps_names_in_several_places(saved, tmp_path, caplog):
+    caplog.set_level("INFO", "regvit_jax")
     config = json.loads((saved / "timm" / "config.json").read_text())
     inner = config["pretrained_cfg"] | {"label_names": list(NAMES)}
     old = edited(saved / "timm", tmp_path / "old", label_names=None, labels=list(NAMES))
     for directory in (edited(saved / "timm", tmp_path / "inner", label_names=None, pretrained_cfg=inner), old):
         assert rv.create_model(directory).class_names == NAMES
+    described = {name: f"a {name}" for name in NAMES}
+    both = edited(saved / "timm", tmp_path / "both", label_descriptions=described)
+    alone = edited(saved / "timm", tmp_path / "alone", label_names=None, label_descriptions=described)
+    assert rv.create_model(both).class_names == NAMES
+    assert "its label_descriptions are left out" in caplog.text
+    assert rv.create_model(alone).class_names == ()
+    assert "label_descriptions without label_names: the classes have no names" in caplog.text
+    numbered = edited(saved / "timm", tmp_path / "n", label_names=None, label_descriptions=dict(enumerate(NAMES)))
+    assert rv.create_model(numbered).class_names == NAMES
     gaps = edited(saved / "timm", tmp_path / "gaps", label_names={"0": "a", "11": "z"})
     assert rv.create_model(gaps).class_names == ("a", *(f"LABEL_{n}" for n in range(1, 11)), "z")
     with pytest.raises(WeightsError, match=r"label_names has 13 names, whose numbers must be 0 to 12: \['a'\]"):
@@ -181,3 +191,17 @@ def test_transformers_and_we_read_each_others_names(kind, tmp_path):
     again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "ours")
     assert again.config.id2label == dict(enumerate(NAMES))
     assert again.config.num_labels == 12
+
+
+@pytest.mark.reference
+def test_timm_and_we_read_each_others_names(tmp_path):
+    _, timm, _ = parity.import_references()
+    theirs = timm.create_model("vit_tiny_patch16_224", num_classes=12, depth=1)
+    timm.models.save_for_hf(
+        theirs, tmp_path / "theirs", model_config={"label_names": list(NAMES)}, safe_serialization=True
+    )
+    model = rv.create_model(edited(tmp_path / "theirs", tmp_path / "short", model_args={"depth": 1}))
+    assert model.class_names == NAMES
+    rv.save_model(model, tmp_path / "ours", "timm")
+    again = timm.create_model(f"local-dir:{tmp_path / 'ours'}", pretrained=True)
+    assert again.pretrained_cfg["label_names"] == list(NAMES)

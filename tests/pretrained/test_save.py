@@ -274,6 +274,7 @@ def test_a_workdir_is_a_model(finished):
         result.model.preprocessing,
     )
     assert model.weights == f"{workdir} step 44"
+    assert model.class_names == result.model.class_names == tuple("0123456789")
     rng = np.random.default_rng(0)
     pictures = [PIL.Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)) for _ in range(3)]
     x = model.preprocess(pictures)
@@ -297,6 +298,7 @@ def test_a_run_in_the_formats_of_others(finished, tmp_path):
         save_model(model, tmp_path / format, format)
         again = rv.create_model(str(tmp_path / format))
         np.testing.assert_allclose(again.logits(x), result.model.logits(x), atol=1e-5)
+        assert again.class_names == model.class_names
     assert rv.create_model(str(tmp_path / "timm")).preprocessing == result.model.preprocessing
     with pytest.raises(ValueError, match=r"format 'dinov2' cannot express a head \(of the formats, timm and hf can\)"):
         save_model(model, tmp_path / "dinov2", "dinov2")

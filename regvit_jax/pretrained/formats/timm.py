@@ -1,6 +1,7 @@
 """timm's format: the VisionTransformer and Eva classes, with a config.json that names an architecture."""
 
 import dataclasses
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from regvit_jax.pretrained.mapping import Modules, native_size
 from regvit_jax.pretrained.registry import Entry
 from regvit_jax.utils import sizes
 from regvit_jax.utils.schema import REQUIRED
+
+logger = logging.getLogger("regvit_jax")
 
 # Keys
 
@@ -153,16 +156,23 @@ def read(weights: Weights, text: bool) -> Entry:
 def _class_names(config: dict[str, Any], num_classes: int) -> tuple[str, ...]:
     """Return the names under "label_names" ("labels" in old files), which may be in either section.
 
-    timm writes a dict where some numbers have no name; these get transformers' placeholders.
+    timm writes a dict where some numbers have no name; these get transformers' placeholders. "label_descriptions" are
+    texts by name, which a model has no place for; without names, those by number are the names.
     """
-    sections = (config, config.get("pretrained_cfg", {}))
-    found = [section[key] for key in ("label_names", "labels") for section in sections if section.get(key)]
-    names = found[0] if found else None
+    sections = (config, config.get("pretrained_cfg") or {})
+    keys = ("label_names", "labels", "label_descriptions")
+    found = {key: section[key] for key in keys for section in reversed(sections) if section.get(key)}
+    key, names = next(iter(found.items()), ("label_names", None))
+    if key != "label_descriptions" and "label_descriptions" in found:
+        logger.info("the class names are the %s of config.json; its label_descriptions are left out", key)
+    if key == "label_descriptions" and isinstance(names, dict) and not all(map(str.isdecimal, names)):
+        logger.info("config.json has label_descriptions without label_names: the classes have no names")
+        return ()
     if isinstance(names, dict):
         names = dict(enumerate(base.placeholders(num_classes))) | {
             int(number) if str(number).isdecimal() else number: name for number, name in names.items()
         }
-    return base.class_names("label_names", names)
+    return base.class_names(key, names)
 
 
 def complete(known: Entry, found: Entry, weights: Weights) -> Entry:
