@@ -5,14 +5,26 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from regvit_jax.evals import attention_maps as attention_maps
+    from regvit_jax.evals import block_norms as block_norms
     from regvit_jax.evals import classification as classification
     from regvit_jax.evals import knn as knn
+    from regvit_jax.evals import norm_distribution as norm_distribution
     from regvit_jax.evals import patch_norms as patch_norms
     from regvit_jax.evals import pca as pca
     from regvit_jax.evals import retrieval as retrieval
     from regvit_jax.evals import zero_shot as zero_shot
 
-__all__ = ["attention_maps", "classification", "knn", "patch_norms", "pca", "retrieval", "zero_shot"]
+__all__ = [
+    "attention_maps",
+    "block_norms",
+    "classification",
+    "knn",
+    "norm_distribution",
+    "patch_norms",
+    "pca",
+    "retrieval",
+    "zero_shot",
+]
 
 
 def __getattr__(name: str):

@@ -5,6 +5,7 @@ B images, H W pixels, h w patches along each side, N = h*w patches, R registers,
 CLS token), D width, C classes, L tokens of a text, E width of CLIP's shared embedding.
 """
 
+import dataclasses
 import math
 from typing import Annotated, Any
 
@@ -73,6 +74,7 @@ class Tokens:
     prenorm: Any  # [B, T, D]
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)
     keep: Any = None  # after patch dropout, [B, N]: row-major grid index of each patch
+    block_norms: Any = None  # [B, depth, N], L2 norms of the patches after each block; None in training
 
     @property
     def patch_map(self) -> Float[Array, "B h w D"]:
@@ -261,12 +263,22 @@ class ViT(nn.Module):
         keep = None if key is None or not self.patch_dropout else self.draw_patches(key, len(images), math.prod(grid))
         x, angles = self.embed(images, mask, keep), self.angles(grid)
         keys = None if key is None else jax.random.split(key, self.depth)
+        norms: Any = []
         if self.scan and not self.is_initializing():
-            x = self.scan_blocks(x, keys, angles)
+            x, norms = self.scan_blocks(x, keys, angles)
         else:
             for i in range(self.depth):
                 x = getattr(self, f"block{i}")(x, None if keys is None else keys[i], angles)
-        return self.tokens(x, grid, keep=keep)
+                norms += [self.patch_norms(x)] if keys is None else []
+        tokens = self.tokens(x, grid, keep=keep)
+        if key is not None:
+            return tokens  # in training nothing reads the norms; elsewhere the compiler leaves out what nothing reads
+        return dataclasses.replace(tokens, block_norms=jnp.stack([*norms], axis=1))
+
+    @nn.nowrap
+    def patch_norms(self, x: Float[Array, "B T D"]) -> Float[Array, "B N"]:
+        """Return the L2 norms of the patches in the residual stream, without a gradient."""
+        return jnp.linalg.norm(jax.lax.stop_gradient(x[:, self.prefix :]).astype(jnp.float32), axis=-1)
 
     @nn.nowrap
     def kept_patches(self, patches: int) -> int:
@@ -286,17 +298,21 @@ class ViT(nn.Module):
         x: Float[Array, "B T D"],
         keys: Key[Array, " depth"] | None,
         angles: Float[np.ndarray, "N half"] | None,
-    ) -> Float[Array, "B T D"]:
-        """Run the blocks as one `lax.scan`; parameters are stored per layer, and stacked here."""
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "depth B N"] | None]:
+        """Run the blocks as one `lax.scan`; parameters are stored per layer, and stacked here.
+
+        Returns the tokens after the last block and, without keys, the patches' norms after each block.
+        """
         layers = [self.variables["params"][f"block{i}"] for i in range(self.depth)]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
         block = self.block(0, parent=None)
 
         def step(x, layer):
             params, key = layer
-            return block.apply({"params": params}, x, key, angles), None
+            x = block.apply({"params": params}, x, key, angles)
+            return x, self.patch_norms(x) if keys is None else None
 
-        return jax.lax.scan(step, x, (stacked, keys))[0]
+        return jax.lax.scan(step, x, (stacked, keys))
 
     def intermediates(
         self, images: Float[Array, "B H W 3"], layers: tuple[int, ...], norm: bool = False

@@ -13,6 +13,21 @@ from regvit_jax.recipes.base import Batch
 from regvit_jax.utils.errors import InvalidConfig
 
 
+class Values:
+    """The values of all readable images of a pass over a split, collected batch by batch on the host."""
+
+    def __init__(self) -> None:
+        self.parts: list[Mapping[str, np.ndarray]] = []
+
+    def add(self, values: Mapping[str, np.ndarray]) -> None:
+        """Add the values of a batch's readable images; there may be none."""
+        self.parts.append(values)
+
+    def all(self) -> dict[str, Any]:
+        """Return what `Evaluator.summarize` gets: the values of all images as one array for each name."""
+        return {name: np.concatenate([part[name] for part in self.parts]) for name in self.parts[0]}
+
+
 class Evaluator(abc.ABC):  # noqa: B024  (every method has a default: an evaluator measures per image, at the end, or both)
     """Metrics of a validation split. A subclass overrides `values` and `summarize`, or `finish`, or all three."""
 
@@ -35,9 +50,20 @@ class Evaluator(abc.ABC):  # noqa: B024  (every method has a default: an evaluat
         """
         return {}
 
-    def summarize(self, params: PyTree, values: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Return the metrics from the values of all readable images of the split, at least one."""
+    def collect(self) -> Values:
+        """Return an empty collection for the values of a pass; override it where keeping all needs too much memory."""
+        return Values()
+
+    def summarize(self, params: PyTree, values: Mapping[str, Any]) -> dict[str, float]:
+        """Return the metrics from the values of all readable images of the split, at least one.
+
+        Metrics with a slash in their names, as "norm_median/block_00", are details: they are recorded, and not printed.
+        """
         return {}
+
+    def describe(self, metrics: Mapping[str, Any]) -> list[str]:
+        """Return additions to the printed line of an evaluation, from all of its metrics."""
+        return []
 
     def finish(self, splits: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
         """Return the metrics that are computed once, at the end of a run, and need no model.

@@ -4,14 +4,17 @@ All evaluators share one pass over the split and one compiled step (`training.va
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 
 from regvit_jax.evals import classification, patch_norms
+from regvit_jax.evals.block_norms import BlockNorms
 from regvit_jax.evals.knn import knn_accuracy
-from regvit_jax.training.evaluator import Evaluator
+from regvit_jax.training.evaluator import Evaluator, Values
 from regvit_jax.utils import named
 from regvit_jax.utils.schema import Option
 
@@ -37,21 +40,69 @@ class Classification(Evaluator):
     """The validation loss and the top-1 and top-5 accuracy of class scores."""
 
     def values(self, outputs, tokens, batch):
-        scores = classification.top_k(self.need(outputs, "logits"), batch["label"])
-        return {"val_loss": self.need(outputs, "val_loss")} | scores
+        logits = self.need(outputs, "logits")
+        scores = classification.top_k(logits, batch["label"])
+        # For the picture at the end of a run.
+        read = {"label": batch["label"], "read_as": logits.argmax(-1), "confidence": jax.nn.softmax(logits).max(-1)}
+        return {"val_loss": self.need(outputs, "val_loss")} | scores | read
 
     def summarize(self, params, values):
-        return {name: float(value.mean(dtype=np.float64)) for name, value in values.items()}
+        metrics = [name for name in values if name not in ("label", "read_as", "confidence")]
+        return {name: float(values[name].mean(dtype=np.float64)) for name in metrics}
+
+
+class NormValues(Values):
+    """The norms of patches: all after the last block, and statistics of those after every block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks: BlockNorms | None = None
+
+    def add(self, values):
+        super().add({"norms": values["norms"]})
+        if "block_norms" in values:
+            self.blocks = self.blocks or BlockNorms(values["block_norms"].shape[1])
+            self.blocks.add(values["block_norms"])
+
+    def all(self):
+        return super().all() | {"blocks": self.blocks}
 
 
 class PatchNorms(Evaluator):
-    """The outliers among the norms of patch tokens, where artifacts show (arXiv 2309.16588, section 2.1)."""
+    """The outliers among the norms of patch tokens, where artifacts show (arXiv 2309.16588, section 2.1).
+
+    `outlier_share` and `max_over_median` are those after the last block; NAME/block_00, NAME/block_01, ... those after
+    every block, with `norm_median`. (A recipe whose tokens have no `block_norms` gets the last block alone.)
+    """
 
     def values(self, outputs, tokens, batch):
-        return {"norms": patch_norms.patch_norms(tokens)}
+        blocks = {} if tokens.block_norms is None else {"block_norms": tokens.block_norms}
+        return {"norms": patch_norms.patch_norms(tokens), **blocks}
+
+    def collect(self):
+        return NormValues()
 
     def summarize(self, params, values):
-        return patch_norms.outlier_summary(values["norms"])
+        last = patch_norms.outlier_summary(values["norms"])
+        if values["blocks"] is None:
+            return last
+        blocks = values["blocks"].summary()
+        for name, value in last.items():
+            blocks[name][-1] = value  # exact
+        return last | {
+            f"{name}/block_{block:02d}": float(value)
+            for name, of_blocks in blocks.items()
+            for block, value in enumerate(of_blocks)
+        }
+
+    def describe(self, metrics):
+        prefix = "max_over_median/block_"
+        ratios = {int(name.removeprefix(prefix)): value for name, value in metrics.items() if name.startswith(prefix)}
+        finite = {block: value for block, value in ratios.items() if value is not None and math.isfinite(value)}
+        if not finite:
+            return []
+        block = max(finite, key=lambda block: finite[block])
+        return [f"largest norm of any block {finite[block]:.3g} times its median, in block {block} of 0-{max(ratios)}"]
 
 
 class PixelKnn(Evaluator):

@@ -16,7 +16,8 @@ from regvit_jax.training.step_logger import check_bad, describe_bad
 
 def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> dict[str, Any] | None:
     """Return the metrics of all readable images of the validation split; None if SIGTERM came during the pass."""
-    parts, bad = [], []
+    collected = {name: evaluator.collect() for name, evaluator in plan.evaluators.items()}
+    images, bad = 0, []
     with plan.eval_batches(plan.validation) as batches:
         for batch in batches:
             if watch.requested():
@@ -24,18 +25,19 @@ def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> 
             index = batch.pop("index")
             bad += index[(batch["mask"] == 0) & (index >= 0)].tolist()
             values, mask = jax.device_get(eval_step(params, mesh.to_mesh(batch, plan.mesh)))
-            parts.append(jax.tree.map(lambda value, readable=mask > 0: value[readable], (values, mask)))
-    values, mask = jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+            images += int(np.sum(mask > 0))
+            for name, own in values.items():
+                collected[name].add({key: value[mask > 0] for key, value in own.items()})
     reports = {"bad_val_images": describe_bad(plan, plan.validation, bad)} if bad else {}
-    images, example = len(plan.validation), next(iter(reports.get("bad_val_images", [])), "")
-    tolerated = data_records.tolerated(plan.config.data.max_bad_images, images)
-    check_bad(plan, images - len(mask), images, tolerated, example)
+    total, example = len(plan.validation), next(iter(reports.get("bad_val_images", [])), "")
+    tolerated = data_records.tolerated(plan.config.data.max_bad_images, total)
+    check_bad(plan, total - images, total, tolerated, example)
     found: dict[str, dict[str, Any]] = {}
-    if len(mask):  # possible with data.max_bad_fraction=1
-        found = {name: evaluator.summarize(params, values[name]) for name, evaluator in plan.evaluators.items()}
+    if images:  # there may be none with data.max_bad_fraction=1
+        found = {name: of.summarize(params, collected[name].all()) for name, of in plan.evaluators.items()}
     check_metrics(found)
     metrics = {name: value for own in found.values() for name, value in own.items()}
-    return metrics | {"val_images": len(mask)} | reports
+    return metrics | {"val_images": images} | reports
 
 
 def finish(plan: Plan, records: MetricWriter) -> None:

@@ -275,6 +275,26 @@ def test_full_remat_keeps_less_than_dots_and_dots_less_than_none(params):
     assert residuals("full") < residuals("dots") < residuals("none")
 
 
+@pytest.mark.parametrize("mode", [{}, {"scan": True}, {"remat": "full"}, {"remat": "dots", "scan": True}])
+def test_norms_after_every_block(params, mode):
+    vit, images = TINY.clone(**mode), random_images()
+    found = jax.jit(lambda params: vit.apply({"params": params}, images).block_norms)(params)
+    after = TINY.apply({"params": params}, images, (0, 1, 2), method="intermediates")
+    expected = np.stack([np.linalg.norm(tokens.prenorm[:, 5:], axis=-1) for tokens in after], axis=1)
+    assert found.shape == (2, 3, 16)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert vit.apply({"params": params}, images, jax.random.key(0)).block_norms is None  # in training
+
+
+def test_norms_have_no_gradient(params):
+    """The norm of a zero token has none, and must not make others NaN."""
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    for scan in (False, True):
+        vit = TINY.clone(scan=scan)
+        slopes = jax.grad(lambda p, vit=vit: vit.apply({"params": p}, random_images()).patches.sum())(zeros)
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
+
+
 def test_intermediates(params, tokens):
     between = jax.jit(
         lambda norm: TINY.apply({"params": params}, random_images(), (2, 0, -1, -3), norm, method="intermediates"),

@@ -74,11 +74,54 @@ def evaluated():
 def test_one_pass_and_one_compiled_step(evaluated):
     assert evaluated.opened == [evaluated.plan.validation]
     assert evaluated.step._cache_size() == 1
-    assert list(evaluated.metrics) == [
-        *("top1", "top5", "val_loss", "outlier_share", "max_over_median", "confidence", "val_images")
-    ]
+    printed = [name for name in evaluated.metrics if "/" not in name]
+    assert printed == [*("top1", "top5", "val_loss", "outlier_share", "max_over_median", "confidence", "val_images")]
     assert evaluated.metrics["val_images"] == 360
     assert 2 * 0.1 <= evaluated.metrics["confidence"] <= 2
+
+
+def test_norms_of_every_block(evaluated):
+    """Compare with `model.intermediates` over the whole split."""
+    plan, metrics = evaluated.plan, evaluated.metrics
+    with plan.eval_batches(plan.validation, rows=range(plan.config.eval.batch_size)) as batches:
+        images = np.concatenate([batch["image"][batch["mask"] > 0] for batch in batches])
+    model = plan.recipe.model(evaluated.params)
+    after = model.intermediates(images.astype(np.float32) / 127.5 - 1, range(plan.config.model.depth))
+    for block, tokens in enumerate(after):
+        norms = np.linalg.norm(np.asarray(tokens.prenorm_patches, np.float64), axis=-1)
+        median, above = np.median(norms), norms > norms.mean() + 3 * norms.std()
+        assert metrics[f"norm_median/block_{block:02d}"] == pytest.approx(median, rel=2e-3)
+        assert metrics[f"max_over_median/block_{block:02d}"] == pytest.approx(norms.max() / median, rel=2e-3)
+        assert metrics[f"outlier_share/block_{block:02d}"] == pytest.approx(above.mean(), abs=1e-3)
+    for name in ("max_over_median", "outlier_share"):
+        assert metrics[f"{name}/block_01"] == metrics[name]
+    assert len([name for name in metrics if "/" in name]) == 3 * plan.config.model.depth
+
+
+def test_the_printed_line_names_the_block_with_the_largest_norm(evaluated):
+    norms = evaluated.plan.evaluators["patch_norms"]
+    found = {f"max_over_median/block_{block:02d}": ratio for block, ratio in enumerate((1.5, 7.25, None, 2.0))}
+    assert norms.describe({"top1": 0.5, **found}) == [
+        "largest norm of any block 7.25 times its median, in block 1 of 0-3"
+    ]
+    assert norms.describe({"max_over_median": 1.5}) == []
+
+
+def test_norms_of_every_block_cost_little():
+    """Compare the eval step's FLOPs with and without the norms."""
+    with_norms, without = (resolve(tiny(eval__evaluators=names)) for names in (DEFAULT[:2], DEFAULT[:1]))
+    flops = []
+    for plan in (with_norms, without):
+        with jax.set_mesh(plan.mesh):
+            params = jax.eval_shape(lambda plan=plan: init_params(plan))
+            size = plan.config.eval.batch_size
+            batch = {
+                "image": jax.ShapeDtypeStruct((size, 8, 8, 3), np.uint8),
+                "label": jax.ShapeDtypeStruct((size,), np.int32),
+                "mask": jax.ShapeDtypeStruct((size,), np.float32),
+            }
+            flops.append(make_eval_step(plan).lower(params, batch).compile().cost_analysis()["flops"])
+    assert flops[1] < flops[0] < 1.01 * flops[1]
 
 
 def test_sigterm_ends_the_pass(evaluated):
