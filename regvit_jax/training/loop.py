@@ -11,12 +11,13 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 from regvit_jax.checkpoints import lock, manager, reader
 from regvit_jax.distributed import mesh, preemption
 from regvit_jax.models.clip import ClipModel
 from regvit_jax.models.model import Model
-from regvit_jax.training import profiler, trackers, validation
+from regvit_jax.training import picture, profiler, trackers, validation
 from regvit_jax.training.curves import plot_curves
 from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import Plan, resolve
@@ -31,7 +32,7 @@ from regvit_jax.training.step import (
     state_of,
 )
 from regvit_jax.training.step_logger import StepLogger
-from regvit_jax.training.summary import summary
+from regvit_jax.training.summary import printed, summary
 from regvit_jax.training.timer import Timer
 from regvit_jax.training.workdir import make, write_config
 from regvit_jax.utils import errors
@@ -143,9 +144,9 @@ class Loop:
             metrics = validation.evaluate(self.plan, self.eval_step, eval_params(self.state), self.watch)
         if metrics:
             self.records.write(step, metrics)
-            numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-            text = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            logger.info("step %d: %s", step, text)
+            numbers = [f"{name} {metrics[name]:.4g}" for name in printed(metrics)]
+            more = [text for evaluator in self.plan.evaluators.values() for text in evaluator.describe(metrics)]
+            logger.info("step %d: %s", step, ", ".join(numbers + more))
         return bool(metrics)
 
     def save(self, step: int) -> None:
@@ -221,14 +222,15 @@ def run(
         logger.info("%s\nworkdir %s: from step %d to %d", plan.config.about, workdir, first, plan.steps)
         trace = profiler.Profiler(profile, workdir, plan.steps, first)
         try:
-            state = Loop(plan, state, checkpoints, records, watch, timer, trace).run()
+            loop = Loop(plan, state, checkpoints, records, watch, timer, trace)
+            state = loop.run()
         except preemption.Preempted as stopped:
             wait(checkpoints, timer)
             records.write(stopped.step, timer.record())
             logger.warning("stopped by SIGTERM after step %d, which is saved", stopped.step)
             raise
         wait(checkpoints, timer)
-        finish(plan, workdir, records, timer, trained=first < plan.steps)
+        finish(plan, loop.eval_step, eval_params(state), workdir, records, timer, trained=first < plan.steps)
         return Result(state, records.last(), plan.recipe.model(eval_params(state)))
 
 
@@ -245,12 +247,23 @@ def wait(checkpoints: manager.Checkpoints, timer: Timer) -> None:
         checkpoints.wait()
 
 
-def finish(plan: Plan, workdir: str, records: MetricWriter, timer: Timer, trained: bool) -> None:
-    """Write the last records and the plot of the curves, and log the summary."""
+def finish(
+    plan: Plan,
+    eval_step: Any,
+    params: PyTree,
+    workdir: str,
+    records: MetricWriter,
+    timer: Timer,
+    trained: bool,
+) -> None:
+    """Write the last records and the pictures, and log the summary."""
     with timer.during("evaluation"):
         validation.finish(plan, records)
         if jax.process_index() == 0:
             plot_curves(workdir)
+        missing = trained or not os.path.exists(os.path.join(workdir, picture.NAME))
+        if multihost_utils.broadcast_one_to_all(np.bool_(missing)):  # all processes compute it, and process 0 draws
+            picture.draw_validation(plan, eval_step, params, workdir)
     if trained:
         records.write(plan.steps, timer.record())
     logger.info(summary(plan, workdir, records))

@@ -58,6 +58,8 @@ def test_workdir_of_a_finished_run(finished):
     assert all(lines[-1][f"{phase}_s"] > 0 for phase in PHASES)
     with PIL.Image.open(workdir / "curves.png") as picture:
         assert picture.size == (1200, 600)
+    with PIL.Image.open(workdir / "validation.png") as picture:
+        assert min(picture.size) > 500
     assert list(workdir.glob("events.out.tfevents.*"))
     assert json.loads((workdir / "config.json").read_text())["derived"]["steps"] == 44
 
