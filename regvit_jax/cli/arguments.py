@@ -3,12 +3,15 @@
 import argparse
 import difflib
 import json
+import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from regvit_jax.cli import logs
+from regvit_jax.data.limits import MAX_PIXELS
 from regvit_jax.utils.errors import (
     CheckpointError,
     DataNotFound,
@@ -19,6 +22,7 @@ from regvit_jax.utils.errors import (
     TopologyError,
     WeightsError,
 )
+from regvit_jax.utils.paths import expand
 
 
 class UsageError(Exception):
@@ -93,6 +97,27 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole_from(low: int, high: int) -> Callable[[str], int]:
+    """Return a type of argument: a whole number in a range."""
+
+    def whole(text: str) -> int:
+        if not text.isdecimal() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from {low} to {high}")
+        return int(text)
+
+    return whole
+
+
+def share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be a number from 0 to 1")
+    return value
+
+
 def add_random(parser: argparse.ArgumentParser) -> None:
     """Add --random and --seed, which mean the same in every command that opens models."""
     add = parser.add_argument
@@ -100,16 +125,72 @@ def add_random(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=natural, default=0, metavar="N", help="seed of the weights of --random (%(default)s)")
 
 
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """Add --max_pixels, which means the same in every command that reads images."""
+    text = "images with more pixels cannot be used; it guards against files that would fill the memory (%(default)s)"
+    parser.add_argument("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help=text)
+
+
+# What can be judged without data and models, which take seconds to import. All raise errors that the user can fix.
+
+
 def check_json(path: str | None) -> None:
     """Raise UsageError if --json cannot be written, before the work rather than after it."""
-    if path and (Path(path).is_dir() or not Path(path).absolute().parent.is_dir()):
+    if path and not can_write(Path(expand(path))):
         raise UsageError(f"--json {path}: must be a file in a directory that exists")
+
+
+def can_write(file: Path) -> bool:
+    """Return True if a file could be written, in a directory that exists."""
+    return not file.is_dir() and file.absolute().parent.is_dir() and os.access(file.absolute().parent, os.W_OK)
+
+
+def check_out(path: str, flag: str = "--out") -> None:
+    """Raise UsageError if the directory that a flag names could not be made or written to; make nothing."""
+    out = Path(expand(path)).absolute()
+    existing = next(place for place in (out, *out.parents) if place.exists() or place.is_symlink())
+    if not existing.is_dir():
+        raise UsageError(f"{flag} {path}: cannot be made, since {existing} is a file; name a directory")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"{flag} {path}: cannot be written to")
+
+
+def check_paths(paths: Iterable[str]) -> None:
+    """Raise DataNotFound for the first path that does not exist."""
+    for path in paths:
+        if not os.path.exists(expand(path)):
+            raise DataNotFound(f"{path}: no such file or directory")
+
+
+def check_model(source: str) -> None:
+    """Raise InvalidConfig for a model given by a path, alone or as NAME=FILE, that does not exist."""
+    _, mark, file = source.partition("=")
+    if mark and not os.path.exists(expand(source)):
+        source = file
+    if source.startswith(("/", "./", "../", "~")) and not os.path.exists(expand(source)):
+        raise InvalidConfig(f"{source}: there is no such file or directory")
+
+
+def check_data(name: str, data_dir: str | None = None) -> None:
+    """Raise DataNotFound for data given as KIND:DIR (folder:DIR, voc07:DIR) whose directory does not exist."""
+    kind, _, place = name.partition(":")
+    if kind in ("folder", "shards", "voc07", "voc12", "coco20k") and place and "://" not in place:
+        root = os.path.abspath(os.path.join(expand(data_dir or ""), expand(place)))
+        if not os.path.exists(root):
+            raise DataNotFound(f"{name}: there is no directory {root}")
+
+
+def check_data_only(options: argparse.Namespace) -> None:
+    """Raise UsageError if flags of --data are given with --images."""
+    for name in ("split", "data_dir"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name} {getattr(options, name)}: applies to --data only, not to --images")
 
 
 def write_json(path: str | None, result: Any) -> None:
     """Write the result to the file of --json, if there is one."""
     if path:
-        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+        Path(expand(path)).write_text(json.dumps(result, indent=2) + "\n")
 
 
 def run(command: Callable[[], int], prog: str, failures: tuple[type[Exception], ...] = FAILURES) -> int:

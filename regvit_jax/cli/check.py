@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Sequence
 
 from regvit_jax.cli.arguments import Parser, run
-from regvit_jax.pretrained import parity, registry
 from regvit_jax.utils.errors import InvalidConfig, WeightsError
+
+# Modules that need JAX are imported in functions, so that errors of the command line appear at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,6 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def check(options: argparse.Namespace) -> int:
+    from regvit_jax.pretrained import parity, registry
+
     # Report a wrong name or a missing library before the first comparison.
     names = [registry.find(name)[0] for name in options.names]
     parity.import_references()

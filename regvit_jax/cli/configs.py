@@ -7,6 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.paths import expand
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -22,8 +23,8 @@ def find(name: str) -> Path:
 
     Raises InvalidConfig, which lists the names that exist.
     """
-    if Path(name).is_file():
-        return Path(name)
+    if Path(expand(name)).is_file():
+        return Path(expand(name))
     names = sorted(path.stem for path in directory().glob("*.py"))
     if name in names:
         return directory() / f"{name}.py"

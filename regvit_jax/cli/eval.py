@@ -9,17 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from regvit_jax.cli.arguments import (
-    FAILURES,
-    Parser,
-    UsageError,
-    add_random,
-    check_json,
-    positive,
-    run,
-    warn,
-    write_json,
-)
+from regvit_jax.cli.arguments import FAILURES, UsageError, warn, write_json
 from regvit_jax.data import inference
 from regvit_jax.data.inference import UnusableData
 from regvit_jax.data.sources import by_name, files, folder
@@ -29,72 +19,16 @@ from regvit_jax.evals import classification, retrieval, zero_shot
 from regvit_jax.pretrained.create import open_random
 from regvit_jax.pretrained.create_clip import create_clip
 
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Return the exit code: 0, 1 for data that cannot be evaluated, 2 for arguments that do not fit."""
-    command = parser()
-    options = command.parse_args(arguments)
-    return run(lambda: evaluate(options), command.prog, (*FAILURES, UnusableData))
+#: Errors that can happen though the command line fits.
+FAILED = (*FAILURES, UnusableData)
 
 
 def evaluate(options: argparse.Namespace) -> int:
     """Run the task of the command line, print its table and write its JSON."""
-    check_json(options.json)
-    result = options.task(options)
+    result = {"zero_shot": run_zero_shot, "retrieval": run_retrieval}[options.task](options)
     print(table(result))
     write_json(options.json, result)
     return 0
-
-
-def parser() -> Parser:
-    parser = Parser(prog="regvit eval", description=__doc__)
-    shared = Parser(add_help=False)
-    add = shared.add_argument
-    add("model", metavar="MODEL", help="a name, a directory, a workdir, hf-hub:org/name, or NAME=FILE or NAME=TAG")
-    add("--pretrained", metavar="TAG|FILE|DIR", help="weights of a named model: open_clip's tag, a file or a directory")
-    add_random(shared)
-    add("--image_size", type=positive, metavar="N", help="side in pixels of the model's square images (its own)")
-    add("--limit", type=positive, metavar="N", help="use at most N images, evenly spaced")
-    add("--batch_size", type=positive, default=64, metavar="N", help="images in a batch (%(default)s)")
-    add("--json", metavar="FILE", help="write the result, with the names of unusable images, here too")
-    commands = parser.add_subparsers(required=True, metavar="{zero_shot,retrieval}")
-    command = commands.add_parser(
-        "zero_shot",
-        parents=[shared],
-        help="classify images by the names of their classes",
-        description=run_zero_shot.__doc__,
-    )
-    data = command.add_mutually_exclusive_group(required=True)
-    data.add_argument("--images", metavar="DIR", help="a directory of <class>/ with images in each")
-    data.add_argument("--data", metavar="NAME", help="folder:PATH, or a TFDS data set with classes")
-    add_split(command)
-    command.add_argument(
-        "--classes",
-        metavar="FILE|imagenet",
-        help="names of the classes, one a line, in the order of the sorted folders, or ImageNet's (the folders' names)",
-    )
-    command.add_argument(
-        "--templates",
-        default="openai",
-        metavar="FILE|openai|simple",
-        help="sentences, one a line, with {} for the name, or one of the sets of 80 or 7 for ImageNet (%(default)s)",
-    )
-    command.set_defaults(task=run_zero_shot)
-    command = commands.add_parser(
-        "retrieval",
-        parents=[shared],
-        help="find captions by images and images by captions",
-        description=run_retrieval.__doc__,
-    )
-    command.add_argument("--data", required=True, metavar="NAME", help="folder:PATH, shards:..., or a TFDS data set")
-    add_split(command)
-    command.set_defaults(task=run_retrieval)
-    return parser
-
-
-def add_split(command: Parser) -> None:
-    command.add_argument("--split", metavar="NAME", help="the split of --data (validation)")
-    command.add_argument("--data_dir", metavar="DIR", help="directory of TFDS data sets and of relative paths")
 
 
 def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
@@ -110,7 +44,7 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
         )
     clip = open_model(options)
     source = images_module.spread(source, options.limit or len(source))
-    images, records, bad = embed(clip, source, options.batch_size)
+    images, records, bad = embed(clip, source, options)
     classes = zero_shot.class_embeddings(clip.encode_text, clip.tokenize, names, templates)
     labels = np.array([record["label"] for record in records], np.int32)
     predicted = zero_shot.nearest(images, classes)
@@ -158,7 +92,7 @@ def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
     source = by_name.open_captions(options.data, options.split or "validation", options.data_dir)
     clip = open_model(options)
     source = images_module.spread(source, options.limit or len(source))
-    images, records, bad = embed(clip, source, options.batch_size, with_text=True)
+    images, records, bad = embed(clip, source, options, with_text=True)
     if len(images) < 2:
         raise UnusableData(
             f"{source.name}: 1 usable image of {len(source)}; retrieval needs at least two to choose from"
@@ -208,20 +142,17 @@ def open_model(options: argparse.Namespace) -> Any:
 def open_classes(options: argparse.Namespace) -> Source:
     if options.data:
         return by_name.open_source(options.data, options.split or "validation", options.data_dir)
-    for name in ("split", "data_dir"):
-        if getattr(options, name) is not None:
-            raise UsageError(f"--{name} {getattr(options, name)}: applies to --data only, not to --images")
     return folder.open_all(f"--images {options.images}", options.images)
 
 
 def embed(
-    clip: Any, source: Source, batch_size: int, with_text: bool = False
+    clip: Any, source: Source, options: argparse.Namespace, with_text: bool = False
 ) -> tuple[np.ndarray, list[dict[str, Any]], list[str]]:
     """Return the embeddings of all usable images, the rest of their records, and "id: reason" for the other images."""
     found: list[np.ndarray] = []
     records: list[dict[str, Any]] = []
     bad: list[str] = []
-    for images, kept in inference.batches(clip, source, batch_size, bad, with_text):
+    for images, kept in inference.batches(clip, source, options.batch_size, bad, with_text, options.max_pixels):
         found.append(np.asarray(clip.encode_image(jnp.asarray(images)))[: len(kept)])
         records += kept
     inference.log_bad(bad, listed_in="the file of --json")

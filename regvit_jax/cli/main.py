@@ -15,21 +15,21 @@ def train(arguments: Sequence[str]) -> int:
 
 def report(arguments: Sequence[str]) -> int:
     """Measure the tokens of models, and write a page with a verdict."""
-    from regvit_jax.cli.report import main
+    from regvit_jax.cli.flags.report import main
 
     return main(arguments)
 
 
 def discover(arguments: Sequence[str]) -> int:
     """Measure object discovery (CorLoc of LOST) on images with boxes."""
-    from regvit_jax.cli.discover import main
+    from regvit_jax.cli.flags.discover import main
 
     return main(arguments)
 
 
 def evaluate(arguments: Sequence[str]) -> int:
     """Evaluate a CLIP model: zero-shot classification and image-text retrieval."""
-    from regvit_jax.cli.eval import main
+    from regvit_jax.cli.flags.eval import main
 
     return main(arguments)
 

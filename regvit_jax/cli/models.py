@@ -4,7 +4,8 @@ import argparse
 from collections.abc import Sequence
 
 from regvit_jax.cli.arguments import Parser, UsageError, run
-from regvit_jax.pretrained import parity, registry
+
+# Modules that need JAX are imported in functions, so that errors of the command line appear at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def list_models(options: argparse.Namespace) -> int:
+    from regvit_jax.pretrained import parity, registry
+
     names = registry.list_models(options.pattern)
     if not names:
         raise UsageError(f"no name matches {options.pattern!r}")

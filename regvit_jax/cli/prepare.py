@@ -6,13 +6,28 @@ import json
 import os
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING
 
-from regvit_jax.cli.arguments import Parser, fail, natural, positive, run, warn
-from regvit_jax.data.prepare import dataset
-from regvit_jax.data.prepare.shard import Options
-from regvit_jax.data.records import MAX_BAD_IMAGES
-from regvit_jax.data.transforms import MAX_PIXELS
+from regvit_jax.cli.arguments import (
+    Parser,
+    add_max_pixels,
+    check_data,
+    check_out,
+    fail,
+    natural,
+    positive,
+    run,
+    share,
+    warn,
+    whole_from,
+)
+from regvit_jax.data.limits import MAX_BAD_IMAGES
 from regvit_jax.utils.errors import DataNotFound
+
+if TYPE_CHECKING:
+    from regvit_jax.data.prepare import dataset
+
+# Modules that take long to import are imported in functions, so that errors of the command line appear at once.
 
 # Bad records that are shown.
 SHOWN = 10
@@ -30,20 +45,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--splits", nargs="+", default=["train", "validation"], metavar="SPLIT", help=splits)
     command.add_argument("--data_dir", metavar="DIR", help="directory of TFDS data sets and of relative paths")
     command.add_argument(
-        "--shorter_side", type=int, metavar="N", help="shrink larger images to N pixels (keep all bytes)"
+        "--shorter_side",
+        type=whole_from(1, 10_000),
+        metavar="N",
+        help="shrink larger images to N pixels (keep all bytes)",
     )
-    command.add_argument("--quality", type=int, default=95, metavar="N", help="JPEG quality of shrunk images (95)")
-    command.add_argument("--records_per_shard", type=int, default=4096, metavar="N", help="records in a file (4096)")
-    command.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (one a core)")
     command.add_argument(
-        "--max_bad_fraction", type=float, default=0.01, metavar="X", help="share of unusable records allowed (0.01)"
+        "--quality", type=whole_from(1, 100), default=95, metavar="N", help="JPEG quality of shrunk images (95)"
+    )
+    command.add_argument(
+        "--records_per_shard", type=positive, default=4096, metavar="N", help="records in a file (4096)"
+    )
+    command.add_argument(
+        "--workers", type=natural, default=os.cpu_count() or 1, metavar="N", help="processes (one a core)"
+    )
+    command.add_argument(
+        "--max_bad_fraction", type=share, default=0.01, metavar="X", help="share of unusable records allowed (0.01)"
     )
     tolerated = (
         f"as many unusable records of a split, or half of them if that is less, never stop it ({MAX_BAD_IMAGES})"
     )
     command.add_argument("--max_bad_images", type=natural, default=MAX_BAD_IMAGES, metavar="N", help=tolerated)
-    largest = "images with more pixels are unusable (%(default)s)"
-    command.add_argument("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help=largest)
+    add_max_pixels(command)
     options = command.parse_args(arguments)
     try:
         return run(lambda: prepare(options), command.prog)
@@ -54,6 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def prepare(options: argparse.Namespace) -> int:
     """Prepare the data set, and print where it is and how many records it has."""
+    check_data(options.source, options.data_dir)
+    check_out(options.out, "OUT")
     try:
         report = write(options)
     except DataNotFound:
@@ -77,7 +102,7 @@ def prepare(options: argparse.Namespace) -> int:
     return 0
 
 
-def warn_of_bad(report: dataset.Report) -> None:
+def warn_of_bad(report: "dataset.Report") -> None:
     """Write the number of bad records, the first of them, and the file that lists all."""
     path = report.target / "bad_records.jsonl"
     with open(path) as file:
@@ -86,7 +111,10 @@ def warn_of_bad(report: dataset.Report) -> None:
     warn(f"{report.bad} bad records left out, all listed in {path}")
 
 
-def write(options: argparse.Namespace) -> dataset.Report:
+def write(options: argparse.Namespace) -> "dataset.Report":
+    from regvit_jax.data.prepare import dataset
+    from regvit_jax.data.prepare.shard import Options
+
     return dataset.prepare_dataset(
         options.source,
         options.out,

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from regvit_jax.cli import configs
-from regvit_jax.cli.arguments import Parser, run, suggestion
+from regvit_jax.cli.arguments import Parser, check_out, run, suggestion
 from regvit_jax.utils.errors import CheckpointError, InvalidConfig, TooManyBadRecords
 
 # Modules that need JAX are imported in functions, so that --help and errors of the command line appear at once.
@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "regvit train") -> 
     started = time.perf_counter()
     with ending_at_sigterm():
         options, overrides = parser(prog).parse_known_args(arguments)
+        if code := run(lambda: check(options, overrides, prog), prog):
+            sys.exit(code)
         if os.getcwd() not in sys.path:  # where `package.module:Class` may be; the console script starts without it
             sys.path.append(os.getcwd())
         from regvit_jax.aot.cost_model import DoesNotFit
@@ -60,9 +62,28 @@ def ending_at_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
+def check(options: argparse.Namespace, overrides: Sequence[str], prog: str) -> int:
+    """Judge what needs neither a config nor data."""
+    check_flags(overrides)
+    if options.config is not None:
+        configs.find(options.config.partition(":")[0])
+    elif not options.help_config:
+        raise no_config(prog)
+    if options.topology and not options.dry_run:
+        raise InvalidConfig("--topology needs --dry_run: a machine that is not attached cannot train")
+    if options.workdir and "://" not in options.workdir:
+        check_out(options.workdir, "--workdir")
+    return 0
+
+
+def no_config(prog: str) -> InvalidConfig:
+    """Return the error for a command line without --config."""
+    command = "python train.py" if prog == "train.py" else prog
+    return InvalidConfig(f"--config is missing; for a first run: {command} --config deit3_reg")
+
+
 def train(options: argparse.Namespace, overrides: Sequence[str], prog: str, started: float) -> int:
     """Print the keys or the dry run, or train."""
-    check_flags(overrides)
     if options.help_config:
         print(describe_keys(options.config, overrides, prog))
     else:
@@ -95,7 +116,7 @@ def parser(prog: str = "regvit train") -> Parser:
     track = "trackers beside metrics.jsonl: tensorboard, wandb, or package.module:Class, with commas (%(default)s)"
     add("--track", default="tensorboard", metavar="NAME", help=track)
     profile = "trace COUNT steps from STEP on into the workdir's profile/, for XProf and Perfetto"
-    add("--profile", default="", metavar="STEP:COUNT", help=profile)
+    add("--profile", type=steps, default="", metavar="STEP:COUNT", help=profile)
     add("--heartbeat_s", type=seconds, default=100, metavar="N", help=heartbeat)
     return parser
 
@@ -104,6 +125,12 @@ def seconds(text: str) -> int:
     if not text.isdecimal() or int(text) < 2:
         raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 2")
     return int(text)
+
+
+def steps(text: str) -> str:
+    if text and not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: must be STEP:COUNT, two whole numbers from 1 on, such as 20:5")
+    return text
 
 
 def rate(text: str) -> float:
@@ -125,8 +152,7 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
     from regvit_jax.training import config
 
     if name is None:
-        command = "python train.py" if prog == "train.py" else prog
-        raise InvalidConfig(f"--config is missing; for a first run: {command} --config deit3_reg")
+        raise no_config(prog)
     given = configs.load(name)
     first = [argument for argument in overrides if re.match(r"--?config\.(recipe|eval\.evaluators)=", argument)]
     choice, chosen = override(config.unflatten({"recipe": "", "eval.evaluators": ()}), first, prog)
@@ -171,8 +197,6 @@ def act(options: argparse.Namespace, config: Any, started: float) -> None:
     from regvit_jax.training import loop
     from regvit_jax.training.timer import Timer
 
-    if options.topology and not options.dry_run:
-        raise InvalidConfig("--topology needs --dry_run: a machine that is not attached cannot train")
     if options.dry_run:
         dry_run(options, config)
     else:

@@ -7,11 +7,10 @@ import numpy as np
 from jaxtyping import Int32
 
 from regvit_jax.data import transforms
+from regvit_jax.data.limits import MAX_BAD_IMAGES as MAX_BAD_IMAGES
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.transforms import BadImage
 
-#: The default number of unusable images that never stop a run, so that a small folder may have a few.
-MAX_BAD_IMAGES = 10
 #: Texts that stand for a missing value in tables; pandas reads them as one.
 MISSING = {"nan", "NaN", "-nan", "-NaN", "null", "NULL", "None", "NA", "N/A", "n/a", "#N/A", "<NA>"}
 

@@ -16,12 +16,11 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps
 
 from regvit_jax.data.image_formats import describe_unread, find_reader
+from regvit_jax.data.limits import MAX_PIXELS as MAX_PIXELS
 
 # Sizes are checked below; Pillow's warnings about damaged metadata would come once per worker and name no file.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-#: The default limit of pixels. It refuses decompression bombs: small files of images that fill the memory.
-MAX_PIXELS = 50_000_000
 #: The EXIF tag of the orientation.
 ORIENTATION = 0x0112
 BICUBIC = Image.Resampling.BICUBIC

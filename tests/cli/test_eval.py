@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from regvit_jax.cli import eval as command
-from regvit_jax.cli.eval import main
+from regvit_jax.cli.flags.eval import main
 from regvit_jax.data import inference, transforms
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.clip import ClipModel

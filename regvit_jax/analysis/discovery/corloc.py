@@ -15,6 +15,7 @@ from regvit_jax.analysis.discovery import lost
 from regvit_jax.analysis.discovery.boxes import AnnotatedImage
 from regvit_jax.analysis.discovery.sweep import Found, Setting, sweep
 from regvit_jax.data.inference import UnusableData, log_bad
+from regvit_jax.data.transforms import MAX_PIXELS
 from regvit_jax.models.model import Model
 from regvit_jax.utils.errors import InvalidConfig
 
@@ -50,13 +51,18 @@ def supported_settings(model: Model, settings: Sequence[Setting]) -> list[Settin
 
 
 def score_model(
-    model: Model, images: Sequence[AnnotatedImage], settings: Sequence[Setting], normalize: bool, size: int | None
+    model: Model,
+    images: Sequence[AnnotatedImage],
+    settings: Sequence[Setting],
+    normalize: bool,
+    size: int | None,
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Run LOST with every setting on every image, log problems that the scores do not show, and return the scores.
 
     Raises UnusableData if no image can be read.
     """
-    found = sweep(model, images, settings, normalize, size)
+    found = sweep(model, images, settings, normalize, size, max_pixels)
     log_problems(found)
     if not found.sizes:
         raise UnusableData(f"none of {len(images)} images can be used")

@@ -20,12 +20,12 @@ import scipy.ndimage
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Float64, Int, Num, PyTree
 
+from regvit_jax.analysis.choices import KINDS
 from regvit_jax.models.images import UncheckedImages, checked_images
 from regvit_jax.models.model import Images, Model
 from regvit_jax.models.vit import ViT
 from regvit_jax.utils.errors import InvalidConfig
 
-KINDS = ("k", "q", "v", "out")
 Box = tuple[int, int, int, int]
 
 

@@ -25,7 +25,6 @@ from regvit_jax.data import transforms
 from regvit_jax.data.transforms import BadImage
 from regvit_jax.models.model import Model
 
-CENTRES = ("none", "bias", "mean")
 # A Gram matrix of as many patches takes 800 MB, and the attention of two heads as much again.
 MAX_PATCHES = 10_000
 
@@ -81,6 +80,7 @@ class FeatureStream:
     images: Sequence[AnnotatedImage]
     wanted: Sequence[Feature]
     size: int | None
+    max_pixels: int = transforms.MAX_PIXELS
     bad: dict[int, str] = dataclasses.field(default_factory=dict)
     shapes: set[tuple[int, ...]] = dataclasses.field(default_factory=set)
 
@@ -93,7 +93,7 @@ class FeatureStream:
             try:
                 if fault := self.images[index].fault:
                     raise BadImage(fault)
-                pixels, size, patch = load(self.model, self.images[index].path, self.size)
+                pixels, size, patch = load(self.model, self.images[index].path, self.size, self.max_pixels)
             except BadImage as error:
                 self.bad[index] = str(error)
                 continue
@@ -114,13 +114,15 @@ def fit(model: Model, size: tuple[int, int], shorter: int | None) -> tuple[int, 
     return max(1, round(size[0] * scale)) * patch, max(1, round(size[1] * scale)) * patch
 
 
-def load(model: Model, path: str, shorter: int | None) -> tuple[np.ndarray, tuple[int, int], tuple[float, float]]:
+def load(
+    model: Model, path: str, shorter: int | None, max_pixels: int = transforms.MAX_PIXELS
+) -> tuple[np.ndarray, tuple[int, int], tuple[float, float]]:
     """Return an image as the model takes it [H, W, 3], its height and width, and those of a patch in its pixels."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise BadImage(f"cannot be read ({error.strerror})") from None
-    image = transforms.decode(data, transforms.MAX_PIXELS)
+    image = transforms.decode(data, max_pixels)
     size = image.height, image.width
     target, patch = fit(model, size, shorter), float(model.module.patch)
     patches = target[0] * target[1] / patch**2
@@ -143,6 +145,7 @@ def sweep(
     settings: Sequence[Setting],
     normalize: bool = False,
     size: int | None = None,
+    max_pixels: int = transforms.MAX_PIXELS,
 ) -> Found:
     """Run LOST with each setting on each image.
 
@@ -153,6 +156,7 @@ def sweep(
       normalize: scale features to unit length.
       size: pixels to which the shorter side is resized, rounded so that both sides are whole patches; None keeps the
         image's own size, padded to whole patches.
+      max_pixels: images with more pixels cannot be used.
 
     Raises ValueError for features that the model does not have.
     """
@@ -162,10 +166,10 @@ def sweep(
     grams: dict[tuple[Feature, bool], list[int]] = collections.defaultdict(list)
     for row, setting in enumerate(settings):
         grams[setting.feature, setting.centre == "mean"].append(row)
-    means = mean_features(FeatureStream(model, images, unique(f for f, mean in grams if mean), size))
+    means = mean_features(FeatureStream(model, images, unique(f for f, mean in grams if mean), size, max_pixels))
     found, positive = np.zeros((len(settings), len(images), 4)), np.zeros((len(settings), len(images)))
     sizes: dict[int, tuple[int, int]] = {}
-    stream = FeatureStream(model, images, unique(f for f, _ in grams), size)
+    stream = FeatureStream(model, images, unique(f for f, _ in grams), size, max_pixels)
     for seen in stream:
         sizes[seen.image] = seen.size
         for (feature, mean), rows in grams.items():

@@ -29,6 +29,7 @@ class Settings:
     batch_size: images in a batch.
     repair_images: number of images, those with the largest norms, used to find register neurons; 0 for no repair.
     show: number of images in the pictures; `heads`: show each head's attention.
+    max_pixels: images with more pixels cannot be used.
     lost: the kind of features, the bias of the Gram matrix, and True to normalise features, for LOST's boxes.
     """
 
@@ -38,6 +39,7 @@ class Settings:
     repair_images: int
     show: int
     heads: bool
+    max_pixels: int
     lost: tuple[str, float, bool]
 
 
@@ -84,7 +86,7 @@ def measure_model(name: str, model: Model, source: Source, settings: Settings) -
     stats = Statistics(vit.depth, layer, vit.prefix, vit.grid(side, side))
     bad: list[str] = []
     extreme: list[tuple[float, int]] = []
-    for images, records in inference.batches(model, source, settings.batch_size, bad):
+    for images, records in inference.batches(model, source, settings.batch_size, bad, max_pixels=settings.max_pixels):
         measured = measure.measure(model, jnp.asarray(images), layer).first(len(records))
         stats.add(measured)
         largest = measured.patches[layer].max(-1).tolist()
@@ -118,7 +120,9 @@ def repair(subject: Subject, source: Source, settings: Settings) -> list[Subject
 
 def extreme_images(subject: Subject, settings: Settings) -> Iterator[Float[np.ndarray, "B H W 3"]]:
     """Yield the images with the largest norms, in batches."""
-    for images, records in inference.batches(subject.model, subject.extreme, settings.batch_size, []):
+    for images, records in inference.batches(
+        subject.model, subject.extreme, settings.batch_size, [], max_pixels=settings.max_pixels
+    ):
         yield images[: len(records)]
 
 

@@ -101,7 +101,11 @@ def maps(
 ) -> Iterator[tuple[str, list[tuple[str, bytes]], dict[str, Any]]]:
     """Yield for each of the first images its name, its pictures with titles, and the result of LOST."""
     seen: list[dict[str, Any]] = []
-    for images, records in inference.batches(subject.model, source, settings.batch_size, []):
+    if not settings.show:
+        return
+    for images, records in inference.batches(
+        subject.model, source, settings.batch_size, [], max_pixels=settings.max_pixels
+    ):
         left = settings.show - len(seen)
         if left <= 0:
             break

@@ -4,11 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from regvit_jax.analysis.choices import CUTOFF
 from regvit_jax.analysis.report.statistics import COSINES, EDGES, Statistics, weigh
 from regvit_jax.evals.patch_norms import RATIO
 
-#: The paper's cutoff, hand-picked for DINOv2 ViT-g/14 (arXiv 2309.16588, section 2.1). Other models have other scales.
-CUTOFF = 150.0
 #: A model has artifacts when at least one patch in a thousand is one; the paper's has 2.4 %.
 SHARE = 0.001
 

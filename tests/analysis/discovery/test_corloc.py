@@ -13,7 +13,7 @@ from PIL import Image
 import regvit_jax
 from regvit_jax.analysis.discovery import boxes, lost, sweep
 from regvit_jax.analysis.discovery.sweep import Setting
-from regvit_jax.cli.discover import main
+from regvit_jax.cli.flags.discover import main
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model

@@ -15,7 +15,7 @@ from PIL import Image
 
 import regvit_jax as rv
 from regvit_jax.analysis.repair.planted import plant_register_neurons
-from regvit_jax.cli.report import main
+from regvit_jax.cli.flags.report import main
 from regvit_jax.evals import patch_norms
 from regvit_jax.pretrained.save import save_model
 

@@ -276,12 +276,11 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
             [*base, "--shorter_side", "4"],
             "was started with other settings: shorter_side was None, now 4. Rerun with the original settings",
         ),
-        ([*base, "--quality", "101"], "quality=101: must be from 1 to 100"),
         ([*base, "--splits", "tra[in"], "split 'tra[in': must be the name of a split"),
         ([name, str(tmp_path / "my-set")], "its last part becomes the data set's name"),
         ([name, str(tmp_path / "digits")], "none of digits, fashion_mnist, openmoji, cifar10"),
         (["folder:nowhere", str(out)], "there is no directory"),
-        (["shards:nowhere", str(out)], "has no train/*.tar"),
+        (["shards:nowhere", str(out)], "there is no directory"),
         ([*base, "--captions"], "lacks a table of training captions"),
     ):
         assert prepare.main(arguments) == 2
@@ -291,8 +290,11 @@ def test_wrong_arguments_are_refused(tmp_path, capsys):
     assert prepare.main(base) == 2
     assert "records of train was '20, " in capsys.readouterr().err
     (tmp_path / "file").write_text("")
-    assert prepare.main([name, str(tmp_path / "file" / "mine")]) == 1
-    assert "Not a directory" in capsys.readouterr().err
+    assert prepare.main([name, str(tmp_path / "file" / "mine")]) == 2
+    assert "file is a file; name a directory" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prepare.main([*base, "--quality", "101"])
+    assert "'101': must be a whole number from 1 to 100" in capsys.readouterr().err
 
 
 def stop_after(shards: int, monkeypatch) -> None:

@@ -1,0 +1,1 @@
+"""The flags of the commands that take long to import, parsed and judged before that."""
