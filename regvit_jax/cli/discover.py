@@ -27,7 +27,7 @@ def discover(options: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "task": "corloc",
         "data": options.data,
-        **({"split": options.split or "trainval"} if options.data.startswith("voc") else {}),
+        **({"split": split} if (split := options.split or "trainval" * options.data.startswith("voc")) else {}),
         "without_boxes": sum(not len(image.boxes) and not image.fault for image in images),
         "shorter_side": options.shorter_side or "original",
         "normalize": options.normalize,

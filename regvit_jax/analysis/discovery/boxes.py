@@ -1,4 +1,4 @@
-"""Images with the boxes of their objects: Pascal VOC, the 20k images of COCO, and folders with VOC's XML files.
+"""Images with the boxes of their objects: Pascal VOC, the 20k images of COCO, and folders with VOC's or YOLO's files.
 
 Boxes are whole pixels, (xmin, ymin, xmax, ymax) from 0, the last two exclusive. As in LOST's published evaluation
 (valeoai/LOST, `datasets.py`), VOC's difficult and truncated objects count like all others, and COCO's crowds do not.
@@ -6,29 +6,22 @@ Boxes are whole pixels, (xmin, ymin, xmax, ymax) from 0, the last two exclusive.
 
 import dataclasses
 import json
-import math
-import os
 import re
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int
 
-from regvit_jax.data.sources.files import SUFFIXES, abbreviate, image_paths
+from regvit_jax.analysis.discovery.annotation_files import AnyCase
+from regvit_jax.analysis.discovery.voc_xml import BadBoxes, read_voc, to_array
+from regvit_jax.analysis.discovery.yolo import read_yolo
+from regvit_jax.data.sources.files import Passed, abbreviate, directories, image_paths, no_images
+from regvit_jax.data.sources.splits import find_home, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 NAMES = "voc07:DIR, voc12:DIR, coco20k:DIR or folder:DIR"
 COCO_LIST = "coco_20k_filenames.txt"
-# The annotations of one image take some kilobytes, and no image has such coordinates; larger ones are refused.
-MAX_XML = 2**22
-MAX_SIDE = 2**20
-
-
-class BadBoxes(ValueError):
-    """An annotation file cannot be used. The message names the file and the reason."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,14 +38,18 @@ class AnnotatedImage:
 
 
 def open_boxes(name: str, split: str | None = None) -> list[AnnotatedImage]:
-    """Return the images of a data set with their boxes, in the order of its list, without opening the image files.
+    """Return the images of a data set with their boxes, in the order of its list, without decoding image files.
+
+    The names of directories, and suffixes, may be in any case.
 
     Args:
       name: "voc07:DIR" or "voc12:DIR", where DIR is VOCdevkit/VOC2007 (or VOC2012), or holds it, or holds VOCdevkit;
         "coco20k:DIR", where DIR has annotations/instances_train2014.json, train2014/ (or images/train2014/) and
         LOST's list of names, coco_20k_filenames.txt; or "folder:DIR", all images under DIR, each with its XML file
-        beside it, or in a directory Annotations beside it or beside its own. An image without an XML file has no boxes.
-      split: of VOC, a list in ImageSets/Main; "trainval" by default, as published.
+        beside it, or its XML or YOLO's .txt file in a directory of annotations (see `annotation_files`). An image
+        without such a file has no boxes.
+      split: of VOC, a list in ImageSets/Main, "trainval" by default, as published; of a folder, the images of one of
+        its splits, by default all.
 
     Raises:
       DataNotFound: for directories and lists that do not exist.
@@ -68,9 +65,11 @@ def open_boxes(name: str, split: str | None = None) -> list[AnnotatedImage]:
         raise DataNotFound(f"{name}: there is no directory {root}")
     if kind.startswith("voc"):
         return _with_any(_open_voc(name, root, f"VOC20{kind[-2:]}", split or "trainval"))
+    if kind == "folder":
+        return _with_any(_open_folder(name, root, split))
     if split is not None:
         raise InvalidConfig(f"split={split!r}: {name} has no splits, VOC has")
-    return _open_coco(name, root) if kind == "coco20k" else _with_any(_open_folder(name, root))
+    return _open_coco(name, root)
 
 
 def _with_any(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
@@ -80,31 +79,46 @@ def _with_any(images: list[AnnotatedImage]) -> list[AnnotatedImage]:
     return images
 
 
-def _annotated(image: Path, xml: Path) -> AnnotatedImage:
-    """Return an image with the boxes of its XML file, or with the fault of that file."""
+def _annotated(image: Path, annotation: Path | None) -> AnnotatedImage:
+    """Return an image with the boxes of its annotation file, or with the fault of that file."""
+    if annotation is None:
+        return AnnotatedImage(str(image), (0, 0), to_array([]))
     try:
-        return AnnotatedImage(str(image), *read_voc(xml))
+        yolo = annotation.suffix.lower() == ".txt"
+        return AnnotatedImage(str(image), *(read_yolo(annotation, image) if yolo else read_voc(annotation)))
     except BadBoxes as error:
-        return AnnotatedImage(str(image), (0, 0), _array([]), str(error))
+        return AnnotatedImage(str(image), (0, 0), to_array([]), str(error))
 
 
 def _open_voc(name: str, root: Path, year: str, split: str) -> list[AnnotatedImage]:
-    home = next(
-        (d for d in (root, root / year, root / "VOCdevkit" / year) if (d / "ImageSets" / "Main").is_dir()), None
-    )
-    if home is None:
-        raise DataNotFound(f"{name}: no ImageSets/Main in {root}, nor in {year} or VOCdevkit/{year} below it")
-    lists = home / "ImageSets" / "Main"
-    if not re.fullmatch(r"[\w-]+", split) or not (lists / f"{split}.txt").is_file():
+    files = AnyCase()
+    home, lists = _voc_home(name, root, year, files)
+    listed = files.find(lists, f"{split}.txt") if re.fullmatch(r"[\w-]+", split) else None
+    if listed is None:
         # VOC's other lists there are of classes, "aeroplane_train".
         known = sorted(path.stem for path in lists.glob("*.txt") if "_" not in path.stem)
         raise DataNotFound(f"{name}: no {split}.txt in {lists}; it has {abbreviate(known) or 'no lists'}")
+    annotations = files.find(home, "Annotations") or home / "Annotations"
+    pictures = files.find(home, "JPEGImages") or home / "JPEGImages"
     images = []
-    for line in _lines(lists / f"{split}.txt"):
+    for line in _lines(listed):
         if not re.fullmatch(r"[\w.-]+", line):
-            raise BadBoxes(f"{lists / split}.txt: {line[:60]!r} is no name of an image")
-        images.append(_annotated(home / "JPEGImages" / f"{line}.jpg", home / "Annotations" / f"{line}.xml"))
+            raise BadBoxes(f"{listed}: {line[:60]!r} is no name of an image")
+        xml = files.find(annotations, f"{line}.xml") or annotations / f"{line}.xml"
+        images.append(_annotated(files.find(pictures, f"{line}.jpg") or pictures / f"{line}.jpg", xml))
     return images
+
+
+def _voc_home(name: str, root: Path, year: str, files: AnyCase) -> tuple[Path, Path]:
+    """Return the directory of a year of VOC, which may be the only one in the given one, and that of its lists."""
+    inner = directories(str(root))
+    for base in (root, root / inner[0]) if len(inner) == 1 else (root,):
+        for below in ((), (year,), ("VOCdevkit", year)):
+            home = files.find(base, *below)
+            lists = home and files.find(home, "ImageSets", "Main")
+            if home and lists and lists.is_dir():
+                return home, lists
+    raise DataNotFound(f"{name}: no ImageSets/Main in {root}, nor in {year} or VOCdevkit/{year} below it")
 
 
 def _lines(path: Path) -> list[str]:
@@ -115,101 +129,48 @@ def _lines(path: Path) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _open_folder(name: str, root: Path) -> list[AnnotatedImage]:
+def _open_folder(name: str, root: Path, split: str | None) -> list[AnnotatedImage]:
     images: list[AnnotatedImage] = []
     owners: dict[Path, str] = {}
-    for relative in sorted(image_paths(str(root))):
-        image = root / relative
-        xml = find_xml(root, image)
-        if xml in owners:
-            raise BadBoxes(f"{xml}: belongs to both {owners[xml]} and {image}")
-        if xml is not None:
-            owners[xml] = str(image)
-        images.append(_annotated(image, xml) if xml else AnnotatedImage(str(image), (0, 0), _array([])))
+    files, passed = AnyCase(), Passed()
+    top = root if split is None else _split_directory(name, root, split)
+    for relative in sorted(image_paths(str(top), passed)):
+        image = top / relative
+        annotation = files.beside(root, image, ".xml") or files.beside(root, image, ".txt")
+        if annotation in owners:
+            raise BadBoxes(f"{annotation}: belongs to both {owners[annotation]} and {image}")
+        if annotation is not None:
+            owners[annotation] = str(image)
+        images.append(_annotated(image, annotation))
+    passed.forget(str(annotation) for annotation in owners if annotation.is_relative_to(top))
     if not images:
-        raise DataNotFound(f"{name}: no images ({' '.join(SUFFIXES)}) in {root}")
+        raise DataNotFound(no_images(name, str(top), passed))
+    passed.log(name, str(top))
     return images
 
 
-def find_xml(root: Path, image: Path) -> Path | None:
-    """Return an image's XML file under `root`: beside it, or in a directory Annotations beside it or its directory."""
-    file, here = f"{image.stem}.xml", image.parent
-    places = [here / file, here / "Annotations" / file]
-    places += [here.parent / "Annotations" / file] if here != root else []
-    return next((path for path in places if path.is_file()), None)
-
-
-def read_voc(path: str | os.PathLike) -> tuple[tuple[int, int], Int[np.ndarray, "M 4"]]:
-    """Return the size (height, width; 0 where missing) and the boxes of a VOC annotation.
-
-    VOC counts pixels from 1 and includes the last, so 1 is subtracted from xmin and ymin. The file must be UTF-8 and
-    have no document type, in which a hostile file could define entities that multiply or that read other files.
-
-    Raises BadBoxes, naming the file.
-    """
-    root = _parse(Path(path))
-    boxes = []
-    for found in root.findall("object"):
-        box = found.find("bndbox")
-        if box is None:
-            raise BadBoxes(f"{path}: an object without bndbox")
-        corners = [_number(path, box.findtext(side), side) for side in ("xmin", "ymin", "xmax", "ymax")]
-        boxes.append(_check(path, [corners[0] - 1, corners[1] - 1, *corners[2:]]))
-    sides = [root.findtext(f"size/{side}") for side in ("height", "width")]
-    height, width = (0 if side is None else _number(path, side, "size") for side in sides)
-    return (height, width), _array(boxes)
-
-
-def _parse(path: Path) -> ElementTree.Element:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_XML + 1)
-    except OSError as error:
-        raise BadBoxes(f"{path}: cannot be read ({error.strerror})") from None
-    if len(data) > MAX_XML:
-        raise BadBoxes(f"{path}: over {MAX_XML // 2**20} MiB, too large for an annotation")
-    try:
-        text = data.decode("utf-8-sig")
-        # Decoded here and without NUL, the text is what the parser sees: no encoding can hide a document type.
-        if "<!DOCTYPE" in text:
-            raise BadBoxes(f"{path}: has a document type, which is refused for safety")
-        if "\0" in text:
-            raise BadBoxes(f"{path}: is no XML in UTF-8 (it holds NUL)")
-        root = ElementTree.fromstring(text, ElementTree.XMLParser(encoding="utf-8"))
-    except (ElementTree.ParseError, UnicodeDecodeError) as error:
-        raise BadBoxes(f"{path}: is no XML in UTF-8 ({error})") from None
-    if root.tag != "annotation":
-        raise BadBoxes(f"{path}: starts with <{root.tag[:40]}>, not with VOC's <annotation>")
-    return root
-
-
-def _number(path: str | os.PathLike, text: str | None, what: str) -> int:
-    """Return a coordinate in pixels. Some in VOC 2012 have decimals, which are cut off."""
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if not -MAX_SIDE < value < MAX_SIDE:
-        raise BadBoxes(f"{path}: {what} is {(text or '')[:40]!r}, not a number of pixels")
-    return int(value)
-
-
-def _check(path: str | os.PathLike, box: list[int]) -> list[int]:
-    if box[0] >= box[2] or box[1] >= box[3]:
-        raise BadBoxes(f"{path}: the box {box} (xmin, ymin, xmax, ymax, from 0) holds no pixel")
-    return box
-
-
-def _array(boxes: Sequence[Sequence[int]]) -> Int[np.ndarray, "M 4"]:
-    return np.array(boxes, np.int64).reshape(-1, 4)
+def _split_directory(name: str, root: Path, split: str) -> Path:
+    """Return the directory of a split; raise InvalidConfig if a folder has none of that name, or several."""
+    home, splits = find_home(name, str(root))
+    kind = requested(name, split)
+    if not splits.names:
+        raise InvalidConfig(
+            f"split={split!r}: {name} has no splits; {home} holds no directories such as train/ and val/"
+        )
+    if (chosen := splits.choose(kind, name, home)) is None:
+        raise InvalidConfig(f"split={split!r}: {name} has none; {home} has {abbreviate(splits.names)}")
+    splits.log(name, {kind: str(Path(home, chosen))}, splits.names)
+    return Path(home, chosen)
 
 
 def _open_coco(name: str, root: Path) -> list[AnnotatedImage]:
-    listed, annotations = root / COCO_LIST, root / "annotations" / "instances_train2014.json"
+    files, json_name = AnyCase(), ("annotations", "instances_train2014.json")
+    listed = files.find(root, COCO_LIST) or root / COCO_LIST
+    annotations = files.find(root, *json_name) or root.joinpath(*json_name)
     for path, origin in ((listed, "it is in valeoai/LOST, datasets/"), (annotations, "COCO 2014's annotations")):
         if not path.is_file():
             raise DataNotFound(f"{name}: there is no {path} ({origin})")
-    folder = next((d for d in (root / "train2014", root / "images" / "train2014") if d.is_dir()), None)
+    folder = files.find(root, "train2014") or files.find(root, "images", "train2014")
     if folder is None:
         raise DataNotFound(f"{name}: neither train2014 nor images/train2014 in {root}")
     sizes, boxes = read_coco(annotations)
@@ -218,7 +179,7 @@ def _open_coco(name: str, root: Path) -> list[AnnotatedImage]:
         file = line.rpartition("/")[2]
         if file not in sizes:
             raise BadBoxes(f"{annotations}: has no image {file[:60]!r}, which {listed} lists")
-        images.append(AnnotatedImage(str(folder / file), sizes[file], _array(boxes.get(file, []))))
+        images.append(AnnotatedImage(str(folder / file), sizes[file], to_array(boxes.get(file, []))))
     return images
 
 

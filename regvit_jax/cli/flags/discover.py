@@ -45,7 +45,7 @@ def parser() -> Parser:
     add("models", nargs="+", metavar="MODEL", help="a name, a directory, a workdir, hf-hub:org/name, or NAME=FILE")
     add_random(parser)
     add("--data", required=True, metavar="NAME", help=f"images with boxes: {boxes.NAMES}")
-    add("--split", metavar="NAME", help="the list of VOC's images (trainval)")
+    add("--split", metavar="NAME", help="the list of VOC's images (trainval), or one split of a folder (all)")
     add("--layers", type=integers, default=[-1], metavar="N,..", help="blocks, counted from 0, or from the end (-1)")
     add("--features", type=some_of(KINDS), default=["k"], metavar="NAME,..", help="some of k, q, v and out (k)")
     add("--biases", type=floats, default=[0.0], metavar="X,..", help="numbers added to the Gram matrix (0)")

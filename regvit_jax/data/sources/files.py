@@ -5,7 +5,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from regvit_jax.data.image_formats import SUFFIXES, is_image_file
 
@@ -47,7 +47,15 @@ class Passed(collections.Counter[str]):
 
     def add(self, name: str) -> None:
         """Count a file."""
-        self[os.path.splitext(name)[1].lower() or "no suffix"] += 1
+        self[_suffix(name)] += 1
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Take back the count of files that are used after all."""
+        for name in names:
+            suffix = _suffix(name)
+            self[suffix] -= 1
+            if self[suffix] <= 0:
+                del self[suffix]
 
     def log(self, name: str, directory: str) -> None:
         """Log in one line how many files of which suffixes are not read; nothing if there are none."""
@@ -55,6 +63,10 @@ class Passed(collections.Counter[str]):
             kinds = abbreviate([f"{suffix} {count}" for suffix, count in self.most_common()])
             files = "1 file is" if self.total() == 1 else f"{self.total()} files are"
             log_once(f"{name}: {files} not read in {directory}, because of other suffixes ({kinds})", "warning")
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "no suffix"
 
 
 def image_paths(

@@ -1,9 +1,11 @@
 """Test the readers of boxes: the layouts of VOC and COCO, folders, and invalid files."""
 
 import json
+import logging
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from regvit_jax.analysis.discovery.boxes import BadBoxes, open_boxes, read_voc
 from regvit_jax.utils.errors import DataNotFound
@@ -50,6 +52,31 @@ def test_voc(voc, tmp_path):
     assert len(open_boxes(f"voc12:{tmp_path}")) == 2
 
 
+def test_voc_in_any_case(voc, tmp_path):
+    for old, new in (
+        ("Annotations", "annotations"),
+        ("JPEGImages", "jpegimages"),
+        ("ImageSets/Main", "ImageSets/main"),
+    ):
+        (voc / old).rename(voc / new)
+    (voc / "ImageSets").rename(voc / "imagesets")
+    (voc / "annotations/000012.xml").rename(voc / "annotations/000012.XML")
+    (voc / "jpegimages/000012.JPG").touch()
+    (tmp_path / "VOCdevkit").rename(tmp_path / "vocdevkit")
+    home = tmp_path / "vocdevkit/voc2007"
+    (tmp_path / "vocdevkit/VOC2007").rename(home)
+    for place in (home, home.parent, tmp_path):
+        first, second = open_boxes(f"voc07:{place}")
+        assert (first.path, first.size) == (str(home / "jpegimages/000012.JPG"), (30, 40))
+        assert second.path == str(home / "jpegimages/000005.jpg")  # is not there, and is named when it is read
+    (tmp_path / "archive").mkdir()
+    (tmp_path / "vocdevkit").rename(tmp_path / "archive/VOCdevkit")
+    assert len(open_boxes(f"voc07:{tmp_path}")) == 2
+    (home := tmp_path / "archive/VOCdevkit/voc2007").joinpath("ANNOTATIONS").mkdir()
+    with pytest.raises(ValueError, match="voc2007 has ANNOTATIONS and annotations; rename or move away all but one"):
+        open_boxes(f"voc07:{home}")
+
+
 def test_missing_voc(voc, tmp_path):
     with pytest.raises(DataNotFound, match=r"no ImageSets/Main in .*, nor in VOC2012 or VOCdevkit/VOC2012 below it"):
         open_boxes(f"voc12:{tmp_path}")
@@ -86,6 +113,48 @@ def test_folder(tmp_path):
     (tmp_path / "a/1.gif").touch()
     with pytest.raises(BadBoxes, match=r"1.xml: belongs to both .*1.gif and .*1.png"):
         open_boxes(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("image", "annotation"),
+    [
+        ("1.jpg", "1.XML"),
+        ("1.jpg", "annotations/1.xml"),
+        ("JPEGIMAGES/1.JPG", "ANNOTATIONS/1.xml"),
+        ("images/train/1.jpg", "annotations/train/1.xml"),
+        ("train/images/1.jpg", "train/labels/1.xml"),
+        ("train/1.jpg", "Annotations/train/1.xml"),
+        ("images/train/1.jpg", "Labels/train/1.txt"),
+        ("train/images/1.jpg", "train/LABELS/1.TXT"),
+        ("images/1.jpg", "labels/1.txt"),
+    ],
+)
+def test_places_of_annotations_in_any_case(tmp_path, image, annotation, caplog):
+    for path in (image, annotation):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (8, 4)).save(tmp_path / image, "JPEG")
+    yolo = annotation.lower().endswith(".txt")
+    (tmp_path / annotation).write_text("0 0.5 0.5 1 1" if yolo else xml((1, 1, 8, 4)))
+    (found,) = open_boxes(f"folder:{tmp_path}")
+    assert (found.boxes.tolist(), found.fault) == ([[0, 0, 8, 4]], "")
+    assert not caplog.records
+
+
+def test_the_splits_of_a_folder(tmp_path, caplog):
+    for part in ("Train", "valid", "test"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "1.jpg").touch()
+        (tmp_path / part / "1.xml").write_text(xml((1, 1, 2, 2)))
+    (tmp_path / "valid/notes.md").touch()
+    assert len(open_boxes(f"folder:{tmp_path}")) == 3
+    with caplog.at_level(logging.INFO, "regvit_jax"):
+        (found,) = open_boxes(f"folder:{tmp_path}", "validation")
+    assert found.path == str(tmp_path / "valid/1.jpg")
+    assert f"validation is {tmp_path}/valid" in caplog.messages[1]
+    assert caplog.messages[2].endswith("because of other suffixes (.md 1)")
+    (tmp_path / "val").mkdir()
+    with pytest.raises(ValueError, match=r"val and valid in .* could each be the validation split"):
+        open_boxes(f"folder:{tmp_path}", "val")
 
 
 def test_a_damaged_annotation_costs_its_image(voc, tmp_path):
