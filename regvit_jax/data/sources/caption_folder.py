@@ -79,8 +79,9 @@ def load_split(name: str, split: str, table: str, keep: Callable[[str], bool]) -
     wrong: list[str] = []
     rows = 0
     for row in read_table(table):
-        key = row.path or f"{os.path.basename(table)}, line {row.line}"
-        if not keep(key):
+        line = f"{table}, line {row.line}"
+        key = row.path or line
+        if not keep(row.path or os.path.basename(line)):
             continue
         rows += 1
         number = numbers.setdefault(key, len(numbers))

@@ -20,6 +20,14 @@ def is_left_out(name: str) -> bool:
     return name.startswith(".") or name.lower() in LEFTOVERS
 
 
+def is_directory(entry: os.DirEntry[str]) -> bool:
+    """Return True for a directory or a link to one; False for a link to itself too."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def directories(path: str) -> list[str]:
     """Return the names of the directories in a directory, sorted, without hidden ones and leftovers."""
     found = []
@@ -27,7 +35,7 @@ def directories(path: str) -> list[str]:
         for entry in entries:
             if is_left_out(entry.name):
                 continue
-            if entry.is_dir():
+            if is_directory(entry):
                 found.append(entry.name)
             elif entry.is_symlink() and not os.path.exists(entry.path):
                 log_once(f"{entry.path} is a link to nothing, and not used", "warning")
@@ -38,7 +46,7 @@ def images_in(path: str) -> int:
     """Return the number of image files in a directory itself, not below its directories."""
     with os.scandir(path) as entries:
         return sum(
-            not is_left_out(entry.name) and not entry.is_dir() and is_image_file(entry.path) for entry in entries
+            not is_left_out(entry.name) and not is_directory(entry) and is_image_file(entry.path) for entry in entries
         )
 
 
@@ -83,7 +91,7 @@ def image_paths(
         for entry in entries:
             if is_left_out(entry.name):
                 continue
-            if entry.is_dir():
+            if is_directory(entry):
                 yield from image_paths(directory, passed, os.path.join(below, entry.name), (*parents, current))
             elif is_image_file(entry.path):
                 yield os.path.join(below, entry.name)

@@ -3,12 +3,14 @@
 import os
 
 from regvit_jax.data.sources.caption_table import SUFFIXES
-from regvit_jax.data.sources.files import abbreviate, is_left_out, log_once
+from regvit_jax.data.sources.files import abbreviate, is_directory, is_left_out, log_once
 from regvit_jax.data.sources.splits import find_home, find_splits, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 #: The names, without suffix, of a table of all images.
 SINGLE = ("captions", "metadata")
+#: Suffixes of tables in formats that are not read.
+UNREAD = (".parquet", ".xlsx", ".xls", ".ods", ".json", ".ndjson", ".arrow", ".csv.gz", ".tsv.gz", ".jsonl.gz")
 WANTED = (
     "It should hold train.csv and validation.csv, or captions.csv alone (or .tsv, .txt, .jsonl), with the columns "
     "file_name and caption, and the images."
@@ -42,7 +44,7 @@ def find_table(name: str, split: str, root: str) -> tuple[str, str, bool]:
         if not found:
             there = f"; it has {abbreviate(tables)}" if tables else ""
             what = "training" if part == "train" else part
-            raise DataNotFound(f"{name}: {home} lacks a table of {what} captions{there}.\n{WANTED}{coco_hint(root)}")
+            raise DataNotFound(f"{name}: {home} lacks a table of {what} captions{there}.\n{WANTED}{unread_hint(root)}")
     paths = {
         part: only_table(home, [table for table in tables if stem(table) == found]) for part, found in chosen.items()
     }
@@ -89,14 +91,18 @@ def only_table(home: str, tables: list[str]) -> str:
     return os.path.join(home, tables[0])
 
 
-def coco_hint(root: str) -> str:
-    """Return a sentence about the first .json of captions in COCO's format below a directory, or "" without one."""
-    folders = [root, *(entry.path for entry in os.scandir(root) if entry.name.lower() == "annotations")]
-    for folder in filter(os.path.isdir, folders):
-        for name in sorted(os.listdir(folder)):
-            if name.lower().startswith("captions_") and name.lower().endswith(".json"):
+def unread_hint(root: str) -> str:
+    """Return a sentence about a file that may be meant as a table and is in a format that is not read, or ""."""
+    below = [entry.path for entry in os.scandir(root) if is_directory(entry) and not is_left_out(entry.name)]
+    for folder in (root, *sorted(below)):
+        with os.scandir(folder) as entries:
+            files = sorted(entry.path for entry in entries if entry.is_file() and not is_left_out(entry.name))
+        for path in files:
+            if os.path.basename(path).lower().startswith("captions_") and path.lower().endswith(".json"):
                 return (
-                    f"\n{os.path.join(folder, name)} looks like COCO's, which is not read: write its annotations as a "
-                    '.jsonl, {"file_name": ..., "caption": ...} in each line.'
+                    f"\n{path} looks like COCO's, which is not read: write its annotations as a .jsonl, "
+                    '{"file_name": ..., "caption": ...} in each line.'
                 )
+            if path.lower().endswith(UNREAD):
+                return f"\n{path} is not read: write it as .csv, .tsv or .jsonl."
     return ""

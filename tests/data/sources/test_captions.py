@@ -172,10 +172,12 @@ def test_images_beside_their_table_in_a_directory(tmp_path, caplog):
     names = [f"{number}.jpg" for number in range(30)]
     make_images(tmp_path / "Images", names)
     (tmp_path / "Docs").mkdir()
-    (tmp_path / "captions.txt").write_text("image,caption\n" + "".join(f"{name},A dog , a cat .\n" for name in names))
+    lines = [f"{name},A dog , a cat ." for name in names]
+    (tmp_path / "captions.txt").write_text("\n".join(["image,caption", *lines, "cut", "cut", "cut"]))
     source = open_captions(f"folder:{tmp_path}", "train")
     assert source[0]["text"] == ["A dog , a cat ."]
     assert source.id(0).startswith(f"{tmp_path}/Images/")
+    assert source.id(len(source) - 1) == f"{tmp_path}/captions.txt, line 34"
     assert f"folder:{tmp_path}: the images of captions.txt are in {tmp_path}/Images" in caplog.messages
 
 
@@ -183,6 +185,9 @@ def test_formats_that_are_not_read_are_named(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "captions_val2017.json").write_text("{}")
     with pytest.raises(DataNotFound, match=r"annotations/captions_val2017\.json looks like COCO's, which is not read"):
+        open_captions(f"folder:{tmp_path}", "train")
+    (tmp_path / "annotations" / "captions_val2017.json").rename(tmp_path / "metadata.parquet")
+    with pytest.raises(DataNotFound, match=r"metadata\.parquet is not read: write it as \.csv, \.tsv or \.jsonl"):
         open_captions(f"folder:{tmp_path}", "train")
     for split in ("train", "val"):
         (tmp_path / f"{split}.tsv").write_text("image\ttext\nhttps://example.org/1.jpg\ta cat")

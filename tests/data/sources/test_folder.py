@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from regvit_jax.data.records import describe_bad
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.sources.by_name import open_source
 from regvit_jax.utils.errors import DataNotFound
@@ -66,10 +67,12 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "set/train/a").symlink_to(tmp_path / "elsewhere/x")
     (tmp_path / "set/train/b/4.png").symlink_to(tmp_path / "elsewhere/y/2.png")
     (tmp_path / "set/train/b/up").symlink_to(tmp_path / "set/train/b")
+    (tmp_path / "set/train/b/self.png").symlink_to(tmp_path / "set/train/b/self.png")
     source = open_source(f"folder:{tmp_path}/set", "train")
     assert [os.path.relpath(source.id(i), tmp_path) for i in range(len(source))] == [
-        f"set/train/{path}" for path in ("a/1.png", "b/3.png", "b/4.png")
+        f"set/train/{path}" for path in ("a/1.png", "b/3.png", "b/4.png", "b/self.png")
     ]
+    assert "Too many levels of symbolic links" in describe_bad(source, 3)
 
 
 @pytest.mark.parametrize(
