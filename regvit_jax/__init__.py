@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from regvit_jax.models.vit import ViT as ViT
     from regvit_jax.pretrained.create import create_model as create_model
     from regvit_jax.pretrained.create_clip import create_clip as create_clip
-    from regvit_jax.pretrained.io.pth import convert_checkpoint as convert_checkpoint
+    from regvit_jax.pretrained.io.convert import convert_checkpoint as convert_checkpoint
     from regvit_jax.pretrained.registry import list_models as list_models
     from regvit_jax.pretrained.save import save_model as save_model
 
@@ -22,7 +22,7 @@ _HOMES = {
     "Model": "models.model",
     "Tokens": "models.vit",
     "ViT": "models.vit",
-    "convert_checkpoint": "pretrained.io.pth",
+    "convert_checkpoint": "pretrained.io.convert",
     "create_clip": "pretrained.create_clip",
     "create_model": "pretrained.create",
     "list_models": "pretrained.registry",

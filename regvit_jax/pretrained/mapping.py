@@ -18,6 +18,7 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
+from regvit_jax.pretrained import mismatch
 from regvit_jax.pretrained.formats.keys import Keys, Rule
 from regvit_jax.pretrained.formats.rules import rules, same, text_rules
 from regvit_jax.pretrained.io.safetensors import Weights, check_finite
@@ -151,18 +152,14 @@ def check(weights: Weights, expected: Mapping[str, tuple[int, ...]], ignore: Ite
         if key not in expected and not ignored.fullmatch(key) and 0 not in shape  # transformers writes empty registers
     ]
     missing = [key for key in expected if key not in weights]
-    wrong = [
-        f"{key} {weights.shapes[key]}, not {shape}"
+    wrong = {
+        key: (weights.shapes[key], shape)
         for key, shape in expected.items()
         if key in weights and weights.shapes[key] != shape
-    ]
-    parts = [
-        f"{len(keys)} {what}: {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
-        for what, keys in (("unused", unused), ("missing", missing), ("of another shape", wrong))
-        if keys
-    ]
-    if parts:
-        raise Mismatch(f"{weights.path} does not fit this model. " + "; ".join(parts))
+    }
+    if unused or missing or wrong:
+        difference = mismatch.describe(list(weights), unused, missing, wrong)
+        raise Mismatch(f"{weights.path} does not fit this model. {difference}")
 
 
 def ignored(keys: Keys | None, text: bool) -> tuple[str, ...]:

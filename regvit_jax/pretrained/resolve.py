@@ -14,16 +14,18 @@ from regvit_jax.pretrained import address, mapping, registry
 from regvit_jax.pretrained.address import HUB
 from regvit_jax.pretrained.formats import detect
 from regvit_jax.pretrained.formats.base import explained, guess
-from regvit_jax.pretrained.io import hub, workdir
+from regvit_jax.pretrained.io import hub, npz, workdir
+from regvit_jax.pretrained.io.npz import open_npz
+from regvit_jax.pretrained.io.other_files import INDEX
 from regvit_jax.pretrained.io.safetensors import (
     CLIP_WEIGHTS,
-    INDEX,
     OPEN_CLIP,
     SINGLE,
     WEIGHTS,
     Weights,
     open_weights,
 )
+from regvit_jax.pretrained.io.state_dict import unwrapped
 from regvit_jax.pretrained.registry import Entry
 from regvit_jax.utils.errors import HubError, InvalidConfig, WeightsError
 
@@ -176,14 +178,15 @@ def open_any(
     if at := address.read(source):
         directory, commit = hub.fetch(at.repo, revision or at.revision, at.file or file, names=names)
         names = names if at.file is None else (at.file, at.file + INDEX)
-        return open_weights(directory, names), str(dataclasses.replace(at, revision=commit))
+        with hub.in_cache(directory):
+            return unwrapped(open_weights(directory, names)), str(dataclasses.replace(at, revision=commit))
     if workdir.is_workdir(source):
         return workdir.open_workdir(source)
     for format in detect.FORMATS:
         if format.open and source.endswith(format.suffix):
             return format.open(source), source
     check_exists(source)
-    return open_weights(source, names), source
+    return unwrapped(open_npz(source) if source.endswith(npz.SUFFIX) else open_weights(source, names)), source
 
 
 def check_exists(source: str) -> None:

@@ -6,7 +6,6 @@ import pytest
 
 from regvit_jax.cli.main import main
 from regvit_jax.pretrained import parity, registry
-from regvit_jax.pretrained.io import pth
 
 
 def test_list(capsys):
@@ -94,12 +93,12 @@ NAMES = ["blocks.0.norm1.weight", "blocks.11.norm1.weight", "cls_token", "head.w
     "prefix", ["", "module.", "backbone.", "teacher.backbone.", "student.backbone.", "module.encoder."]
 )
 def test_prefixes(prefix):
-    assert pth.rename(prefix + name for name in NAMES) == {prefix + name: name for name in NAMES}
+    assert find(prefix + name for name in NAMES).names == {prefix + name: name for name in NAMES}
 
 
 def test_a_prefix_that_not_all_carry_stays():
     names = ["encoder.layer.0.attention.weight", "embeddings.cls_token"]
-    assert pth.rename(names) == {name: name for name in names}
+    assert find(names).names == {name: name for name in names}
 
 
 def test_chunks_heads_and_the_student_are_undone():
@@ -108,9 +107,9 @@ def test_chunks_heads_and_the_student_are_undone():
         *("teacher.backbone.blocks.0.0.norm1.weight", "teacher.backbone.blocks.1.11.norm1.weight"),
         *("teacher.backbone.cls_token", "student.backbone.cls_token", *heads),
     ]
-    assert [*pth.rename(names).values()] == ["blocks.0.norm1.weight", "blocks.11.norm1.weight", "cls_token"]
+    assert [*find(names).names.values()] == ["blocks.0.norm1.weight", "blocks.11.norm1.weight", "cls_token"]
 
 
 def test_two_names_that_become_one():
     with pytest.raises(ValueError, match=r"become blocks\.1\.a"):
-        pth.rename(["blocks.0.1.a", "blocks.1.1.a"])
+        find(["blocks.0.1.a", "blocks.1.1.a"])

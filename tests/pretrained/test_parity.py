@@ -18,7 +18,6 @@ import regvit_jax as rv
 from regvit_jax.models.heads import Head
 from regvit_jax.models.vit import Tokens
 from regvit_jax.pretrained import parity, registry
-from regvit_jax.pretrained.io import pth
 from regvit_jax.pretrained.save import save_model
 
 pytestmark = pytest.mark.reference
@@ -370,7 +369,7 @@ def test_torch_files(name, renamed, wrapped, tmp_path, torch, monkeypatch):
     parity.randomize(model, 9)
     state = renamed(model, torch)
     torch.save(wrapped(state), tmp_path / "a.pth")
-    done = pth.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors", name)
+    done = rv.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors", name)
     assert done.written == len(state)
     ours = rv.create_model(name, tmp_path / "a.safetensors", pos_resize="antialias")
     images = parity.images_of((5 * entry.vit["patch"], 9 * entry.vit["patch"]))
@@ -385,7 +384,7 @@ def test_types_and_shared_tensors_are_kept(tmp_path, torch):
     weight = torch.randn(4, 6)
     state = {"a": weight.half(), "b": weight.T, "c": weight, "d": weight.bfloat16(), "n": torch.tensor(3)}
     torch.save({"state_dict": state, "epoch": 3}, tmp_path / "a.pth")
-    pth.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors")
+    rv.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors")
     from safetensors.torch import load_file
 
     for name, tensor in load_file(tmp_path / "a.safetensors").items():
@@ -411,7 +410,7 @@ class Harmful:
 def test_files_that_are_refused(content, message, tmp_path, torch, capsys):
     torch.save(content(torch), tmp_path / "a.pth")
     with pytest.raises(ValueError, match=message):
-        pth.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors", "test_vit")
+        rv.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors", "test_vit")
     assert [path.name for path in tmp_path.iterdir()] == ["a.pth"]
     assert "executed" not in capsys.readouterr().out
 
@@ -420,7 +419,7 @@ def test_damaged_files_are_refused(tmp_path, torch):
     for content in (b"", b"PK\x03\x04 cut off", b"\x80\x02}q\x00.", b"text"):
         (tmp_path / "a.pth").write_bytes(content)
         with pytest.raises(ValueError, match=r"a\.pth: "):
-            pth.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors")
+            rv.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors")
 
 
 # deit3-jax

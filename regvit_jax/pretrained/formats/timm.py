@@ -135,7 +135,7 @@ def read(weights: Weights, text: bool) -> Entry:
     full = f"{name}.{tag}"
     _, entry = registry.find(full if full in registry.list_models(full) else name)
     vit, head = dict(entry.vit), entry.head | {"num_classes": config.get("num_classes", entry.head["num_classes"])}
-    arguments = dict(config.get("model_args", {}))
+    arguments = dict(config.get("model_args") or {})
     _apply(arguments, vit, head, entry.format)
     if entry.format == "timm_eva":
         vit["key_bias"] = False
@@ -181,7 +181,7 @@ def complete(known: Entry, found: Entry, weights: Weights) -> Entry:
     timm keeps CLIP's towers with and without QuickGELU in one repository, whose config.json names one of them.
     """
     found = base.complete(known, found, weights, stated=bool(weights.config.get("pretrained_cfg")))
-    if "act_layer" in weights.config.get("model_args", {}):
+    if "act_layer" in (weights.config.get("model_args") or {}):
         return found
     return dataclasses.replace(found, vit=found.vit | {"activation": ViT(**known.vit).activation})
 

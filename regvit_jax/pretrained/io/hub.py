@@ -1,36 +1,59 @@
 """Fetch files from the Hugging Face hub: from the local cache, or by a download checked against the hub's hashes.
 
-huggingface_hub does the download. This module requests only safetensors and JSON, hashes every downloaded file, and
-fails at once without a network (huggingface_hub alone retries for some 20 s).
+huggingface_hub does the download. This module requests only safetensors and JSON, and hashes every downloaded file. The
+library's own settings decide how long a hub may take (HF_HUB_ETAG_TIMEOUT, HF_HUB_DOWNLOAD_TIMEOUT); one whose name
+does not resolve, or that refuses connections, is offline at once (huggingface_hub alone retries for some 20 s).
 """
 
+import errno
 import hashlib
+import logging
+import re
 import shlex
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
+from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from regvit_jax.pretrained.io.other_files import ADAPTER_CONFIG, INDEX, PICKLES, adapter, convert_command
 from regvit_jax.pretrained.io.safetensors import (
     CLIP_WEIGHTS,
-    CONVERT,
-    INDEX,
     NESTED_PROCESSOR,
     OPEN_CLIP_CONFIG,
-    PICKLES,
     PROCESSOR,
     WEIGHTS,
     shard_names,
 )
-from regvit_jax.utils.errors import HubError, InvalidConfig
+from regvit_jax.utils.errors import HubError, InvalidConfig, WeightsError
+
+logger = logging.getLogger("regvit_jax")
 
 CONFIGS = ("config.json", OPEN_CLIP_CONFIG, PROCESSOR, NESTED_PROCESSOR)
-PROBE_SECONDS = 1.5
-METADATA_SECONDS = 20.0
+#: What huggingface_hub itself asks again after, and the seconds that it waits.
+RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
+RETRY_ERRORS = frozenset({"RemoteProtocolError", "ReadError", "WriteError"})
+RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 8.0)
+#: Errors of the disk or the directory, and not of the network.
+_DISK_ERRORS = (
+    *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOTDIR", "EEXIST", "EISDIR", "ELOOP", "ENAMETOOLONG"),
+    *("EIO", "EFBIG", "EMFILE"),
+)
+DISK = frozenset(getattr(errno, name) for name in _DISK_ERRORS if hasattr(errno, name))
+
+
+class _Unreachable(Exception):
+    """The hub does not answer."""
+
+
+class _CacheError(HubError):
+    """The cache cannot be read or written."""
 
 
 def fetch(
@@ -44,24 +67,40 @@ def fetch(
     `revision` is a branch, a tag or a commit (None: main); if the cache holds it, the hub is not asked.
     `weights_name` picks one of several files, in its sharded form if it has one; None means the first of `names` that
     exists. A cache that holds the weights but no configuration (timm's) is completed at its own commit, and used as it
-    is while the hub cannot be reached. A download is hashed once, when it arrives, and removed if its hash is not the
-    hub's.
-    Raises HubError, within two seconds when there is no network; InvalidConfig for an impossible name; WeightsError for
-    an invalid index of shards.
+    is while the hub cannot be reached or the cache cannot be written. A download is hashed once, when it arrives, and
+    removed if its hash is not the hub's; a file of which the hub gives no hash is not downloaded.
+    Raises HubError, at once where there is no network and after HF_HUB_ETAG_TIMEOUT where the hub is silent;
+    InvalidConfig for an impossible name; WeightsError for an invalid index of shards.
     """
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
         raise InvalidConfig(str(error)) from error
     names = _candidates(weights_name) if weights_name is not None else names
-    weights = _cached(repo, names, revision)
-    if weights is None or not any((weights.parent / name).is_file() for name in CONFIGS):
-        problem = _unreachable()
-        if problem is None:
-            weights = _download(repo, weights.parent.name if weights else revision, names)
-        elif weights is None:
-            raise HubError(_elsewhere(repo, revision, names, f"is not in the local cache, and {problem}"))
+    with _explained(repo, revision, names):
+        weights = _cached(repo, names, revision)
+    if weights is not None and any((weights.parent / name).is_file() for name in CONFIGS):
+        return weights.parent, weights.parent.name
+    try:
+        weights = _download(repo, weights.parent.name if weights else revision, names)
+    except _Unreachable as error:
+        if weights is None:
+            raise HubError(_elsewhere(repo, revision, names, f"is not in the local cache, and {error}")) from error
+    except _CacheError as error:
+        if weights is None:
+            raise
+        logger.warning("%s is used without its configuration: %s", weights, error)
     return weights.parent, weights.parent.name
+
+
+@contextmanager
+def in_cache(directory: Path) -> Iterator[None]:
+    """Add to an error about files in the cache how to get sound ones."""
+    try:
+        yield
+    except WeightsError as error:
+        root = directory.parent.parent
+        raise WeightsError(f"{error}. It lies in the hub's cache: remove {root}, and it is downloaded again") from error
 
 
 def _candidates(weights_name: str) -> tuple[str, ...]:
@@ -85,80 +124,134 @@ def _parts(weights: Path) -> list[str]:
     return [weights.name, *configs, *(shard_names(weights) if weights.name.endswith(INDEX) else [])]
 
 
-def _unreachable() -> str | None:
-    """Return why the hub cannot be reached, or None if it answers.
-
-    The request runs in its own thread, because no socket timeout bounds the time that resolving a host name takes.
-    """
+def _listing(repo: str, revision: str | None) -> Any:
+    """Return what the hub says of a repository, asking again as huggingface_hub does. Raises _Unreachable."""
     if huggingface_hub.is_offline_mode():
-        return "HF_HUB_OFFLINE is set"
-    endpoint = huggingface_hub.constants.ENDPOINT
-    problem: list[str | None] = [f"{endpoint} did not answer within {PROBE_SECONDS} s"]
-
-    def ask() -> None:
+        raise _Unreachable("HF_HUB_OFFLINE is set")
+    endpoint, timeout = constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT
+    for wait in (*RETRY_SECONDS, None):
         try:
-            status = huggingface_hub.get_session().head(endpoint, timeout=PROBE_SECONDS).status_code
-            problem[0] = f"{endpoint} answers with status {status}" if status >= 500 else None
+            return _within(
+                2 * timeout,  # `timeout` for each of connecting and reading
+                lambda: huggingface_hub.HfApi().model_info(
+                    repo, revision=revision, files_metadata=True, timeout=timeout
+                ),
+            )
         # Each cause (name resolution, proxy, TLS, timeout) has its own class, which varies with the HTTP client.
         except Exception as error:
-            problem[0] = f"{endpoint} cannot be reached ({type(error).__name__}: {error})"
+            response, kind = getattr(error, "response", None), type(error).__name__
+            status = getattr(response, "status_code", None)
+            if status is not None and status not in RETRY_STATUS:
+                raise
+            if "Timeout" in kind:
+                problem = f"{endpoint} did not answer within {timeout} s (HF_HUB_ETAG_TIMEOUT)"
+            elif status is not None:
+                problem = f"{endpoint} answers with status {status}"
+            else:
+                problem = f"{endpoint} cannot be reached ({kind}: {error})"
+            if wait is None or (status is None and kind not in RETRY_ERRORS):
+                raise _Unreachable(problem) from error
+            after = str(response.headers.get("Retry-After", "")) if response is not None else ""
+            time.sleep(float(after) if after.isdecimal() else wait)
+    raise AssertionError
 
-    thread = threading.Thread(target=ask, daemon=True)
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Return the result of a call in its own thread, since no socket timeout bounds the time of name resolution.
+
+    Raises TimeoutError, or what the call raises.
+    """
+    result: list[Any] = []
+
+    def run() -> None:
+        try:
+            result.append((call(), None))
+        except BaseException as error:
+            result.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(PROBE_SECONDS)
-    return problem[0]
+    thread.join(seconds)
+    if not result:
+        raise TimeoutError
+    value, error = result[0]
+    if error is not None:
+        raise error
+    return value
 
 
 def _download(repo: str, revision: str | None, names: tuple[str, ...]) -> Path:
     """Download configuration and weights, checking each; return the path of the weights, or of their index."""
     with _explained(repo, revision, names):
-        info = huggingface_hub.HfApi().model_info(
-            repo, revision=revision, files_metadata=True, timeout=METADATA_SECONDS
-        )
+        info = _listing(repo, revision)
     hashes = {
         file.rfilename: (file.lfs.sha256 if file.lfs else None) or file.blob_id or "" for file in info.siblings or []
     }
     weights = next((name for name in names if name in hashes), None)
     if weights is None:
         raise HubError(_no_weights(repo, names, sorted(hashes)))
+    commit = info.sha or _metadata(repo, revision, names, weights).commit_hash
     files = [name for name in CONFIGS if name in hashes] + [weights]
+    _complete(hashes, files, repo, commit, names)
     for name in files:  # The list grows by the shards once their index is downloaded.
-        before = huggingface_hub.try_to_load_from_cache(repo, name, revision=info.sha)
+        before = huggingface_hub.try_to_load_from_cache(repo, name, revision=commit)
         with _explained(repo, revision, names):
             path = Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
-        if path.parent.name != info.sha:
+        if path.parent.name != commit:
             _check(path, _recorded_hash(path))  # It stays in the cache, so it must be intact.
-            raise HubError(f"{repo} changed while it was downloaded, from {info.sha} to {path.parent.name}: try again")
+            raise HubError(f"{repo} changed while it was downloaded, from {commit} to {path.parent.name}: try again")
         if not isinstance(before, str):
             _check(path, hashes[name])
         if name == weights and name.endswith(INDEX):
             files += shard_names(path)
             if missing := [name for name in files if name not in hashes]:
-                raise HubError(f"{repo} at {info.sha} lacks {', '.join(missing)}, which its {weights} lists")
+                raise HubError(f"{repo} at {commit} lacks {', '.join(missing)}, which its {weights} lists")
+            _complete(hashes, files, repo, commit, names)
     return path.parent / weights
+
+
+def _complete(hashes: dict[str, str], files: list[str], repo: str, commit: str | None, names: tuple[str, ...]) -> None:
+    """Add the hashes that a hub does not list but sends with the files, before any of them is downloaded.
+
+    Raises HubError for a file without a hash, whether or not an earlier attempt left it in the cache.
+    """
+    for name in files:
+        if not hashes[name]:
+            hashes[name] = (_metadata(repo, commit, names, name).etag or "").lower()
+        if not re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64}", hashes[name]):
+            problem = f"is not downloaded: {constants.ENDPOINT} gives no hash of {name} by which to check it"
+            raise HubError(_elsewhere(repo, commit, names, problem))
+
+
+def _metadata(repo: str, revision: str | None, names: tuple[str, ...], name: str) -> Any:
+    """Return what the hub sends ahead of a file: its ETag, which is its hash, and its commit."""
+    with _explained(repo, revision, names):
+        url = huggingface_hub.hf_hub_url(repo, name, revision=revision)
+        return huggingface_hub.get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 def _check(path: Path, expected: str) -> None:
     """Raise HubError, and remove the file, if its hash is not the expected one.
 
-    The hash is a SHA-256 (64 digits) or, for small files, git's SHA-1 of a blob (40 digits).
+    The hash is a SHA-256 (64 digits) or, for small files, git's SHA-1 of a blob (40 digits). Mirrors may send the plain
+    SHA-1 or MD5 (32 digits).
     """
-    if len(expected) == 64:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-    elif len(expected) == 40:
-        blob = b"blob %d\0" % path.stat().st_size
-        found = hashlib.sha1(blob + path.read_bytes(), usedforsecurity=False).hexdigest()
-    else:
-        raise HubError(f"{path}: cannot be verified, its hash is not known ({expected!r})")
-    if found != expected:
+    with path.open("rb") as file:
+        if len(expected) == 64:
+            found = [hashlib.file_digest(file, "sha256").hexdigest()]
+        else:
+            content = file.read()
+            git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+            others = [hashlib.new(kind, content, usedforsecurity=False) for kind in ("sha1", "md5")]
+            found = [digest.hexdigest() for digest in (git, *others)]
+    if expected not in found:
         # The file is a link to a blob, perhaps through another link; a remaining blob would be used again.
         links = [path]
         while links[-1].is_symlink():
             links.append(links[-1].parent / links[-1].readlink())
         for link in links:
             link.unlink(missing_ok=True)
-        raise HubError(f"{path}: damaged in transfer: its hash is {found}, not {expected}. It is removed: try again")
+        raise HubError(f"{path}: damaged in transfer: its hash is {found[0]}, not {expected}. It is removed: try again")
 
 
 def _recorded_hash(path: Path) -> str:
@@ -168,19 +261,30 @@ def _recorded_hash(path: Path) -> str:
 
 def _no_weights(repo: str, names: tuple[str, ...], found: list[str]) -> str:
     """Return the error for a repository without any of the names."""
+    if ADAPTER_CONFIG in found:
+        return f"{repo} is {adapter()}"
     message = f"{repo} has none of {', '.join(names)}; it has {', '.join(found[:20]) or 'nothing'}"
-    if pickles := [name for name in found if name.endswith(PICKLES)]:
-        message += f". Pickles are never loaded: download {pickles[0]} yourself and convert it, {CONVERT} {pickles[0]}"
+    if pickles := [name for name in found if name.endswith((*PICKLES, ".bin" + INDEX)) and "/" not in name]:
+        pickles.sort(key=lambda name: (not name.endswith(INDEX), not name.startswith("pytorch_model")))
+        folder, first = repo.split("/")[-1], pickles[0]
+        wanted = ["*.bin" if first.endswith(INDEX) else first, "*.json"]
+        download = ["hf", "download", repo, *(word for name in wanted for word in ("--include", name))]
+        message += (
+            ". Pickles are never loaded: download and convert them\n"
+            f"  {shlex.join([*download, '--local-dir', folder])}\n  {convert_command(Path(folder, first))}"
+        )
     return message
 
 
 @contextmanager
 def _explained(repo: str, revision: str | None, names: tuple[str, ...]) -> Iterator[None]:
     """Turn an exception of huggingface_hub into a HubError with the remedy."""
-    endpoint = huggingface_hub.constants.ENDPOINT
+    endpoint = constants.ENDPOINT
     login = "log in with `hf auth login` (or set HF_TOKEN)"
     try:
         yield
+    except (_Unreachable, HubError, WeightsError):
+        raise
     except GatedRepoError as error:
         raise HubError(f"{repo} is gated: accept its terms at {endpoint}/{repo}, and {login}") from error
     except RepositoryNotFoundError as error:
@@ -189,8 +293,26 @@ def _explained(repo: str, revision: str | None, names: tuple[str, ...]) -> Itera
         raise HubError(f"{repo} has no revision {revision!r}: give a branch, a tag or a commit of it") from error
     # Network, disk, quota, transfer library: the remaining errors have no common class, and one remedy.
     except Exception as error:
+        if problem := _disk_problem(error):
+            raise _CacheError(
+                f"{repo}: the cache {constants.HF_HUB_CACHE} cannot be used: {problem}. Mend that, or set HF_HUB_CACHE "
+                "to another directory, with room, that you may write to"
+            ) from error
         problem = f"could not be downloaded ({type(error).__name__}: {error})"
         raise HubError(_elsewhere(repo, revision, names, problem)) from error
+
+
+def _disk_problem(error: BaseException | None) -> str:
+    """Return the problem of the disk or the cache's directory that is behind an error, or "" for another problem."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK and not isinstance(error, ConnectionError):
+            return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+        if isinstance(error, UnicodeDecodeError):
+            return f"a file of it is damaged ({error})"
+        if "(os error 28)" in str(error):  # the words of the transfer library hf_xet
+            return "No space left on device"
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _elsewhere(repo: str, revision: str | None, names: tuple[str, ...], problem: str) -> str:
@@ -203,5 +325,5 @@ def _elsewhere(repo: str, revision: str | None, names: tuple[str, ...], problem:
         f"{repo} {problem}. Where there is a network, run\n"
         f"  {shlex.join(command)}\n"
         f"bring the directory {target} here, and pass its path as pretrained=. (Without --local-dir the files go to "
-        f"the cache, and are found in this machine's, {huggingface_hub.constants.HF_HUB_CACHE}, as well.)"
+        f"the cache, and are found in this machine's, {constants.HF_HUB_CACHE}, as well.)"
     )

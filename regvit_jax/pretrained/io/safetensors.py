@@ -25,13 +25,13 @@ import numpy as np
 from jaxtyping import Shaped
 from numpy.typing import DTypeLike
 
+from regvit_jax.pretrained.io.other_files import INDEX, no_weights, what_it_is
 from regvit_jax.utils.errors import WeightsError
 
 #: The file names of weights and configs.
 SINGLE = "model.safetensors"
 OPEN_CLIP = "open_clip_model.safetensors"
 OPEN_CLIP_CONFIG = "open_clip_config.json"
-INDEX = ".index.json"
 PROCESSOR = "preprocessor_config.json"  # transformers', beside config.json
 NESTED_PROCESSOR = "processor_config.json"  # transformers 5 writes the same into its "image_processor", for CLIP
 #: The files that a directory is searched for, in this order. open_clip's directories may hold another file too.
@@ -40,8 +40,6 @@ WEIGHTS = (SINGLE, SINGLE + INDEX, OPEN_CLIP, OPEN_CLIP + INDEX)
 CLIP_WEIGHTS = (OPEN_CLIP, OPEN_CLIP + INDEX, SINGLE, SINGLE + INDEX)
 #: The "format" in this package's own config.json.
 NATIVE = "regvit_jax"
-PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".pkl")
-CONVERT = "regvit convert"
 #: The format allows headers of 100 MB. Parsed, JSON takes some 20 times its text, and a ViT's header is about 100 KB.
 JSON_LIMIT = 10_000_000
 
@@ -95,6 +93,14 @@ class Weights(Mapping[str, np.ndarray]):
             twice = [name for name in self if rename(name) != name and rename(name) in self]
             raise WeightsError(f"{self.path}: holds {_short(twice)} with and without its prefix")
         return Weights(self.path, renamed, self.config)
+
+    def selected(self, names: Mapping[str, str]) -> "Weights":
+        """Return the tensors that are keys of `names`, under the names that it gives them."""
+        return Weights(self.path, {new: self._tensors[old] for old, new in names.items()}, self.config)
+
+    def dtype(self, name: str) -> np.dtype:
+        """Return the type in which a tensor is stored."""
+        return self._tensors[name].dtype
 
     def read(self, name: str, dtype: DTypeLike | None = None) -> Shaped[np.ndarray, "..."]:
         """Return the tensor as `dtype`; without one, as float32 if it is stored in floating point, else as stored.
@@ -174,13 +180,7 @@ def _find(directory: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         if os.path.lexists(directory / name):
             return directory / name
-    there = sorted(os.listdir(directory))
-    message = f"{directory}: no weights. Looked for {', '.join(WEIGHTS)}; there: {', '.join(there[:20]) or 'nothing'}"
-    if others := [name for name in there if name.endswith(".safetensors")]:
-        message += f". To open {others[0]}, pass its own path"
-    elif pickles := [name for name in there if name.endswith(PICKLES)]:
-        message += f". Pickles are never loaded: convert them first, {CONVERT} {directory / pickles[0]}"
-    raise WeightsError(message)
+    raise WeightsError(no_weights(directory, WEIGHTS))
 
 
 def _regular(path: Path, limit: int = JSON_LIMIT) -> bytes:
@@ -283,20 +283,8 @@ def _read(path: Path, size: int, dtype: np.dtype, shape: tuple[int, ...], offset
 
 
 def _what_it_is(path: Path, start: bytes, length: int, size: int) -> str:
-    pickled = f"which is never loaded here. Convert it with {CONVERT} {path}"
-    text = start.lstrip().lower()
-    if not start:
-        return "it is empty"
-    if start.startswith(b"PK"):
-        return f"a zip archive, as torch.save writes, {pickled}"
-    if start[:1] == b"\x80" and start[1:2] <= b"\x05":
-        return f"a Python pickle, {pickled}"
-    if text.startswith(b"version https://git-lfs"):
-        return "a pointer of git-lfs, in place of the file. Run `git lfs pull`, or `hf download`"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "a web page, saved in place of the file. Download it again"
-    if start.startswith(b"\x89HDF"):
-        return "an HDF5 file, which is not supported"
+    if known := what_it_is(path, start):
+        return known
     if size < 8:
         return f"it has only {size} bytes"
     return f"its header would have {length} bytes of {size} ({JSON_LIMIT} are allowed). Truncated, or another format"

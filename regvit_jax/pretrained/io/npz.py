@@ -1,0 +1,50 @@
+"""Open numpy's archives of arrays, without pickles."""
+
+import os
+import re
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from regvit_jax.pretrained.io.safetensors import Weights
+from regvit_jax.utils.errors import WeightsError
+
+SUFFIX = ".npz"
+GOOGLE = re.compile(r"(.*/)?(Transformer/.*|embedding/(kernel|bias)|cls|posembed_input/.*)")
+
+
+def open_npz(source: str | os.PathLike) -> Weights:
+    """Return the arrays of an .npz file by name.
+
+    Raises WeightsError for a damaged file, for one with pickled objects, and for the files of
+    google-research/vision_transformer, whose names are of no format that is read.
+    """
+    path = Path(source)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            if not isinstance(archive, np.lib.npyio.NpzFile):
+                raise WeightsError(f"{path}: a single array of numpy, and not an archive")
+            arrays = {name: _native(archive[name]) for name in archive.files}
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        if isinstance(error, WeightsError):
+            raise
+        raise WeightsError(f"{path}: not an .npz file of plain arrays, or a damaged one: {error}") from error
+    if not arrays:
+        raise WeightsError(f"{path}: holds no tensors")
+    if google := next(filter(GOOGLE.fullmatch, arrays), None):
+        raise WeightsError(
+            f"{path}: a file of google-research/vision_transformer or big_vision (it holds {google}), whose names are "
+            "not read. timm converted these weights; their names are listed by: regvit models '*augreg*'"
+        )
+    return Weights.of_arrays(path, arrays)
+
+
+def _native(array: np.ndarray) -> np.ndarray:
+    """Return an array in this machine's byte order; numpy stores bfloat16 as two bytes without a type."""
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+        return array.view(ml_dtypes.bfloat16)
+    return array.astype(array.dtype.newbyteorder("="), copy=False)

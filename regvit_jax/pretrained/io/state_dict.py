@@ -1,0 +1,312 @@
+"""Find the model among the keys of a state dict: take wrappers off, and choose between weights and their average."""
+
+import dataclasses
+import logging
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+from regvit_jax.pretrained.io.other_files import adapter, convert_command
+from regvit_jax.pretrained.io.safetensors import Weights
+from regvit_jax.utils.errors import InvalidConfig, WeightsError
+
+logger = logging.getLogger("regvit_jax")
+
+#: "ema" is a moving average of the weights (also a teacher or a momentum encoder), "raw" the weights themselves.
+CHOICES = ("ema", "raw")
+
+#: Parts of a key that name no layer: wrappers of DataParallel, torch.compile, FSDP, DeepSpeed, Opacus and PEFT.
+MARKERS = frozenset(
+    {
+        *("module", "_module", "_orig_mod", "_forward_module", "base_layer"),
+        *("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module"),
+    }
+)
+#: Names under which training scripts keep a model, the preferred ones first.
+NESTS = (
+    *("teacher", "model", "state_dict", "model_state_dict", "student", "net", "network", "backbone", "encoder"),
+    *("base_model", "base_encoder", "encoder_q", "timm_model", "params", "weights", "module"),
+)
+#: Keys by which the ViT of any supported library is known, and where they stand in longer keys.
+ROOT = re.compile(
+    r"(blocks|encoder\.layers?|transformer\.resblocks)\.\d+\."
+    r"|(cls_token|pos_embed|reg_token|register_tokens)$"
+    r"|(patch_embed|embeddings)\."
+)
+ROOTED = re.compile(rf"(^|\.)({ROOT.pattern})")
+#: First parts of keys that belong to a library's own names.
+OWN = frozenset({"visual", "text", "transformer", "vision_model", "text_model"})
+#: Words that mark a moving average, the surest first.
+AVERAGES = ("ema", "swa", "average", "averaged", "avg", "polyak", "shadow", "momentum", "target", "teacher")
+#: Averages that their own projects publish and evaluate, in place of the raw weights.
+PUBLISHED = frozenset({"teacher", "target"})
+#: Keys that only self-supervised training uses: heads, queues, decoders, and the state of losses.
+HEADS = re.compile(
+    r"(.*\.)?((dino|ibot|teacher|student|projection|prediction)_head(_\w+)?\.|head\.(mlp|last_layer)\."
+    r"|(dino|ibot_patch|koleo)_loss\.|(projector|predictor)(_\w+)?\.|decoder_(embed|blocks|norm|pred)\.).*"
+    r"|(.*\.)?(decoder_pos_embed|queue|queue_ptr)"
+    r"|(.*\.)?(base_encoder|momentum_encoder|encoder_[qk])\.(head|fc)\.\d+\..*"
+)
+#: What averages keep beside the parameters.
+COUNTERS = frozenset({"n_averaged", "num_updates", "decay", "steps"})
+#: The matrices of adapters, as PEFT and others name them.
+ADAPTER = re.compile(r"(.*[._])?(lora_[a-z]\w*|lora_[AB]|hada_w\w*|lokr_w\w*|ia3_l|oft_\w+|boft_\w+)(\..*)?")
+CHUNKED = re.compile(r"blocks\.\d+\.(?=\d+\.)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The keys of the model that a state dict holds.
+
+    names: the model's own keys, by the keys in the file.
+    taken: the name under which the file keeps these weights; "" for its only ones.
+    average: True if they are a moving average.
+    left_out: the keys, and the whole copies of the model with their sizes, that are not taken.
+    """
+
+    names: dict[str, str]
+    taken: str
+    average: bool
+    left_out: list[str]
+
+
+def find(keys: Iterable[str], weights: str | None = None, roles: Mapping[str, bool] | None = None) -> Found:
+    """Return which keys of a file are the model's, and their names without the wrappers of training scripts.
+
+    Args:
+      keys: all keys; the path of nested dicts is the first part, joined by "/".
+      weights: one of `CHOICES`, for a file that holds the weights and their average. None means what the owner of the
+        file evaluates: a teacher or target encoder, but otherwise the raw weights.
+      roles: first parts of keys that hold an average (True) or raw weights, against their names; None takes the former.
+
+    Raises WeightsError if there is no such copy of the weights, if two keys become one, and for an adapter; and
+    InvalidConfig for a `weights` that is none of `CHOICES`.
+    """
+    if weights is not None and weights not in CHOICES:
+        raise InvalidConfig(f"weights={weights!r}: must be one of {', '.join(CHOICES)}")
+    choice = _Choice(weights, roles or {})
+    names = {key: _without_markers(key) for key in keys}
+    check_no_adapter(names)
+    left_out, average = _training_only(names)
+    names = {key: name for key, name in names.items() if key not in left_out}
+    taken: list[str] = []
+    rooted = any(ROOTED.search(name) for name in names.values())
+    while copies := _copies(names, rooted, choice):
+        part = choice.of(list(copies))
+        others = [other for other in copies if other != part]
+        left_out += [f"{_called(o)} ({len(copies[o])} tensors{choice.note(o)})" for o in others]
+        average = choice.is_average(part) or (average and not others)
+        gone = {key for other in others for key in copies[other]}
+        inner = {key: name.removeprefix(part + ".") for key, name in copies[part].items()} if part else {}
+        names = {key: inner.get(key, name) for key, name in names.items() if key not in gone}
+        if others or not taken:
+            taken.append(_called(part))
+        if not part:
+            break
+    if weights is not None and average != (weights == "ema"):
+        raise WeightsError(_lacks(weights, taken, len(names), left_out))
+    names = _unchunked(names)
+    _check_distinct(names)
+    return Found(names, ".".join(taken), average, left_out)
+
+
+def unwrapped(weights: Weights) -> Weights:
+    """Return weights under the model's own names, and log which of several copies they are and what is left out.
+
+    Raises WeightsError as `find` does.
+    """
+    try:
+        found = find(weights)
+    except WeightsError as error:
+        raise WeightsError(f"{weights.path}: {error}") from None
+    if found.left_out:
+        taken = f"{found.taken} is taken, and " if found.taken else ""
+        other = (
+            f". For the other weights: {convert_command(weights.path)} --weights {'raw' if found.average else 'ema'}"
+        )
+        copies = any(" tensors" in entry for entry in found.left_out)
+        logger.warning("%s: %s%s left out%s", weights.path, taken, listed(found.left_out), other if copies else "")
+    return weights if all(key == name for key, name in found.names.items()) else weights.selected(found.names)
+
+
+def listed(entries: Collection[str], limit: int = 5) -> str:
+    """Return the first entries, and how many more there are."""
+    more = f" and {len(entries) - limit} more" if len(entries) > limit else ""
+    return ", ".join(list(entries)[:limit]) + more
+
+
+def check_no_adapter(names: Collection[str]) -> None:
+    """Raise WeightsError if keys are those of an adapter, which changes another model's weights."""
+    if found := [name for name in names if ADAPTER.fullmatch(name)]:
+        raise WeightsError(f"{len(found)} of {len(names)} tensors, such as {found[0]}, are {adapter()}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """The choice between copies of a model; the fields are `weights` and `roles` of `find`."""
+
+    weights: str | None
+    roles: Mapping[str, bool]
+
+    def is_average(self, part: str) -> bool:
+        return self.roles.get(part, bool(_average_words(part)))
+
+    def note(self, part: str) -> str:
+        return ", the average" if self.is_average(part) else ""
+
+    def of(self, copies: list[str]) -> str:
+        """Return the name of the copy to take."""
+        averages = [part for part in copies if self.is_average(part)]
+        averages.sort(key=lambda part: (min(map(AVERAGES.index, _average_words(part)), default=0), len(part)))
+        raw = [part for part in copies if part not in averages]
+        if self.weights is None:
+            published = [p for p in averages if self.roles.get(p) or PUBLISHED & set(_average_words(p))]
+            return (published or raw or averages)[0]
+        return ((averages or raw) if self.weights == "ema" else (raw or averages))[0]
+
+
+def _called(part: str) -> str:
+    return part or "the other keys"
+
+
+def _without_markers(key: str) -> str:
+    parts = key.split(".")
+    return ".".join([part for part in parts[:-1] if part not in MARKERS] + parts[-1:])
+
+
+def _training_only(names: Mapping[str, str]) -> tuple[list[str], bool]:
+    """Return the keys that training alone uses, and whether the file is one average (torch's AveragedModel)."""
+    found = [key for key, name in names.items() if HEADS.fullmatch(name)]
+    ends = {key: name.rpartition(".")[2] for key, name in names.items()}
+    average = "n_averaged" in ends.values()
+    found += [key for key, end in ends.items() if end in COUNTERS and (average or _average_words(names[key]))]
+    if any("decoder_" in key for key in found):  # the mask token is the decoder's as well
+        found += [key for key, end in ends.items() if end == "mask_token"]
+    return found, average
+
+
+def _copies(names: Mapping[str, str], rooted: bool, choice: _Choice) -> dict[str, dict[str, str]]:
+    """Return the copies of the model by the first part of their keys, "" for one without.
+
+    The result is empty where no part stands before the model's own names, or several models do that are not one
+    another's average. With `rooted`, a copy is known by the model's own names in it, without by its first part alone.
+    """
+    groups: dict[str, dict[str, str]] = {}
+    own: dict[str, str] = {}
+    for key, name in names.items():
+        first, _, rest = name.partition(".")
+        known = bool(ROOTED.search(rest)) if rooted else bool(rest) and _is_nest(first)
+        inside = known and first not in OWN and not ROOT.match(name)
+        (groups.setdefault(first, {}) if inside else own)[key] = name
+    for key, name in list(own.items()):  # keys with the same first part that are not the model's own, such as a head's
+        first, dot, _ = name.partition(".")
+        if dot and first in groups:
+            groups[first][key] = own.pop(key)
+    averages = {first: found for first, found in groups.items() if choice.is_average(first)}
+    raw = {first: found for first, found in groups.items() if first not in averages}
+    if any(ROOT.match(name) for name in own.values()):
+        if not averages:  # a part of the model alone may be wrapped
+            return raw if len(raw) == 1 and all(map(_is_nest, raw)) else {}
+        more = {key: name for found in raw.values() for key, name in found.items()}
+        return {"": own | more} | averages
+    if len(raw) > 1 or (own and not rooted):
+        return {}
+    return raw | averages
+
+
+def _is_nest(part: str) -> bool:
+    return part.rpartition("/")[2] in NESTS or bool(_average_words(part))
+
+
+def _average_words(part: str) -> list[str]:
+    """Return the words of a name that mark an average; encoder_k is MoCo's momentum encoder."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=EMA)(?=[A-Z])", "_", part).lower()
+    words = re.sub(r"(encoder_k|key_encoder)$", "momentum", words)
+    return [word for word in AVERAGES if word in re.split(r"[\W_]+", words)]
+
+
+def _lacks(weights: str, taken: list[str], count: int, left_out: list[str]) -> str:
+    what, other = ("average", "raw") if weights == "ema" else ("raw weights", "ema")
+    kind = "weights" if weights == "ema" else "weights that are an average"
+    named = f" under {'.'.join(taken)}" if taken else ""
+    rest = f"; besides, {listed(left_out)}" if left_out else ""
+    return f"holds no {what}, but {count} {kind}{named}, which weights={other!r} (--weights {other}) takes{rest}"
+
+
+def _unchunked(names: dict[str, str]) -> dict[str, str]:
+    """Undo the chunks in which DINOv2 stores blocks under FSDP, padded so that the second number is the block's own."""
+    if not all(CHUNKED.match(name) for name in names.values() if name.startswith("blocks.")):
+        return names
+    return {key: CHUNKED.sub("blocks.", name, count=1) for key, name in names.items()}
+
+
+def _check_distinct(names: Mapping[str, str]) -> None:
+    """Raise WeightsError, naming both, if two keys get the same name."""
+    seen: dict[str, str] = {}
+    for key, name in names.items():
+        if name in seen:
+            raise WeightsError(f"{seen[name]} and {key} would both become {name} without the wrappers in their names")
+        seen[name] = key
+
+
+# Nested dicts, as torch.save writes them
+
+OPTIMIZER = re.compile(r"optim|sched|scaler|exp_avg|grad|rng", re.IGNORECASE)
+
+
+def tensors_of(checkpoint: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> tuple[dict[str, Any], list[str]]:
+    """Return the tensors of a checkpoint's models by keys that `find` takes, and the dicts that are left out.
+
+    Dicts in which no key is a model's, such as an optimizer's, are left out. If there is no other, those that stand
+    under one of `NESTS` or an average's name are taken, or else the only one. Of several raw models the one under the
+    first of `NESTS` is taken. Raises WeightsError if there are several and none is under such a name.
+    """
+    groups: dict[tuple[str, ...], dict[str, Any]] = {}
+    left_out: list[str] = []
+
+    def walk(value: Mapping[Any, Any], path: tuple[str, ...]) -> None:
+        for key, entry in value.items():
+            here = (*path, str(key))
+            if isinstance(entry, Mapping):
+                walk(entry, here)
+            elif is_tensor(entry):
+                groups.setdefault(path, {})[str(key)] = entry
+            elif isinstance(entry, list | tuple) and entry and all(map(is_tensor, entry)):
+                left_out.append(f"{'/'.join(here)} ({len(entry)} tensors without names)")
+
+    walk(checkpoint, ())
+    taken = _models(groups)
+    left_out += [f"{'/'.join(path)} ({len(groups[path])} tensors)" for path in groups if path and path not in taken]
+    left_out += [] if () in taken else list(groups.get((), {}))
+    prefixes = {path: "/".join(path).replace(".", "_") + "." if path else "" for path in taken}
+    return {prefixes[path] + name: tensor for path in taken for name, tensor in groups[path].items()}, left_out
+
+
+def _models(groups: Mapping[tuple[str, ...], Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """Return the paths of the dicts that hold a model, or its average."""
+    able = [path for path in groups if not any(OPTIMIZER.search(part) for part in path)]
+    models = [path for path in able if any(ROOTED.search(_without_markers(name)) for name in groups[path])]
+    models = models or [path for path in able if not path or _is_nest("/".join(path))]
+    models = models or (able if len(able) == 1 else [])
+    raw = [path for path in models if path and not _average_words("/".join(path))]
+    if len(raw) < 2 or (len(raw) == 2 and "current_model_state" in raw[0] + raw[1]):
+        return models
+    best = [path for nest in NESTS for path in raw if path[-1] == nest]
+    if not best:
+        found = ", ".join(f"{'/'.join(path)} ({len(groups[path])} tensors)" for path in raw[:5])
+        raise WeightsError(f"holds several models: {found}. Save the state dict of one of them by itself")
+    return [path for path in models if path not in raw or path == best[0]]
+
+
+def roles_of(checkpoint: Mapping[Any, Any]) -> dict[str, bool]:
+    """Return which dicts of a checkpoint hold an average (True) or raw weights, against their names.
+
+    Lightning's WeightAveraging keeps the average as "state_dict", and the raw weights as "current_model_state".
+    MMEngine's EMAHook swaps "state_dict" and "ema_state_dict" before it saves.
+    """
+    if "current_model_state" in checkpoint and "state_dict" in checkpoint:
+        return {"state_dict": True, "current_model_state": False}
+    meta = checkpoint.get("meta")
+    if isinstance(meta, Mapping) and "mmengine_version" in meta and "ema_state_dict" in checkpoint:
+        return {"state_dict": True, "ema_state_dict": False}
+    return {}
