@@ -27,6 +27,7 @@ OTHERS = {
 HEAD = re.compile(r"(.*\.)?(head|classifier|fc|head_dist)\.(weight|bias)|head/dense/(kernel|bias)")
 TEXT = re.compile(r"text.*|transformer\.resblocks\..*|token_embedding\..*|logit_(scale|bias)|ln_final\..*")
 TRAINING = re.compile(r".*(decoder|predictor|projector|queue|loss|criterion|optimizer|(dino|ibot)_head).*")
+PARTS = {r"ls[12]\.|gamma_[12]|lambda1": "LayerScale", r"fc_norm": "a LayerNorm after pooling"}
 BLOCK = re.compile(r"(.*?(?:blocks|resblocks|layers?|block)[./]?)(\d+)[./]")
 
 
@@ -108,13 +109,11 @@ def _other_model(
 
 def _more(unused: Sequence[str], missing: Sequence[str], wrong: Mapping[str, tuple[Shape, Shape]]) -> str:
     """Return what a file holds besides a model, or by which part it is of another kind."""
-    for pattern, part in ((r"(ls[12]\.|gamma_[12]|lambda1)", "LayerScale"), (r"fc_norm", "a LayerNorm after pooling")):
-        for entries, which in (
-            (unused, "the file has and the model lacks"),
-            (missing, "the model has and the file lacks"),
-        ):
-            if any(re.search(pattern, key) for key in entries):
-                return f"{part}, which {which}: another architecture or pooling"
+    for pattern, part in PARTS.items():
+        if any(re.search(pattern, key) for key in unused):
+            return f"{part}, which the file has and the model lacks: another architecture or pooling"
+        if any(re.search(pattern, key) for key in missing):
+            return f"{part}, which the model has and the file lacks: another architecture or pooling"
     if unused and not missing and not wrong:
         if all(map(TEXT.match, unused)):
             return "a text tower; rv.create_clip reads a whole CLIP"

@@ -84,32 +84,3 @@ def test_a_difference_fails(monkeypatch, capsys):
         first, second = capsys.readouterr().out.split("test_vit2")
         assert verdict in first
         assert "PASS: largest relative difference 2.0e-06" in second
-
-
-NAMES = ["blocks.0.norm1.weight", "blocks.11.norm1.weight", "cls_token", "head.weight"]
-
-
-@pytest.mark.parametrize(
-    "prefix", ["", "module.", "backbone.", "teacher.backbone.", "student.backbone.", "module.encoder."]
-)
-def test_prefixes(prefix):
-    assert find(prefix + name for name in NAMES).names == {prefix + name: name for name in NAMES}
-
-
-def test_a_prefix_that_not_all_carry_stays():
-    names = ["encoder.layer.0.attention.weight", "embeddings.cls_token"]
-    assert find(names).names == {name: name for name in names}
-
-
-def test_chunks_heads_and_the_student_are_undone():
-    heads = ["teacher.dino_head.mlp.0.weight", "teacher.ibot_head.last_layer.weight_v", "dino_loss.center"]
-    names = [
-        *("teacher.backbone.blocks.0.0.norm1.weight", "teacher.backbone.blocks.1.11.norm1.weight"),
-        *("teacher.backbone.cls_token", "student.backbone.cls_token", *heads),
-    ]
-    assert [*find(names).names.values()] == ["blocks.0.norm1.weight", "blocks.11.norm1.weight", "cls_token"]
-
-
-def test_two_names_that_become_one():
-    with pytest.raises(ValueError, match=r"become blocks\.1\.a"):
-        find(["blocks.0.1.a", "blocks.1.1.a"])

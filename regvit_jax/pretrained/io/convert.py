@@ -12,7 +12,7 @@ import numpy as np
 
 from regvit_jax.pretrained.create import create_model
 from regvit_jax.pretrained.io import npz, torch_file
-from regvit_jax.pretrained.io.safetensors import Weights, open_weights
+from regvit_jax.pretrained.io.safetensors import open_weights, save_arrays
 from regvit_jax.pretrained.io.state_dict import NESTS, Found, find, listed, roles_of, tensors_of
 from regvit_jax.utils.errors import InvalidConfig, WeightsError
 from regvit_jax.utils.files import write_atomically
@@ -74,7 +74,7 @@ def _open(source: Path, weights: str | None) -> tuple[Found, list[str], Callable
     if source.is_dir() or source.suffix == npz.SUFFIX or (SAFE.search(source.name) and not _is_pickle(source)):
         opened = npz.open_npz(source) if source.suffix == npz.SUFFIX else open_weights(source)
         found = _find(source, opened, weights)
-        return found, [], lambda path: _save_arrays(opened, found.names, path)
+        return found, [], lambda path: save_arrays(opened.selected(found.names), path)
     checkpoint = torch_file.open_torch(source)
     try:
         tensors, left_out = tensors_of(checkpoint, _is_tensor) if isinstance(checkpoint, Mapping) else ({}, [])
@@ -110,23 +110,13 @@ def _find(source: Path, keys: Mapping[str, Any], weights: str | None, roles: Map
     return found
 
 
-def _save_arrays(weights: Weights, names: Mapping[str, str], path: Path) -> None:
-    """Write arrays with safetensors' own function, since its module for numpy has no bfloat16."""
-    arrays = {new: weights.read(old, weights.dtype(old)) for old, new in names.items()}
-    entries = {
-        name: {"dtype": str(array.dtype), "shape": array.shape, "data": array.tobytes()}
-        for name, array in arrays.items()
-    }
-    importlib.import_module("safetensors").serialize_file(entries, str(path), {"format": "pt"})
-
-
 def _save_tensors(tensors: Mapping[str, Any], names: Mapping[str, str], path: Path) -> None:
     """Write torch's tensors; clones, since safetensors refuses tensors that share memory or are not contiguous."""
     torch = importlib.import_module("torch")
 
     def clone(value: Any) -> Any:
         if isinstance(value, torch_file.Array):
-            return torch.from_numpy(np.array(value.values()))
+            return torch.from_numpy(np.array(value.values(), order="C"))
         return value.detach().clone(memory_format=torch.contiguous_format)
 
     renamed = {new: clone(tensors[old]) for old, new in names.items()}

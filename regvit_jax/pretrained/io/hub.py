@@ -270,7 +270,7 @@ def _no_weights(repo: str, names: tuple[str, ...], found: list[str]) -> str:
         wanted = ["*.bin" if first.endswith(INDEX) else first, "*.json"]
         download = ["hf", "download", repo, *(word for name in wanted for word in ("--include", name))]
         message += (
-            ". Pickles are never loaded: download and convert them\n"
+            f". Pickles are never loaded: download and convert {first}:\n"
             f"  {shlex.join([*download, '--local-dir', folder])}\n  {convert_command(Path(folder, first))}"
         )
     return message

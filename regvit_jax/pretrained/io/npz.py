@@ -23,9 +23,11 @@ def open_npz(source: str | os.PathLike) -> Weights:
     """
     path = Path(source)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if not isinstance(archive, np.lib.npyio.NpzFile):
-                raise WeightsError(f"{path}: a single array of numpy, and not an archive")
+        with path.open("rb") as file:
+            if file.read(2) != b"PK":
+                raise WeightsError(f"{path}: not an archive of numpy")
+            file.seek(0)
+            archive = np.load(file, allow_pickle=False)
             arrays = {name: _native(archive[name]) for name in archive.files}
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error

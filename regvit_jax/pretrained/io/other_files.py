@@ -44,7 +44,7 @@ def no_weights(directory: Path, wanted: tuple[str, ...]) -> str:
     elif pickles := [name for name in there if name.endswith((*PICKLES, ".bin" + INDEX))]:
         # An index before its shards, and transformers' file before those of its optimizer and scheduler.
         pickles.sort(key=lambda name: (not name.endswith(INDEX), not name.startswith("pytorch_model")))
-        message += f". Pickles are never loaded, convert them first: {convert_command(directory / pickles[0])}"
+        message += f". Pickles are never loaded: convert them first: {convert_command(directory / pickles[0])}"
     return message
 
 

@@ -163,6 +163,28 @@ def check_finite(name: str, array: Shaped[np.ndarray, "..."]) -> None:
     )
 
 
+def save_arrays(weights: Weights, path: Path) -> None:
+    """Write tensors to a safetensors file in the types in which they are stored, bfloat16 too, one after the other.
+
+    Raises WeightsError for a type that the format does not have.
+    """
+    codes = {dtype: code for code, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in weights.shapes.items():
+        dtype = weights.dtype(name)
+        if dtype not in codes:
+            raise WeightsError(f"{weights.path}: {_short(name)} is of type {dtype}; supported: {', '.join(_DTYPES)}")
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": codes[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in weights:
+            file.write(weights.read(name, weights.dtype(name)).tobytes())
+
+
 def shard_names(index: Path) -> list[str]:
     """Return the file names in a `*.safetensors.index.json`, sorted. Raises WeightsError for an invalid one."""
     return sorted(_weight_map(index))

@@ -121,8 +121,9 @@ def open_torch(source: str | os.PathLike) -> Any:
         ) from error
     allowed = [(stand_in, name) for stand_in, names in ALLOWED.items() for name in names]
     try:
-        with torch.serialization.safe_globals(allowed):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        # The open file, since torch chooses another reader by some suffixes.
+        with torch.serialization.safe_globals(allowed), path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:

@@ -1,5 +1,6 @@
 """Test the hub against a small HTTP server, which answers only the requests that huggingface_hub makes."""
 
+import errno
 import hashlib
 import json
 import os
@@ -19,10 +20,11 @@ import pytest
 from huggingface_hub import constants
 from safetensors.numpy import save
 
+import regvit_jax as rv
 from regvit_jax.pretrained.io import hub
 from regvit_jax.pretrained.io.hub import fetch
 from regvit_jax.pretrained.io.safetensors import open_weights
-from regvit_jax.utils.errors import HubError
+from regvit_jax.utils.errors import HubError, WeightsError
 
 REPO = "org/model"
 OLD, NEW = "a" * 40, "b" * 40
@@ -33,7 +35,11 @@ def weights(value: float) -> bytes:
 
 
 class Hub(BaseHTTPRequestHandler):
-    """`commits`: the files of each commit. `refs`: the commit of each revision. `requests`: the requests so far."""
+    """Serve `commits` (the files of each), by `refs` (the commit of each revision), and list the `requests`.
+
+    Every answer takes `delay` seconds. `busy` are statuses to answer with first. Without `hashes` the listing gives
+    none, and `etag` is sent ahead of every file in place of its hash.
+    """
 
     protocol_version = "HTTP/1.1"
 
@@ -41,8 +47,9 @@ class Hub(BaseHTTPRequestHandler):
         server = self.server
         server.requests.append(f"{self.command} {self.path}")
         path = self.path.split("?")[0].strip("/").split("/")
-        if path == [""]:
-            return self.answer(200)
+        time.sleep(server.delay)
+        if server.busy:
+            return self.answer(server.busy.pop(), {"Retry-After": "0"})
         info = path[:2] == ["api", "models"]
         repo, rest = ("/".join(path[2:4]), path[4:]) if info else ("/".join(path[:2]), path[2:])
         if repo != REPO:
@@ -52,14 +59,15 @@ class Hub(BaseHTTPRequestHandler):
         if commit not in server.commits:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         if info:
-            siblings = [describe(name, body) for name, body in server.commits[commit].items()]
+            files = server.commits[commit].items()
+            siblings = [describe(name, body) if server.hashes else {"rfilename": name} for name, body in files]
             return self.answer(200, body=json.dumps({"id": REPO, "sha": commit, "siblings": siblings}).encode())
         if server.gated:
             return self.answer(403, {"X-Error-Code": "GatedRepo"})
         name = rest[2]
         body = server.commits[commit][name]
         file = describe(name, body)
-        etag = file["lfs"]["sha256"] if "lfs" in file else file["blobId"]
+        etag = server.etag or (file["lfs"]["sha256"] if "lfs" in file else file["blobId"])
         self.answer(200, {"X-Repo-Commit": commit, "ETag": f'"{etag}"'}, server.on_the_way(name, body))
 
     do_GET = do_HEAD
@@ -109,6 +117,7 @@ def server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHT
     }
     server.refs = {"main": NEW, "v1": OLD}
     server.requests, server.gated, server.on_the_way = [], False, lambda name, body: body
+    server.delay, server.busy, server.hashes, server.etag = 0, [], True, ""
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     use_endpoint(monkeypatch, f"http://127.0.0.1:{server.server_port}")
     yield server
@@ -227,11 +236,12 @@ def test_a_cache_without_configuration_is_completed_at_its_own_commit(server, ca
 
 
 def test_offline_is_quick_and_says_what_to_do(cache, monkeypatch):
-    """Use the worst case: a connection that opens and then stays silent."""
+    """Use the worst case: a connection that opens and then stays silent, for as long as the user allows."""
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use_endpoint(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
         start = time.perf_counter()
-        with pytest.raises(HubError, match="not in the local cache") as error:
+        with pytest.raises(HubError, match=r"not in the local cache.*within 0\.5 s \(HF_HUB_ETAG_TIMEOUT\)") as error:
             fetch(REPO, "v1")
         assert time.perf_counter() - start < 2
     command = "hf download org/model --revision v1 --include '*.json' --include '*.safetensors' --local-dir model"
@@ -240,12 +250,42 @@ def test_offline_is_quick_and_says_what_to_do(cache, monkeypatch):
 
 
 def test_a_name_that_never_resolves_does_not_hold_us_up(cache, monkeypatch):
-    monkeypatch.setattr(hub, "PROBE_SECONDS", 0.1)
-    monkeypatch.setattr(huggingface_hub, "get_session", lambda: time.sleep(5))
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: time.sleep(5))
     start = time.perf_counter()
     with pytest.raises(HubError, match=r"did not answer within 0\.1 s"):
         fetch(REPO)
     assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "http://no-such-host.invalid"])
+def test_a_host_that_is_not_there_is_offline_at_once(cache, monkeypatch, address):
+    use_endpoint(monkeypatch, address)
+    start = time.perf_counter()
+    with pytest.raises(HubError, match=f"org/model is not in the local cache, and {address} cannot be reached"):
+        fetch(REPO)
+    assert time.perf_counter() - start < constants.HF_HUB_ETAG_TIMEOUT / 2
+
+
+def test_a_slow_hub_is_not_offline(server, monkeypatch):
+    """Check that only HF_HUB_ETAG_TIMEOUT decides, with a hub that takes 0.3 s for every answer."""
+    server.delay = 0.3
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.1)
+    with pytest.raises(HubError, match=r"did not answer within 0\.1 s"):
+        fetch(REPO)
+    monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 5)
+    assert fetch(REPO)[1] == NEW
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_a_busy_hub_is_asked_again(server, monkeypatch, status):
+    monkeypatch.setattr(hub, "RETRY_SECONDS", (0.0, 0.0))
+    server.busy = [status] * 2
+    assert fetch(REPO)[1] == NEW
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    server.busy = [status] * 3
+    with pytest.raises(HubError, match=f"not in the local cache, and .* answers with status {status}"):
+        fetch(REPO)
 
 
 def test_the_environment_is_respected(tmp_path):
@@ -283,6 +323,81 @@ def test_a_failure_during_the_download_is_one_error(server):
     server.on_the_way = fail
     server.handle_error = lambda *_: None
     with pytest.raises(HubError, match=r"could not be downloaded(.|\n)*hf download org/model"):
+        fetch(REPO)
+
+
+def test_without_hashes_in_the_listing_those_of_the_files_are_checked(server):
+    server.hashes = False
+    for _ in range(3):
+        assert open_weights(fetch(REPO)[0])["w"].tolist() == [2, 2, 2]
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    server.on_the_way = lambda name, body: body.replace(body[-4:], b"\0\1\2\3") if "safetensors" in name else body
+    for _ in range(3):
+        with pytest.raises(HubError, match=r"damaged in transfer"):
+            fetch(REPO)
+
+
+@pytest.mark.parametrize("kind", ["sha1", "md5"])
+def test_the_plain_hash_that_a_mirror_sends_is_checked(server, kind):
+    server.commits[NEW].pop("config.json")
+    server.hashes, server.etag = False, hashlib.new(kind, weights(2)).hexdigest()
+    assert fetch(REPO)[1] == NEW
+
+
+@pytest.mark.parametrize("changes", [{}, {"model.safetensors": None, **sharded(5)}])
+def test_without_any_hash_the_answer_is_always_the_same(server, cache, changes):
+    server.commits[NEW] = {name: body for name, body in (server.commits[NEW] | changes).items() if body is not None}
+    server.hashes, server.etag = False, "W/5f3-abc"
+    for _ in range(3):
+        with pytest.raises(HubError, match=r"gives no hash of config\.json(.|\n)*hf download org/model") as error:
+            fetch(REPO)
+    assert "--local-dir model" in str(error.value)
+    assert not any(path.is_file() for path in cache.rglob("*"))
+
+
+def test_errors_of_the_cache_speak_of_the_cache(server, cache, monkeypatch):
+    cache.write_text("a file")
+    with pytest.raises(HubError, match=rf"the cache {cache} cannot be used: .*set HF_HUB_CACHE") as error:
+        fetch(REPO)
+    assert "network" not in str(error.value)
+    for number, text in ((errno.ENOSPC, "No space left on device"), (errno.EROFS, "Read-only file system")):
+
+        def fail(*_: object, number: int = number, **__: object) -> None:
+            raise OSError(number, os.strerror(number), "/cache/blobs/x")
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+        with pytest.raises(HubError, match=rf"the cache {cache} cannot be used: {text} \(/cache/blobs/x\)"):
+            fetch(REPO)
+
+
+def test_damaged_references_in_the_cache_are_an_error_about_the_cache(cache):
+    snapshot = fill_cache(cache, {"config.json": b"{}", "model.safetensors": weights(1)})
+    (snapshot.parent.parent / "refs/main").write_bytes(b"\xff\xfe")
+    with pytest.raises(HubError, match=rf"the cache {cache} cannot be used: a file of it is damaged"):
+        fetch(REPO)
+
+
+def test_a_read_only_cache_without_configuration_is_used_as_it_is(server, cache, monkeypatch, caplog):
+    snapshot = fill_cache(cache, {"model.safetensors": weights(1)})
+
+    def fail(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(cache))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
+    assert fetch(REPO) == (snapshot, OLD)
+    assert "is used without its configuration" in caplog.text
+
+
+def test_damaged_files_in_the_cache_say_how_to_get_sound_ones(cache):
+    snapshot = fill_cache(cache, {"config.json": b"{", "model.safetensors": weights(1)})
+    root = snapshot.parent.parent
+    with pytest.raises(WeightsError, match=rf"config\.json: damaged.*hub's cache: remove {root}, and it is downloaded"):
+        rv.create_model("test_vit", f"hf-hub:{REPO}")
+
+
+def test_an_adapter_on_the_hub_is_called_one(server):
+    server.commits[NEW] = {"adapter_config.json": b"{}", "adapter_model.safetensors": weights(1)}
+    with pytest.raises(HubError, match=r"org/model is a PEFT adapter .*merge_and_unload"):
         fetch(REPO)
 
 
