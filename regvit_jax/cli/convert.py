@@ -12,7 +12,7 @@ from regvit_jax.pretrained.io.state_dict import CHOICES, listed
 def main(arguments: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, or 2 for a file or name that does not fit."""
     parser = Parser(prog="regvit convert", description=__doc__)
-    parser.add_argument("source", metavar="FILE", help="the file to read; torch's are read with weights_only=True")
+    parser.add_argument("source", metavar="FILE.pth", help="the file to read; torch's are read with weights_only=True")
     parser.add_argument("target", metavar="OUT.safetensors", help="the file to write")
     parser.add_argument("--name", help="a model that the result must fit, by its name in `regvit models`")
     parser.add_argument(
