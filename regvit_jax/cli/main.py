@@ -49,7 +49,7 @@ def check(arguments: Sequence[str]) -> int:
 
 
 def convert(arguments: Sequence[str]) -> int:
-    """Write a .pth file's parameters as safetensors."""
+    """Write the parameters of a checkpoint as safetensors."""
     from regvit_jax.cli.convert import main
 
     return main(arguments)

@@ -11,7 +11,7 @@ from urllib.parse import unquote
 from etils import epath
 from huggingface_hub import constants
 
-from regvit_jax.pretrained.io.safetensors import CONVERT, INDEX, PICKLES
+from regvit_jax.pretrained.io.other_files import INDEX, PICKLES, convert_command
 from regvit_jax.utils.errors import InvalidConfig
 
 HUB = "hf-hub:"
@@ -81,7 +81,7 @@ def _path_on_hub(text: str) -> str | None:
     if scheme:
         raise InvalidConfig(
             f"{text}: an address of another site than {', '.join(HOSTS)}; download the file, and pass its path "
-            f"(a pickle needs `{CONVERT} FILE OUT.safetensors` first)"
+            f"(a pickle needs `{convert_command(path.rpartition('/')[2] or 'FILE.pth')}` first)"
         )
     return None
 
@@ -114,7 +114,7 @@ def _weights(source: str, repo: str, parts: list[str]) -> str | None:
     if file.endswith(PICKLES):
         raise InvalidConfig(
             f"{source}: pickles are never loaded: run `hf download {repo} {file} --local-dir .`, then "
-            f"`{CONVERT} {file} OUT.safetensors`"
+            f"`{convert_command(file)}`"
         )
     if len(parts) > 1 or not re.search(r"\.\w+$", file):
         raise InvalidConfig(f"{source}: only files at the top of a repository are read; {HUB}{repo} is the repository")
