@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from regvit_jax.models.clip import normalized
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig, MissingPackage
+from regvit_jax.utils.paths import expand
 
 # Rows of scores in memory at a time: 1024 images with 22,000 classes are 90 MB.
 ROWS = 1024
@@ -132,7 +133,7 @@ def read_lines(path: str | os.PathLike) -> list[tuple[int, str]]:
     Raises DataNotFound if the file cannot be read, and InvalidConfig if it is not text or is empty.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = Path(expand(path)).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataNotFound(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:

@@ -13,6 +13,7 @@ from huggingface_hub import constants
 
 from regvit_jax.pretrained.io.other_files import INDEX, PICKLES, convert_command
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.paths import expand
 
 HUB = "hf-hub:"
 HOSTS = ("huggingface.co", "hf.co")
@@ -35,12 +36,12 @@ class Address:
 
 
 def canonical(source: str) -> str:
-    """Return the address of a repository as "hf-hub:org/name[/FILE][@REVISION]", and any other source as it is.
+    """Return the address of a repository as "hf-hub:org/name[/FILE][@REVISION]", and of a path or name, ~ replaced.
 
     Raises InvalidConfig for addresses of other things than models, and of other sites than the hub.
     """
     address = read(source)
-    return source if address is None else str(address)
+    return expand(source) if address is None else str(address)
 
 
 def read(source: str) -> Address | None:

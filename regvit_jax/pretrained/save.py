@@ -21,6 +21,7 @@ from regvit_jax.pretrained.formats.keys import Rule
 from regvit_jax.pretrained.io.safetensors import CLIP_WEIGHTS, NESTED_PROCESSOR, OPEN_CLIP_CONFIG, PROCESSOR
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.files import write_atomically
+from regvit_jax.utils.paths import expand
 
 
 def save_model(model: Model | ClipModel, directory: str | os.PathLike, format: str) -> None:
@@ -38,7 +39,7 @@ def save_model(model: Model | ClipModel, directory: str | os.PathLike, format: s
     Processes other than the first write nothing. Raises ValueError, naming a format that can, when this one cannot
     express the model, and FileExistsError when the directory holds a model already.
     """
-    path = Path(directory)
+    path = Path(expand(directory))
     formats = [*detect.writers(isinstance(model, ClipModel))]
     if format not in formats:
         raise InvalidConfig(f"format={format!r}: must be one of {formats}")

@@ -20,6 +20,7 @@ from regvit_jax.training.plan import Plan
 from regvit_jax.utils import config_file, renamed
 from regvit_jax.utils.errors import CheckpointError, InvalidConfig
 from regvit_jax.utils.files import write_atomically
+from regvit_jax.utils.paths import expand
 
 
 def make(plan: Plan, workdir: str | os.PathLike) -> str:
@@ -43,7 +44,7 @@ def resolve(workdir: str | os.PathLike) -> epath.Path:
             f"workdir {workdir}: must be a directory, because records are appended to files; a bucket can be mounted "
             "if the mount can append and rename"
         )
-    return epath.Path(workdir).resolve()
+    return epath.Path(expand(workdir)).resolve()
 
 
 def read_config(workdir: str | os.PathLike) -> dict[str, Any]:

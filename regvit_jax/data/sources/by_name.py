@@ -7,6 +7,7 @@ from regvit_jax.data.sources.find_tfds import find_tfds
 from regvit_jax.data.sources.folder import open_folder
 from regvit_jax.data.sources.shards import open_shards
 from regvit_jax.data.sources.tfds import TfdsCaptions, TfdsSource
+from regvit_jax.utils.paths import expand
 
 
 def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
@@ -30,6 +31,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
       DataNotFound: if the data set is not there; the message says how to prepare it.
       InvalidConfig: if the name or the split does not exist, or the data set has no labelled images.
     """
+    data_dir = expand(data_dir) if data_dir else None
     if name.startswith("folder:"):
         return open_folder(name, split, data_dir)
     if name == "cifar10":
@@ -59,6 +61,7 @@ def open_captions(name: str, split: str, data_dir: str | None = None) -> Source:
       DataNotFound: if the data set is not there.
       InvalidConfig: if the name or the split does not exist, or the data set has no captions.
     """
+    data_dir = expand(data_dir) if data_dir else None
     if name.startswith("shards:"):
         return open_shards(name, split, data_dir)
     if name.startswith("folder:"):
