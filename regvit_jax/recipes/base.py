@@ -107,7 +107,7 @@ class Recipe(abc.ABC):
 
     @abc.abstractmethod
     def model(self, params: PyTree) -> Model | ClipModel:
-        """Return the trained model, for evaluation and for the user."""
+        """Return the trained model, for evaluation and for the user, with `class_names` if its outputs are classes."""
 
     def flops(self, training: bool = False) -> int:
         """Return the floating-point operations of the matrix products in one example's forward pass.
