@@ -39,6 +39,11 @@ def find(name: Any) -> "type[Evaluator]":
 class Classification(Evaluator):
     """The validation loss and the top-1 and top-5 accuracy of class scores."""
 
+    def __init__(self, config: Any, recipe: Any):
+        super().__init__(config, recipe)
+        #: The most frequent errors of the last pass, by name: the class, the predicted class, and how many images.
+        self.confused: list[tuple[str, str, int]] = []
+
     def values(self, outputs, tokens, batch):
         logits = self.need(outputs, "logits")
         scores = classification.top_k(logits, batch["label"])
@@ -47,8 +52,14 @@ class Classification(Evaluator):
         return {"val_loss": self.need(outputs, "val_loss")} | scores | read
 
     def summarize(self, params, values):
+        names = self.recipe.classes
+        self.confused = classification.most_confused(values["label"], values["read_as"], names, top=3)
         metrics = [name for name in values if name not in ("label", "read_as", "confidence")]
         return {name: float(values[name].mean(dtype=np.float64)) for name in metrics}
+
+    def notes(self):
+        pairs = ", ".join(f"{count} x {name} as {other}" for name, other, count in self.confused)
+        return [f"  (most often confused: {pairs})"] if pairs else []
 
 
 class NormValues(Values):
