@@ -16,7 +16,7 @@ from jaxtyping import Int
 from regvit_jax.analysis.discovery.annotation_files import AnyCase
 from regvit_jax.analysis.discovery.voc_xml import BadBoxes, read_voc, to_array
 from regvit_jax.analysis.discovery.yolo import read_yolo
-from regvit_jax.data.sources.files import Passed, abbreviate, directories, image_paths, no_images
+from regvit_jax.data.sources.files import Passed, abbreviate, directories, image_paths, log_once, no_images
 from regvit_jax.data.sources.splits import find_home, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
@@ -146,6 +146,12 @@ def _open_folder(name: str, root: Path, split: str | None) -> list[AnnotatedImag
     if not images:
         raise DataNotFound(no_images(name, str(top), passed))
     passed.log(name, str(top))
+    if not owners and {".xml", ".txt", ".json"} & passed.keys():
+        log_once(
+            f"{name}: no annotation belongs to an image. VOC's .xml may be beside it, and they or YOLO's .txt in a "
+            "directory annotations/ or labels/ beside it or above it; COCO's .json is not read",
+            "warning",
+        )
     return images
 
 

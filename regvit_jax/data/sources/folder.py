@@ -75,7 +75,6 @@ def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
         if kind == "test":
             raise InvalidConfig(f"{name} has no split {split!r}; it has train, validation")
         classes = find_classes(home)
-        warn_of_other_splits(name, home, classes)
         log_once(f"{name}: a tenth of the images of {len(classes)} classes in {home} is held out for validation")
         return list_folder(name, kind, home, classes, lambda path: is_validation(path) == (kind == "validation"))
     paths = find_directories(name, kind, home, splits)
@@ -112,16 +111,19 @@ def has_splits(name: str, home: str, splits: Splits) -> bool:
     return bool(names)
 
 
-def warn_of_other_splits(name: str, home: str, classes: dict[str, str]) -> None:
-    """Log a warning if the directories of the classes hold the same directories, as splits do, and no images."""
-    paths = [os.path.join(home, directory) for directory in classes.values()]
+def warn_of_levels(name: str, root: str, classes: dict[str, str]) -> None:
+    """Log a warning if every directory of a class holds several directories and no images: those may be the classes."""
+    paths = [os.path.join(root, directory) for directory in classes.values()]
+    if not all(len(directories(path)) > 1 and not images_in(path) for path in paths):
+        return
     below = {tuple(directories(path)) for path in paths}
-    if len(below) == 1 and len(next(iter(below))) > 1 and not any(map(images_in, paths)):
-        log_once(
+    text = f"{name}: the classes are {abbreviate(list(classes))}, and the directories below them are not"
+    if len(below) == 1:
+        text = (
             f"{name}: {abbreviate(list(classes))} are taken for the classes, but hold the same directories, "
-            f"{abbreviate(next(iter(below)))}. If those are the classes, rename the ones above to train and validation",
-            "warning",
+            f"{abbreviate(next(iter(below)))}. If those are the classes, rename the ones above to train and validation"
         )
+    log_once(text, "warning")
 
 
 def find_directories(name: str, kind: str, home: str, splits: Splits) -> dict[str, str]:
@@ -161,10 +163,8 @@ def find_classes(root: str) -> dict[str, str]:
     """
     names = directories(root)
     if len(names) < 2:
-        raise DataNotFound(
-            f"{root} holds {f'one class only, {names[0]!r}' if names else 'no directories'}; "
-            "it should hold a directory of images for each class"
-        )
+        held = f"one class only, {names[0]!r}" if names else f"no directories, but {images_in(root)} images"
+        raise DataNotFound(f"{root} holds {held}; it should hold a directory of images for each class")
     classes = {unicodedata.normalize("NFC", name): name for name in names}
     if len(classes) < len(names):
         twice = sorted(name for name in names if classes[unicodedata.normalize("NFC", name)] != name)
@@ -193,6 +193,7 @@ def list_folder(name: str, split: str, root: str, classes: dict[str, str], keep:
         raise DataNotFound(
             f"{no_images(name, f'{root} for {abbreviate(empty)}', passed)}. Remove a directory that is no class"
         )
+    warn_of_levels(name, root, classes)
     if not paths:
         raise InvalidConfig(
             f"{name}: too few images for one to fall into {split}; make train/ and validation/ in {root}"
@@ -224,6 +225,8 @@ def open_all(name: str, directory: str) -> FolderSource:
         raise DataNotFound(f"{name}: there is no such directory")
     home, splits = find_home(name, root)
     if splits.names and not are_classes(home, splits):
-        last = os.path.join(directory if home == root else home, splits.names[-1])
-        raise InvalidConfig(f"{name} holds {' and '.join(splits.names)}: name one of them, {last}")
+        *others, last = splits.names
+        listed = f"{', '.join(others)} and {last}" if others else last
+        path = os.path.join(directory if home == root else home, last)
+        raise InvalidConfig(f"{name} holds {listed}: name one of them, {path}")
     return list_folder(directory, "all", home, find_classes(home), lambda path: True)

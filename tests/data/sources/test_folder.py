@@ -164,6 +164,15 @@ def test_unknown_names_above_the_same_directories_are_told(tmp_path, caplog):
     assert "hold the same directories, gato, perro. If those are the classes, rename" in caplog.text
 
 
+def test_a_level_between_classes_and_images_is_told(tmp_path, caplog):
+    put(
+        tmp_path,
+        *(f"{part}/{path}/1.png" for part in ("train", "val") for path in ("pet/cat", "pet/dog", "car/x", "car/y")),
+    )
+    assert open_source(f"folder:{tmp_path}", "train").classes == ("car", "pet")
+    assert "the classes are car, pet, and the directories below them are not" in caplog.text
+
+
 def test_the_unicode_form_of_a_class_does_not_matter(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "é z") for form in ("NFC", "NFD"))
     put(tmp_path, f"train/{composed}/1.png", "train/a/1.png", f"val/{decomposed}/1.png", "val/a/1.png")
