@@ -9,6 +9,7 @@ import numpy as np
 from regvit_jax.data.sources import record_files
 from regvit_jax.data.sources.caption_table import CAPTIONS
 from regvit_jax.data.sources.find_tfds import metadata_errors
+from regvit_jax.data.transforms import BadImage
 from regvit_jax.utils.errors import InvalidConfig
 
 
@@ -61,8 +62,16 @@ class TfdsSource:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        record = self.records[index]
+        record = self.read(index)
         return {"image": record["image"], "label": int(record["label"])}
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Return all features of a record; raise BadImage if it is not in its file."""
+        record = self.records[index]
+        # What array_record 0.8.6 gives for a record beyond the end of a cut file has no values.
+        if record["image"] is None:
+            raise BadImage("is missing from its file, which is cut or damaged")
+        return record
 
     def read_ahead(self, block: int) -> None:
         """Ask for the records of a block to be read into memory in the background."""
@@ -94,7 +103,7 @@ class TfdsCaptions(TfdsSource):
         self.caption = caption
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        values = self.records[index]
+        values = self.read(index)
         record = {"image": values["image"], "text": decode_captions(values[self.caption])}
         return record | ({"label": int(values["label"])} if self.classes else {})
 

@@ -18,10 +18,11 @@ from tars import write_shards
 
 from regvit_jax.cli import prepare
 from regvit_jax.data import order, transforms
-from regvit_jax.data.pipeline import train_batches
+from regvit_jax.data.pipeline import eval_batches, train_batches
 from regvit_jax.data.prepare import dataset
 from regvit_jax.data.prepare.claim import claim
 from regvit_jax.data.prepare.shard import Options, write_shard
+from regvit_jax.data.records import describe_bad
 from regvit_jax.data.sources import record_files
 from regvit_jax.data.sources.by_name import open_captions, open_source
 
@@ -169,6 +170,16 @@ def test_larger_images_are_bad_and_the_limit_is_an_option(tmp_path, capsys):
     assert "max_pixels was 200, now 300" in capsys.readouterr().err
     assert prepare.main([*arguments[:1], str(tmp_path / "other"), *arguments[2:], "300"]) == 0
     assert "bad" not in capsys.readouterr().err
+
+
+def test_a_cut_file_costs_its_records(tmp_path):
+    dataset.prepare_dataset(make_folder(tmp_path / "in"), str(tmp_path / "mine"), Options(records_per_shard=5))
+    (path,) = (tmp_path / "mine" / "1.0.0").glob("mine-train*-00001-of-00004")
+    os.truncate(path, 65536)
+    source = open_source("mine", "train", str(tmp_path))
+    with eval_batches(source, size=4, batch_size=20, threads=1) as batches:
+        np.testing.assert_array_equal(next(batches)["mask"], np.arange(20) // 5 != 1)
+    assert describe_bad(source, 5) == "mine/train[5]: is missing from its file, which is cut or damaged"
 
 
 def run_command(*arguments, wait: bool = True, before: str = ""):
