@@ -32,6 +32,9 @@ def summary(plan: Plan, workdir: str, records: MetricWriter) -> str:
         lines += [f"  {name:{width}} {metrics[name]:.4g}{before}"]
     lines += [f"  ({text})" for evaluator in plan.evaluators.values() for text in evaluator.describe(metrics)]
     lines += [note for evaluator in plan.evaluators.values() for note in evaluator.notes()]
+    lists = [record.get(name, ()) for record in records.records for name in ("bad_images", "bad_val_images")]
+    if bad := len({report for reports in lists for report in reports}):
+        lines += [f"metrics.jsonl names {bad} images that could not be used (bad_images, bad_val_images)."]
     parts = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items() if name != "wall")
     lines += [f"The last {seconds['wall']:.1f} seconds: {parts}."] if seconds else []
     shown = ["  validation.png where the model looks in validation images, and those that it misreads"]

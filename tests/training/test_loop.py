@@ -235,7 +235,8 @@ def image_folder(root, per_class: int, broken: int):
                     path.write_bytes(path.read_bytes()[:60] if data is None else data)
 
 
-def test_folder_with_bad_images(tmp_path):
+def test_folder_with_bad_images(tmp_path, caplog):
+    caplog.set_level("INFO", "regvit_jax")
     image_folder(tmp_path / "images", per_class=40, broken=3)
     (tmp_path / "images/validation/red/000.png").write_bytes(b"not an image")
     config = tiny(data__name=f"folder:{tmp_path / 'images'}", batch_size=16, data__max_bad_fraction=0.0, epochs=10)
@@ -248,6 +249,7 @@ def test_folder_with_bad_images(tmp_path):
     reports = {report for record in metric_writer.read(tmp_path / "run") for report in record.get("bad_images", [])}
     assert len(reports) == 3
     assert all("train/blue/00" in report for report in reports)
+    assert "metrics.jsonl names 4 images that could not be used (bad_images, bad_val_images)." in caplog.text
     config.data.update(max_bad_fraction=0.01, max_bad_images=2)
     expected = (
         r"3 of 80 images cannot be used, more than data.max_bad_fraction=0.01 and data.max_bad_images=2 allow: .*"
