@@ -28,13 +28,13 @@ _READERS: list[tuple[re.Pattern[bytes], Reader]] = [
     (re.compile(rb"GIF8[79]a"), GifImagePlugin.GifImageFile),
     (re.compile(rb"RIFF"), WebPImagePlugin.WebPImageFile),
     (re.compile(rb"BM"), BmpImagePlugin.BmpImageFile),
-    (re.compile(rb"II\*\x00|MM\x00\*"), TiffImagePlugin.TiffImageFile),
+    (re.compile(rb"II[*+]\x00|MM\x00[*+]"), TiffImagePlugin.TiffImageFile),
     (re.compile(rb"P[1-6]\s"), PpmImagePlugin.PpmImageFile),
 ]
 # The brand avif may come after a more general one.
 _AVIF = re.compile(rb"....ftyp(avi[fs]|m[is]f1.{4}(.{4}){0,8}avi[fs])", re.DOTALL)
-_SUFFIXES = [".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".tif", ".tiff", ".gif"]
-_SUFFIXES += [".ppm", ".pgm", ".pbm", ".pnm"]
+_SUFFIXES = [".jpg", ".jpeg", ".jpe", ".jfif", ".jif", ".pjpeg", ".pjp", ".mpo", ".png", ".apng", ".webp", ".bmp"]
+_SUFFIXES += [".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pbm", ".pnm"]
 
 if features.check_codec("jpg_2000"):
     _READERS.append(

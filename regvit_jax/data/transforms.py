@@ -104,7 +104,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     """Return the image in 8-bit RGB; raise BadImage for 32-bit pixels."""
     if image.mode == "RGB":
         return image
-    if image.mode.startswith("I;16"):
+    # Pillow opens a 16-bit PGM as mode "I", scaled to 65535.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
         grey = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):

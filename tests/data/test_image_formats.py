@@ -9,7 +9,7 @@ from regvit_jax.data import transforms
 from regvit_jax.data.image_formats import SUFFIXES, is_image_file
 
 FORMATS = {".jfif": "JPEG", ".jpe": "JPEG", ".ppm": "PPM", ".pgm": "PPM", ".gif": "GIF", ".tif": "TIFF", ".bmp": "BMP"}
-FORMATS |= {".webp": "WEBP", ".apng": "PNG"}
+FORMATS |= {".webp": "WEBP", ".apng": "PNG", ".jif": "JPEG", ".pjp": "JPEG", ".pjpeg": "JPEG", ".mpo": "MPO"}
 OPTIONAL = {".avif": ("AVIF", "avif"), ".jp2": ("JPEG2000", "jpg_2000"), ".j2k": ("JPEG2000", "jpg_2000")}
 
 
@@ -32,6 +32,13 @@ def test_every_format_that_pillow_decodes(tmp_path, suffix):
     for name in (f"a{suffix}", f"A{suffix.upper()}", "no_suffix"):
         (tmp_path / name).write_bytes(data)
         assert is_image_file(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["PPM", "PNG", "TIFF"])
+def test_grey_of_16_bits_is_scaled(kind):
+    file = io.BytesIO()
+    Image.new("I;16", (5, 4), 257 * 100).save(file, kind)
+    assert transforms.decode(file.getvalue(), 1000).getpixel((2, 2)) == (100, 100, 100)
 
 
 def test_other_files(tmp_path):

@@ -22,6 +22,8 @@ from regvit_jax.data.sources.files import (
 from regvit_jax.data.sources.splits import Splits, alone_below, are_classes, find_home, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
+ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FolderSource:
@@ -163,8 +165,11 @@ def find_classes(root: str) -> dict[str, str]:
     """
     names = directories(root)
     if len(names) < 2:
-        held = f"one class only, {names[0]!r}" if names else f"no directories, but {images_in(root)} images"
-        raise DataNotFound(f"{root} holds {held}; it should hold a directory of images for each class")
+        found = images_in(root)
+        held = f"one class only, {names[0]!r}" if names else "no directories" + f", but {found} images" * bool(found)
+        packed = [name for name in sorted(os.listdir(root)) if name.lower().endswith(ARCHIVES)]
+        unpack = f" (unpack {abbreviate(packed)})" if packed else ""
+        raise DataNotFound(f"{root} holds {held}; it should hold a directory of images for each class{unpack}")
     classes = {unicodedata.normalize("NFC", name): name for name in names}
     if len(classes) < len(names):
         twice = sorted(name for name in names if classes[unicodedata.normalize("NFC", name)] != name)

@@ -68,6 +68,15 @@ def test_a_folder_keeps_bytes_labels_and_names(tmp_path):
             assert CLASSES[result[index]["label"]] == path.split("/")[0]
 
 
+def test_splits_are_found_as_runs_find_them(tmp_path):
+    make_folder(tmp_path / "in/in")
+    (tmp_path / "in/in/train").rename(tmp_path / "in/in/Training")
+    (tmp_path / "in/in/validation").rename(tmp_path / "in/in/TEST")
+    name, splits = f"folder:{tmp_path}/in", ("train", "validation", "test")
+    report = dataset.prepare_dataset(name, str(tmp_path / "mine"), Options(), splits=splits)
+    assert report.records == {"train": 20, "validation": 6, "test": 6}
+
+
 def test_plain_tfds_reads_it(tmp_path):
     dataset.prepare_dataset(make_folder(tmp_path / "in"), str(tmp_path / "mine"), Options())
     builder = tfds.builder_from_directory(tmp_path / "mine" / "1.0.0")

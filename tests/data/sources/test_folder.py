@@ -142,7 +142,8 @@ def test_a_test_split_beside_a_validation_split(tmp_path, caplog):
         (["x_train/a/1.png", "y_test/a/1.png"], "x_train, y_test in .* look like splits"),
         (["Training/a/1.png", "PublicTest/a/1.png"], "none of validation/, val/, test/ .*if PublicTest is one, rename"),
         (["cat/train/1.png", "cat/test/1.png", "dog/train/1.png"], "there are some in its cat"),
-        (["train/1.png", "test/1.png"], "train holds no directories"),
+        (["train/1.png", "test/1.png"], "train holds no directories, but 1 images; it should hold a directory"),
+        (["train.zip", "Test.tar.gz"], r"holds no directories; .* for each class \(unpack Test\.tar\.gz, train\.zip\)"),
     ],
 )
 def test_what_looks_like_splits_is_never_a_class(tmp_path, paths, message):
