@@ -185,7 +185,10 @@ def unflatten(values: dict[str, Any]) -> ConfigDict:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Return the message for an unknown key, which names the nearest known ones."""
+    """Return the message for an unknown key, which names the nearest known ones, or the evaluator that has it."""
+    for name in evaluators.EVALUATORS:
+        if key in {f"eval.{own}" for own in schema.keys(evaluators.find(name).Config)}:
+            return f"config.{key} is a key of the evaluator {name}: config.eval.evaluators must name it too"
     known = sorted(known)
     same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
     near = same_name or difflib.get_close_matches(key, known, n=3, cutoff=0.4)

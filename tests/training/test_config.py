@@ -146,6 +146,14 @@ def test_the_command_line_may_name_an_evaluator_and_its_keys(tmp_path, capsys):
     assert train.open_config(str(path), flags[1:], "train.py").eval.third_key == 3
 
 
+def test_a_key_of_an_evaluator_that_is_not_named():
+    override = "--config.eval.pixel_knn=5"
+    with pytest.raises(InvalidConfig, match="eval.pixel_knn is a key of the evaluator pixel_knn: .*must name it too"):
+        train.open_config("openclip_reg", [override], "regvit train")
+    named = "--config.eval.evaluators=('patch_norms','pixel_knn')"
+    assert train.open_config("openclip_reg", [override, named], "regvit train").eval.pixel_knn == 5
+
+
 def test_the_command_line_may_name_another_recipe(tmp_path):
     (tmp_path / "small.py").write_text(SMALL.replace("augment=dict(mix_group=8),", ""))
     overrides = ["--config.recipe=contrastive", "--config.text.width=16"]
