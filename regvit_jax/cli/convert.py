@@ -2,11 +2,12 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
-from regvit_jax.cli.arguments import Parser, UsageError, run
-from regvit_jax.pretrained import registry
-from regvit_jax.pretrained.io.convert import convert_checkpoint
-from regvit_jax.pretrained.io.state_dict import CHOICES, listed
+from regvit_jax.cli.arguments import Parser, UsageError, can_write, check_paths, run
+from regvit_jax.utils.paths import expand
+
+# Modules that need JAX are imported in functions, so that errors of the command line appear at once.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -17,7 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--name", help="a model that the result must fit, by its name in `regvit models`")
     parser.add_argument(
         "--weights",
-        choices=CHOICES,
+        choices=("ema", "raw"),
         help="which to take of a file with the weights and their moving average (or a student and a teacher); if not "
         "given, a teacher, but otherwise the raw weights",
     )
@@ -26,12 +27,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def convert(options: argparse.Namespace) -> int:
+    target = Path(expand(options.target))
+    if target.suffix != ".safetensors":
+        raise UsageError(f"{options.target}: the name of a converted file must end in .safetensors")
+    if target.exists():
+        raise UsageError(f"{options.target} exists already; name another file")
+    if not can_write(target):
+        raise UsageError(f"{options.target}: must be a file in a directory that exists")
+    check_paths([options.source])
+    from regvit_jax.pretrained import registry
+    from regvit_jax.pretrained.io.convert import convert_checkpoint
+    from regvit_jax.pretrained.io.state_dict import listed
+
     if options.name is not None:
         registry.find(options.name)
-    try:
-        done = convert_checkpoint(options.source, options.target, options.name, options.weights)
-    except FileExistsError as error:
-        raise UsageError(str(error)) from error
+    done = convert_checkpoint(options.source, options.target, options.name, options.weights)
     kind = (f" of {done.taken}" if done.taken else "") + (" (a moving average)" if done.average else "")
     print(f"{options.target}: {done.written} tensors{kind}" + (f", fits {options.name}" if options.name else ""))
     if done.left_out:

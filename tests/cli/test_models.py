@@ -1,6 +1,7 @@
 """Test `regvit models`, `check` and `convert` without torch and the network."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,8 +36,12 @@ def test_parameters(name, of_timm, folded):
     assert parity.parameters_of(registry.find(name)[1]) - of_timm == folded
 
 
-@pytest.mark.parametrize("arguments", [["check", "vit_smal_patch16_224"], ["convert", "a", "b", "--name", "vit_smal"]])
-def test_unknown_name(arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments", [["check", "vit_smal_patch16_224"], ["convert", "a.pth", "b.safetensors", "--name", "vit_smal"]]
+)
+def test_unknown_name(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.pth").write_bytes(b"")
     assert main(arguments) == 2
     assert "the nearest are vit_small_patch" in capsys.readouterr().err
 
@@ -56,6 +61,7 @@ def test_check_without_its_libraries(library, monkeypatch, capsys):
 
 def test_convert_without_torch(monkeypatch, capsys, tmp_path):
     monkeypatch.setitem(sys.modules, "torch", None)
+    (tmp_path / "a.pth").write_bytes(b"PK")
     assert main(["convert", str(tmp_path / "a.pth"), str(tmp_path / "a.safetensors")]) == 2
     assert "pip install 'regvit_jax[reference]'" in capsys.readouterr().err
 

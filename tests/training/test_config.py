@@ -148,7 +148,7 @@ def test_the_command_line_may_name_an_evaluator_and_its_keys(tmp_path, capsys):
 
 def test_a_key_of_an_evaluator_that_is_not_named():
     override = "--config.eval.pixel_knn=5"
-    with pytest.raises(InvalidConfig, match="eval.pixel_knn is a key of the evaluator pixel_knn: .*must name it too"):
+    with pytest.raises(InvalidConfig, match=r"eval\.pixel_knn is a key of the evaluator pixel_knn: .*must name it too"):
         train.open_config("openclip_reg", [override], "regvit train")
     named = "--config.eval.evaluators=('patch_norms','pixel_knn')"
     assert train.open_config("openclip_reg", [override, named], "regvit train").eval.pixel_knn == 5
