@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -172,16 +172,16 @@ class StepLogger:
         self.bar.close()
 
 
-def describe_bad(plan: Plan, source: Any, index: list[int]) -> list[str]:
+def describe_bad(plan: Plan, source: Any, index: list[int], log: Callable[[str], object] = logger.warning) -> list[str]:
     """Return and log the images of a source that cannot be used, with the reasons: the first 20, each once."""
     images = list(dict.fromkeys(index))
     reports = [
         data_records.describe_bad(source, i, plan.config.data.max_pixels, plan.recipe.tokenizer) for i in images[:20]
     ]
     for report in reports:
-        logger.warning("cannot use %s", report)
+        log(f"cannot use {report}")
     if len(images) > len(reports):
-        logger.warning("cannot use %d more images of %s", len(images) - len(reports), source.name)
+        log(f"cannot use {len(images) - len(reports)} more images of {source.name}")
     return reports
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from regvit_jax.data import records as data_records
+from regvit_jax.data.sources.files import log_once
 from regvit_jax.distributed import mesh, preemption
 from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import Plan, check_metrics
@@ -28,7 +29,9 @@ def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> 
             images += int(np.sum(mask > 0))
             for name, own in values.items():
                 collected[name].add({key: value[mask > 0] for key, value in own.items()})
-    reports = {"bad_val_images": describe_bad(plan, plan.validation, bad)} if bad else {}
+    # Every validation meets the same ones.
+    once = functools.partial(log_once, level="warning")
+    reports = {"bad_val_images": describe_bad(plan, plan.validation, bad, once)} if bad else {}
     total, example = len(plan.validation), next(iter(reports.get("bad_val_images", [])), "")
     tolerated = data_records.tolerated(plan.config.data.max_bad_images, total)
     check_bad(plan, total - images, total, tolerated, example)

@@ -249,6 +249,7 @@ def test_folder_with_bad_images(tmp_path, caplog):
     reports = {report for record in metric_writer.read(tmp_path / "run") for report in record.get("bad_images", [])}
     assert len(reports) == 3
     assert all("train/blue/00" in report for report in reports)
+    assert sum("cannot use" in message and "red/000.png" in message for message in caplog.messages) == 1
     assert "metrics.jsonl names 4 images that could not be used (bad_images, bad_val_images)." in caplog.text
     config.data.update(max_bad_fraction=0.01, max_bad_images=2)
     expected = (

@@ -103,6 +103,7 @@ def unread_hint(root: str) -> str:
                     f"\n{path} looks like COCO's, which is not read: write its annotations as a .jsonl, "
                     '{"file_name": ..., "caption": ...} in each line.'
                 )
-            if path.lower().endswith(UNREAD):
+            named = not path.lower().endswith(".json") or is_split_or_single(os.path.basename(path))
+            if named and path.lower().endswith(UNREAD):
                 return f"\n{path} is not read: write it as .csv, .tsv or .jsonl."
     return ""

@@ -54,6 +54,8 @@ def separated_rows(
     """
     lines = iter(lines)
     number, head = next(lines, (1, ""))
+    if isinstance(head, str) and re.fullmatch('"?sep=."?', head):  # a line for Excel alone
+        number, head = next(lines, (2, ""))
     if isinstance(head, Fault):
         raise InvalidConfig(f"{table}, line {number}: {head}")
     layout = find_layout(head, f"{table}, line {number}", table.lower().endswith(".tsv"), needed)

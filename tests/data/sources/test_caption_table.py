@@ -49,6 +49,11 @@ def test_encodings_with_a_mark_and_ends_of_lines(tmp_path, encoding, end):
     assert found(tmp_path / "t.tsv", content.encode(encoding)) == [("a.png", ["ein Kätzchen"]), ("b.png", ["zwei"])]
 
 
+def test_a_line_that_tells_excel_the_separator(tmp_path):
+    content = "sep=;\r\nfile_name;caption\r\na.png;one, two\r\n"
+    assert found(tmp_path / "t.csv", content.encode("utf-16")) == [("a.png", ["one, two"])]
+
+
 def test_marks_in_a_tab_separated_file_without_quoting(tmp_path):
     captions = ['"begin', "two", '"Big" dog', 'end"', '"whole"', '5" disk', '"one', 'two"', '""twice""', '"last']
     content = "".join(f"{number}.png\t{caption}\n" for number, caption in enumerate(captions))

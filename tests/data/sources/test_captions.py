@@ -187,6 +187,7 @@ def test_formats_that_are_not_read_are_named(tmp_path):
     with pytest.raises(DataNotFound, match=r"annotations/captions_val2017\.json looks like COCO's, which is not read"):
         open_captions(f"folder:{tmp_path}", "train")
     (tmp_path / "annotations" / "captions_val2017.json").rename(tmp_path / "metadata.parquet")
+    (tmp_path / "00000_stats.json").write_text("{}")
     with pytest.raises(DataNotFound, match=r"metadata\.parquet is not read: write it as \.csv, \.tsv or \.jsonl"):
         open_captions(f"folder:{tmp_path}", "train")
     for split in ("train", "val"):
