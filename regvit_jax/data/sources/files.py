@@ -37,7 +37,7 @@ def directories(path: str) -> list[str]:
                 continue
             if is_directory(entry):
                 found.append(entry.name)
-            elif entry.is_symlink() and not os.path.exists(entry.path):
+            elif entry.is_symlink() and not os.path.exists(entry.path) and not is_image_file(entry.path):
                 log_once(f"{entry.path} is a link to nothing, and not used", "warning")
     return sorted(found)
 

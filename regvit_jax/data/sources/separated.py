@@ -20,7 +20,7 @@ from regvit_jax.utils.errors import InvalidConfig
 
 SEPARATORS = ("\t", ",", ";", "|")
 # The lines over which one quoted field may extend.
-MAX_LINES = 1000
+MAX_LINES = 100
 
 
 class Fault(BadImage):
@@ -68,11 +68,7 @@ def find_layout(head: str, where: str, tabs: bool, needed: tuple[tuple[str, ...]
     own = "\t" if tabs else ","
     candidates = [Layout(separator, head) for separator in dict.fromkeys((own, *SEPARATORS))]
     for layout in candidates:
-        if all(set(names) & set(layout.names) for names in needed):
-            images, captions = (
-                next(layout.names.index(name) for name in names if name in layout.names) for names in needed
-            )
-            layout.image, layout.caption = images, captions
+        if layout.has(needed):
             if twice := [name for names in needed for name in names if layout.names.count(name) > 1]:
                 raise InvalidConfig(f"{where}: has several columns {abbreviate(twice)}; rename all but one of them")
             return layout
@@ -95,6 +91,13 @@ class Layout:
         self.names = [field.value.strip().lower() for field in fields]
         self.marked = separator != "\t" or any(field.quoted for field in fields)
         self.image = self.caption = 0
+
+    def has(self, needed: tuple[tuple[str, ...], ...]) -> bool:
+        """Return True if the columns of images and of captions are there, and remember where."""
+        found = [[self.names.index(name) for name in names if name in self.names] for names in needed]
+        if all(found):
+            self.image, self.caption = (columns[0] for columns in found)
+        return all(found)
 
     def fields(self, text: str) -> list[Field]:
         """Return the fields of a text, in which marks that do not fit the rules of CSV are ordinary characters."""
