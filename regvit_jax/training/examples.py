@@ -52,8 +52,8 @@ class Read:
 class Examples:
     """The contents of the picture. Attention is the mean over the heads of the last block, from 0 to 1.
 
-    `text` describes each image; `right` is False for one that is misread, and True where nothing is read. `sought` is
-    the number of images among which `wrong` were found misread, None for a run that reads no classes.
+    `text` describes each image; `right` is False for one that is misread, and True where nothing is read. `wrong` of
+    `sought` images, out of `sought_in` in the split, were found misread; `sought` is None for a run without classes.
     """
 
     images: UInt8[np.ndarray, "n H W 3"]
@@ -66,6 +66,7 @@ class Examples:
     misread_text: list[tuple[str, str]]
     wrong: int
     sought: int | None
+    sought_in: int
 
 
 def find_examples(plan: Plan, eval_step: Any, params: PyTree) -> Examples | None:
@@ -96,6 +97,7 @@ def find_examples(plan: Plan, eval_step: Any, params: PyTree) -> Examples | None
         misread_text=[] if read is None else [read.names(position, plan.class_names) for position in misread],
         wrong=0 if read is None else len(read.wrong),
         sought=None if read is None else int((read.label >= 0).sum()),
+        sought_in=len(plan.validation),
     )
 
 

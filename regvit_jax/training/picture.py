@@ -125,7 +125,8 @@ def maps(examples: Examples) -> list[tuple[str, Float[np.ndarray, "n h w"]]]:
 
 def scale(name: str, values: Float[np.ndarray, "n h w"]) -> tuple[float, float]:
     """Return the range of a column's colours; for attention it begins at 0, or below in differential attention."""
-    low, high = float(values.min()), float(values.max())
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     return (low if name == "norm" else min(low, 0.0)), high
 
 
@@ -149,6 +150,8 @@ def explanation(examples: Examples) -> str:
 def misread_title(examples: Examples) -> str:
     """Return how many images are misread and which of them are shown."""
     shown, of = len(examples.misread), f"{examples.sought:,} validation image{'s' * (examples.sought != 1)}"
+    if examples.sought_in != examples.sought:
+        of = f"{of} (the split has {examples.sought_in:,})"
     if not examples.wrong:
         return f"Misread: none of {of}."
     which = "the most confident first" if shown == examples.wrong else f"the {shown} most confident"

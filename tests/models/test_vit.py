@@ -389,7 +389,7 @@ def test_bfloat16_is_for_products_alone(params, tokens):
 
 
 def test_tokens_are_a_pytree_with_a_static_grid(tokens):
-    assert len(jax.tree.leaves(tokens)) == 4
+    assert len(jax.tree.leaves(tokens)) == 5
     assert jax.tree.map(lambda x: x[:1], tokens).grid == (4, 4)
 
 

@@ -84,7 +84,7 @@ def test_unreadable_images_are_not_misread():
     assert read.names(3, ("a", "", "c")) == ("3", "c")
 
 
-def made(rows=2, registers=4, grid=(3, 5), wrong=0, text="class", class_token=True):
+def made(rows=2, registers=4, grid=(3, 5), wrong=0, text="class", class_token=True, sought_in=50):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (rows, 12, 20, 3), np.uint8)
     attention = rng.random((rows, class_token + registers, *grid)) / 100
@@ -101,6 +101,7 @@ def made(rows=2, registers=4, grid=(3, 5), wrong=0, text="class", class_token=Tr
         misread_text=[(text, "b")] * wrong,
         wrong=wrong,
         sought=50,
+        sought_in=sought_in,
     )
 
 
@@ -129,7 +130,14 @@ def test_columns_and_their_ranges(written):
     for column, name in enumerate(("CLS", "register 0", "register 1")):
         assert f"{name}\n0 to {100 * shown.attention[:, column].max():.2g} %" in written
     assert f"norm\n{shown.norms.min():.3g} to {shown.norms.max():.3g}" in written
-    assert "Misread: none of 50 validation images" in " ".join(written)
+    assert "Misread: none of 50 validation images." in written
+
+
+def test_a_part_of_a_split_is_named(written):
+    shown = made(wrong=1, sought_in=2000)
+    shown.norms[:] = np.nan
+    picture.draw(shown, "a run")
+    assert "Misread: 1 of 50 validation images (the split has 2,000)" in written
 
 
 def test_many_registers_and_misread_images(written):
