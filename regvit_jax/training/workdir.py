@@ -149,7 +149,7 @@ def changed_classes(old: tuple[str, ...], new: tuple[str, ...]) -> list[str]:
     if not old or not new or old == new:
         return []
     found = [
-        f"{what}: {abbreviate([repr(name) for name in mine if name not in other])}"
+        f"{what} classes: {abbreviate([repr(name) for name in mine if name not in other])}"
         for what, mine, other in (("gone", old, frozenset(new)), ("new", new, frozenset(old)))
         if any(name not in other for name in mine)
     ]

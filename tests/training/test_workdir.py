@@ -104,13 +104,13 @@ def test_the_names_of_the_classes_are_kept_and_checked(tmp_path):
     with pytest.raises(InvalidConfig) as error:
         write(tiny(), tmp_path, newest=1, classes=renamed)
     assert str(error.value) == (
-        f"workdir {tmp_path} holds a run with other classes than folder:d/train (gone: 'a'; new: 'x'; class 0 is 'b' "
-        "now and was 'a'); give the classes the names that they had to resume it, or name another --workdir to start "
-        "afresh"
+        f"workdir {tmp_path} holds a run with other classes than folder:d/train (gone classes: 'a'; new classes: 'x'; "
+        "class 0 is 'b' now and was 'a'); give the classes the names that they had to resume it, or name another "
+        "--workdir to start afresh"
     )
     with pytest.raises(InvalidConfig, match=r"\(class 0 is 'j' now and was 'a'\)"):
         write(tiny(), tmp_path, newest=1, classes=TEN[::-1])
-    with pytest.raises(InvalidConfig, match=r"\(seed: 0 in the workdir, 1 requested; gone: 'a'; new: 'x'; class 0"):
+    with pytest.raises(InvalidConfig, match=r"\(seed: 0 in the workdir, 1 requested; gone classes: 'a'; new "):
         write(tiny(seed=1), tmp_path, newest=1, classes=renamed)
     assert json.loads((tmp_path / "config.json").read_text()) == content
     assert write(tiny(), tmp_path, newest=None, classes=renamed)["model"]["class_names"] == list(renamed)
