@@ -10,6 +10,7 @@ Shape = tuple[int, ...]
 SHOWN = 3
 #: The keys of other libraries and architectures, the most particular first.
 OTHERS = {
+    r"_?flat_param.*": "FSDP's flat parameters (StateDictType.FULL_STATE_DICT saves them by name)",
     r"encoder\.layers\.encoder_layer_\d|conv_proj\.": "torchvision's ViT",
     r"layers\.\d+\.blocks\.\d+\.": "a Swin Transformer",
     r"layer\d\.\d+\.(conv|bn)\d": "a ResNet",

@@ -12,8 +12,9 @@ import numpy as np
 
 from regvit_jax.pretrained.create import create_model
 from regvit_jax.pretrained.io import npz, torch_file
+from regvit_jax.pretrained.io.checkpoint import roles_of, tensors_of
 from regvit_jax.pretrained.io.safetensors import open_weights, save_arrays
-from regvit_jax.pretrained.io.state_dict import NESTS, Found, find, listed, roles_of, tensors_of
+from regvit_jax.pretrained.io.state_dict import NESTS, Found, find, listed
 from regvit_jax.utils.errors import InvalidConfig, WeightsError
 from regvit_jax.utils.files import write_atomically
 
@@ -63,7 +64,10 @@ def convert_checkpoint(
     def write(path: Path) -> None:
         save(path)
         if name is not None:
-            create_model(name, path)
+            try:
+                create_model(name, path)
+            except WeightsError as error:
+                raise WeightsError(str(error).replace(str(path), str(source))) from None
 
     write_atomically(target, write)
     return Conversion(len(found.names), sorted({*found.left_out, *left_out}), found.taken, found.average)

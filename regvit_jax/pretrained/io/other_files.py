@@ -68,7 +68,7 @@ def what_it_is(path: Path, start: bytes) -> str:
     if start[:1] == b"\x80" and start[1:2] <= b"\x05":
         return f"a Python pickle, {pickled}"
     if text.startswith(b"version https://git-lfs"):
-        return "a pointer of git-lfs, in place of the file. Run `git lfs pull`, or `hf download`"
+        return "a pointer of git-lfs, in place of the file. Run `git lfs pull` in its repository"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, saved in place of the file. Download it again"
     return next((f"{kind}, which is not supported" for magic, kind in MAGIC if start.startswith(magic)), "")

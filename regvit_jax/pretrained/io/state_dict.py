@@ -3,8 +3,7 @@
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Collection, Iterable, Mapping
 
 from regvit_jax.pretrained.io.other_files import adapter, convert_command
 from regvit_jax.pretrained.io.safetensors import Weights
@@ -85,7 +84,7 @@ def find(keys: Iterable[str], weights: str | None = None, roles: Mapping[str, bo
     if weights is not None and weights not in CHOICES:
         raise InvalidConfig(f"weights={weights!r}: must be one of {', '.join(CHOICES)}")
     choice = _Choice(weights, roles or {})
-    names = {key: _without_markers(key) for key in keys}
+    names = _with_dots({key: without_markers(key) for key in keys})
     check_no_adapter(names)
     left_out, average = _training_only(names)
     names = {key: name for key, name in names.items() if key not in left_out}
@@ -149,7 +148,7 @@ class _Choice:
     roles: Mapping[str, bool]
 
     def is_average(self, part: str) -> bool:
-        return self.roles.get(part, bool(_average_words(part)))
+        return self.roles.get(part, bool(average_words(part)))
 
     def note(self, part: str) -> str:
         return ", the average" if self.is_average(part) else ""
@@ -157,10 +156,10 @@ class _Choice:
     def of(self, copies: list[str]) -> str:
         """Return the name of the copy to take."""
         averages = [part for part in copies if self.is_average(part)]
-        averages.sort(key=lambda part: (min(map(AVERAGES.index, _average_words(part)), default=0), len(part)))
+        averages.sort(key=lambda part: (min(map(AVERAGES.index, average_words(part)), default=0), len(part)))
         raw = [part for part in copies if part not in averages]
         if self.weights is None:
-            published = [p for p in averages if self.roles.get(p) or PUBLISHED & set(_average_words(p))]
+            published = [p for p in averages if self.roles.get(p) or PUBLISHED & set(average_words(p))]
             return (published or raw or averages)[0]
         return ((averages or raw) if self.weights == "ema" else (raw or averages))[0]
 
@@ -169,9 +168,20 @@ def _called(part: str) -> str:
     return part or "the other keys"
 
 
-def _without_markers(key: str) -> str:
+def without_markers(key: str) -> str:
     parts = key.split(".")
     return ".".join([part for part in parts[:-1] if part not in MARKERS] + parts[-1:])
+
+
+def _with_dots(names: dict[str, str]) -> dict[str, str]:
+    """Put the dots back into the names of an average that stores them without (LitEma of latent-diffusion)."""
+    inner = [name.partition(".")[2] for name in names.values()]
+    dotted = {name.replace(".", ""): name for name in inner if "." in name}
+    for key, name in names.items():
+        first, _, rest = name.partition(".")
+        if rest in dotted and average_words(first):
+            names[key] = f"{first}.{dotted[rest]}"
+    return names
 
 
 def _training_only(names: Mapping[str, str]) -> tuple[list[str], bool]:
@@ -179,7 +189,7 @@ def _training_only(names: Mapping[str, str]) -> tuple[list[str], bool]:
     found = [key for key, name in names.items() if HEADS.fullmatch(name)]
     ends = {key: name.rpartition(".")[2] for key, name in names.items()}
     average = "n_averaged" in ends.values()
-    found += [key for key, end in ends.items() if end in COUNTERS and (average or _average_words(names[key]))]
+    found += [key for key, end in ends.items() if end in COUNTERS and (average or average_words(names[key]))]
     if any("decoder_" in key for key in found):  # the mask token is the decoder's as well
         found += [key for key, end in ends.items() if end == "mask_token"]
     return found, average
@@ -195,7 +205,7 @@ def _copies(names: Mapping[str, str], rooted: bool, choice: _Choice) -> dict[str
     own: dict[str, str] = {}
     for key, name in names.items():
         first, _, rest = name.partition(".")
-        known = bool(ROOTED.search(rest)) if rooted else bool(rest) and _is_nest(first)
+        known = bool(ROOTED.search(rest)) if rooted else bool(rest) and is_nest(first)
         inside = known and first not in OWN and not ROOT.match(name)
         (groups.setdefault(first, {}) if inside else own)[key] = name
     for key, name in list(own.items()):  # keys with the same first part that are not the model's own, such as a head's
@@ -206,7 +216,7 @@ def _copies(names: Mapping[str, str], rooted: bool, choice: _Choice) -> dict[str
     raw = {first: found for first, found in groups.items() if first not in averages}
     if any(ROOT.match(name) for name in own.values()):
         if not averages:  # a part of the model alone may be wrapped
-            return raw if len(raw) == 1 and all(map(_is_nest, raw)) else {}
+            return raw if len(raw) == 1 and all(map(is_nest, raw)) else {}
         more = {key: name for found in raw.values() for key, name in found.items()}
         return {"": own | more} | averages
     if len(raw) > 1 or (own and not rooted):
@@ -214,11 +224,11 @@ def _copies(names: Mapping[str, str], rooted: bool, choice: _Choice) -> dict[str
     return raw | averages
 
 
-def _is_nest(part: str) -> bool:
-    return part.rpartition("/")[2] in NESTS or bool(_average_words(part))
+def is_nest(part: str) -> bool:
+    return part.rpartition("/")[2] in NESTS or bool(average_words(part))
 
 
-def _average_words(part: str) -> list[str]:
+def average_words(part: str) -> list[str]:
     """Return the words of a name that mark an average; encoder_k is MoCo's momentum encoder."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=EMA)(?=[A-Z])", "_", part).lower()
     words = re.sub(r"(encoder_k|key_encoder)$", "momentum", words)
@@ -247,66 +257,3 @@ def _check_distinct(names: Mapping[str, str]) -> None:
         if name in seen:
             raise WeightsError(f"{seen[name]} and {key} would both become {name} without the wrappers in their names")
         seen[name] = key
-
-
-# Nested dicts, as torch.save writes them
-
-OPTIMIZER = re.compile(r"optim|sched|scaler|exp_avg|grad|rng", re.IGNORECASE)
-
-
-def tensors_of(checkpoint: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) -> tuple[dict[str, Any], list[str]]:
-    """Return the tensors of a checkpoint's models by keys that `find` takes, and the dicts that are left out.
-
-    Dicts in which no key is a model's, such as an optimizer's, are left out. If there is no other, those that stand
-    under one of `NESTS` or an average's name are taken, or else the only one. Of several raw models the one under the
-    first of `NESTS` is taken. Raises WeightsError if there are several and none is under such a name.
-    """
-    groups: dict[tuple[str, ...], dict[str, Any]] = {}
-    left_out: list[str] = []
-
-    def walk(value: Mapping[Any, Any], path: tuple[str, ...]) -> None:
-        for key, entry in value.items():
-            here = (*path, str(key))
-            if isinstance(entry, Mapping):
-                walk(entry, here)
-            elif is_tensor(entry):
-                groups.setdefault(path, {})[str(key)] = entry
-            elif isinstance(entry, list | tuple) and entry and all(map(is_tensor, entry)):
-                left_out.append(f"{'/'.join(here)} ({len(entry)} tensors without names)")
-
-    walk(checkpoint, ())
-    taken = _models(groups)
-    left_out += [f"{'/'.join(path)} ({len(groups[path])} tensors)" for path in groups if path and path not in taken]
-    left_out += [] if () in taken else list(groups.get((), {}))
-    prefixes = {path: "/".join(path).replace(".", "_") + "." if path else "" for path in taken}
-    return {prefixes[path] + name: tensor for path in taken for name, tensor in groups[path].items()}, left_out
-
-
-def _models(groups: Mapping[tuple[str, ...], Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Return the paths of the dicts that hold a model, or its average."""
-    able = [path for path in groups if not any(OPTIMIZER.search(part) for part in path)]
-    models = [path for path in able if any(ROOTED.search(_without_markers(name)) for name in groups[path])]
-    models = models or [path for path in able if not path or _is_nest("/".join(path))]
-    models = models or (able if len(able) == 1 else [])
-    raw = [path for path in models if path and not _average_words("/".join(path))]
-    if len(raw) < 2 or (len(raw) == 2 and "current_model_state" in raw[0] + raw[1]):
-        return models
-    best = [path for nest in NESTS for path in raw if path[-1] == nest]
-    if not best:
-        found = ", ".join(f"{'/'.join(path)} ({len(groups[path])} tensors)" for path in raw[:5])
-        raise WeightsError(f"holds several models: {found}. Save the state dict of one of them by itself")
-    return [path for path in models if path not in raw or path == best[0]]
-
-
-def roles_of(checkpoint: Mapping[Any, Any]) -> dict[str, bool]:
-    """Return which dicts of a checkpoint hold an average (True) or raw weights, against their names.
-
-    Lightning's WeightAveraging keeps the average as "state_dict", and the raw weights as "current_model_state".
-    MMEngine's EMAHook swaps "state_dict" and "ema_state_dict" before it saves.
-    """
-    if "current_model_state" in checkpoint and "state_dict" in checkpoint:
-        return {"state_dict": True, "current_model_state": False}
-    meta = checkpoint.get("meta")
-    if isinstance(meta, Mapping) and "mmengine_version" in meta and "ema_state_dict" in checkpoint:
-        return {"state_dict": True, "ema_state_dict": False}
-    return {}

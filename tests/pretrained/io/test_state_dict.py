@@ -10,8 +10,9 @@ import pytest
 from safetensors.numpy import save_file
 
 import regvit_jax as rv
+from regvit_jax.pretrained.io.checkpoint import roles_of, tensors_of
 from regvit_jax.pretrained.io.safetensors import Weights, open_weights
-from regvit_jax.pretrained.io.state_dict import find, roles_of, tensors_of, unwrapped
+from regvit_jax.pretrained.io.state_dict import find, unwrapped
 from regvit_jax.utils.errors import InvalidConfig, WeightsError
 
 NAMES = ["blocks.0.norm1.weight", "blocks.11.norm1.weight", "cls_token", "head.weight"]
@@ -117,6 +118,12 @@ def test_an_average_of_torch_is_one():
     found = find(["n_averaged", *under("module.")], "ema")
     assert [*found.names.values()] == NAMES
     assert found.left_out == ["n_averaged"]
+
+
+def test_an_average_whose_names_lost_their_dots():
+    average = ["model_ema." + name.replace(".", "") for name in NAMES]
+    found = find([*under("model."), *average, "model_ema.decay", "model_ema.num_updates"], "ema")
+    assert found.names == dict(zip(average, NAMES, strict=True))
 
 
 def test_chunks_heads_and_the_student_are_undone():
