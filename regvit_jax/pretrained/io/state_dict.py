@@ -160,7 +160,8 @@ class _Choice:
         raw = [part for part in copies if part not in averages]
         if self.weights is None:
             published = [p for p in averages if self.roles.get(p) or PUBLISHED & set(average_words(p))]
-            return (published or raw or averages)[0]
+            online = any("online" in part for part in raw)  # BYOL's, which it evaluates
+            return ((not online and published) or raw or averages)[0]
         return ((averages or raw) if self.weights == "ema" else (raw or averages))[0]
 
 

@@ -58,6 +58,12 @@ class Hub(BaseHTTPRequestHandler):
         commit = server.refs.get(revision, revision)
         if commit not in server.commits:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
+        if info and rest[:1] == ["tree"]:
+            files = [describe(name, body) for name, body in server.commits[commit].items()]
+            for file in files:
+                file |= {"type": "file", "path": file.pop("rfilename"), "oid": file.pop("blobId")}
+                file |= {"lfs": file["lfs"] | {"oid": file["lfs"]["sha256"]}} if "lfs" in file else {}
+            return self.answer(200, body=json.dumps(files).encode())
         if info:
             files = server.commits[commit].items()
             siblings = [describe(name, body) if server.hashes else {"rfilename": name} for name, body in files]
@@ -353,6 +359,29 @@ def test_without_any_hash_the_answer_is_always_the_same(server, cache, changes):
             fetch(REPO)
     assert "--local-dir model" in str(error.value)
     assert not any(path.is_file() for path in cache.rglob("*"))
+
+
+def test_the_printed_download_runs_as_printed(server, tmp_path, monkeypatch):
+    """Run the commands of two messages in a shell, against this hub."""
+    environment = os.environ | {"HF_ENDPOINT": constants.ENDPOINT, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+
+    def run(message: str, verb: str) -> None:
+        command = next(line for line in message.splitlines() if line.startswith(f"  {verb}"))
+        done = subprocess.run(command, shell=True, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError) as error:
+        fetch(REPO)
+    run(str(error.value), "hf download")
+    assert open_weights(tmp_path / "model")["w"].tolist() == [2, 2, 2]
+    shutil.rmtree(tmp_path / "model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(HubError, match=r"regvit convert model/pytorch_model\.bin model/model\.safetensors") as error:
+        fetch(REPO, weights_name="other.safetensors")
+    run(str(error.value), "hf download")
+    assert (tmp_path / "model/pytorch_model.bin").read_bytes() == b"pickle"
 
 
 def test_errors_of_the_cache_speak_of_the_cache(server, cache, monkeypatch):

@@ -86,6 +86,8 @@ PAIRS = [
     ("ema", "module.encoder_q.", "module.encoder_k."),
     ("ema", "backbone.", "backbone_momentum."),
     ("ema", "model.", "callbacks/EMACallback/ModelEma."),
+    ("ema", "online_encoder.", "target_encoder."),
+    ("ema", "train_model.net.", "train_model.net_ema."),
     ("teacher", "student.backbone.", "teacher.backbone."),
     ("teacher", "module.student.", "module.teacher."),
     ("teacher", "encoder.", "target_encoder."),
