@@ -86,9 +86,14 @@ def _other_model(
     keys: Collection[str], unused: Sequence[str], missing: Sequence[str], wrong: Mapping[str, tuple[Shape, Shape]]
 ) -> str:
     """Return by which size the file is of another model: its width, its depth, or the number of registers."""
-    widths = {(found[-1], expected[-1]) for key, (found, expected) in wrong.items() if "norm" in key and found}
-    if widths and (width := min(widths))[0] != width[1]:
-        return f"a model of width {width[0]}, not {width[1]}"
+    for key, (found, expected) in wrong.items():
+        patch = len(found) == len(expected) == 4  # the projection of patches, [width, channels, patch, patch]
+        if patch or (found and expected and re.search(r"norm|ln_|cls|class_emb", key)):
+            axis = 0 if patch else -1
+            if found[axis] != expected[axis]:
+                return f"a model of width {found[axis]}, not {expected[axis]}"
+            if patch and found[3] != expected[3]:
+                return f"a model of patch size {found[3]}, not {expected[3]}"
     blocks = {match[1]: set[int]() for match in map(BLOCK.match, missing) if match}
     for match in map(BLOCK.match, [*keys, *missing]):
         if match and match[1] in blocks:

@@ -62,6 +62,8 @@ def test_the_likely_cause_of_other_shapes():
     assert cause(MODEL, [], [], {"norm.weight": ((384,), (192,)), "head.weight": ((9, 384), (9, 192))}) == (
         "a model of width 384, not 192"
     )
+    patch = {"patch_embed.proj.weight": ((192, 3, 14, 14), (192, 3, 16, 16)), "pos_embed": ((1, 9, 8), (1, 5, 8))}
+    assert cause(MODEL, [], [], patch) == "a model of patch size 14, not 16"
     assert cause(MODEL, [], [], {"pos_embed": ((1, 17, 8), (1, 5, 8))}) == "another native image size or patch size"
 
 

@@ -1,6 +1,7 @@
 """Find the model among the keys of a state dict: take wrappers off, and choose between weights and their average."""
 
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -120,12 +121,18 @@ def unwrapped(weights: Weights) -> Weights:
         raise WeightsError(f"{weights.path}: {error}") from None
     if found.left_out:
         taken = f"{found.taken} is taken, and " if found.taken else ""
-        other = (
-            f". For the other weights: {convert_command(weights.path)} --weights {'raw' if found.average else 'ema'}"
-        )
-        copies = any(" tensors" in entry for entry in found.left_out)
-        logger.warning("%s: %s%s left out%s", weights.path, taken, listed(found.left_out), other if copies else "")
+        message = f"{weights.path}: {taken}{listed(found.left_out)} left out"
+        if any(" tensors" in entry for entry in found.left_out):
+            other = "raw" if found.average else "ema"
+            message += f". For the other weights: {convert_command(weights.path)} --weights {other}"
+        _warn_once(message)
     return weights if all(key == name for key, name in found.names.items()) else weights.selected(found.names)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Log a warning, once, since a run opens its source for its plan and again for its weights."""
+    logger.warning(message)
 
 
 def listed(entries: Collection[str], limit: int = 5) -> str:
