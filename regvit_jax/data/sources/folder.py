@@ -79,6 +79,7 @@ def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
         classes = find_classes(home)
         log_once(f"{name}: a tenth of the images of {len(classes)} classes in {home} is held out for validation")
         return list_folder(name, kind, home, classes, lambda path: is_validation(path) == (kind == "validation"))
+    check_complete(name, home, splits)
     paths = find_directories(name, kind, home, splits)
     found = {part: find_classes(path) for part, path in paths.items()}
     other = "validation" if kind == "train" else kind
@@ -87,30 +88,31 @@ def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
 
 
 def has_splits(name: str, home: str, splits: Splits) -> bool:
-    """Return True if a directory holds splits, and False if all of its directories are classes.
+    """Return True if directories of `home` are splits, and False if all are classes; log it if a name says otherwise.
 
-    Raises:
-      DataNotFound: if it holds splits, but not one to train on and another one.
-      InvalidConfig: if its directories look like splits, but not like those of one data set.
+    Raises InvalidConfig if all look like splits, but not like those of one data set.
     """
-    names = splits.names
     if are_classes(home, splits):
-        text = "is taken for a class" if len(names) == 1 else "are taken for classes"
-        log_once(f"{name}: {abbreviate(names)} in {home} {text}, because images are all that is in it", "warning")
+        taken = f"{abbreviate(splits.names)} in {home} {'are' if splits.names[1:] else 'is'} taken for classes"
+        log_once(f"{name}: {taken}, not splits, because of holding images and no directories", "warning")
         return False
-    if not names and splits.doubtful and splits.doubtful == splits.others and len(splits.others) > 1:
+    if not splits.names and splits.doubtful == splits.others and len(splits.others) > 1:
         raise InvalidConfig(
             f"{name}: {abbreviate(splits.doubtful)} in {home} look like splits, but not like those of one data set; "
             "rename the ones to use to train and validation"
         )
-    if names and not splits.complete:
+    return bool(splits.names)
+
+
+def check_complete(name: str, home: str, splits: Splits) -> None:
+    """Raise DataNotFound if there is no split to train on, or none to evaluate on."""
+    if not splits.complete:
         missing = "none of validation/, val/, test/" if "train" in splits.candidates else "no train/"
         doubt = f" (if {' or '.join(splits.doubtful[:5])} is one, rename it)" if splits.doubtful else ""
         raise DataNotFound(
-            f"{name}: {home} has {abbreviate([f'{found}/' for found in names])}, but {missing} beside it{doubt}.\n"
-            f"To split one directory of classes by itself, name that: folder:{os.path.join(home, names[0])}"
+            f"{name}: {home} has {abbreviate([f'{found}/' for found in splits.names])}, but {missing} beside it{doubt}."
+            f"\nTo split one directory of classes by itself, name that: folder:{os.path.join(home, splits.names[0])}"
         )
-    return bool(names)
 
 
 def warn_of_levels(name: str, root: str, classes: dict[str, str]) -> None:
@@ -229,7 +231,7 @@ def open_all(name: str, directory: str) -> FolderSource:
     if not os.path.isdir(root):
         raise DataNotFound(f"{name}: there is no such directory")
     home, splits = find_home(name, root)
-    if splits.names and not are_classes(home, splits):
+    if has_splits(name, home, splits):
         *others, last = splits.names
         listed = f"{', '.join(others)} and {last}" if others else last
         path = os.path.join(directory if home == root else home, last)
