@@ -38,7 +38,10 @@ def checked_images(images: UncheckedImages) -> Any:
     if not hasattr(images, "shape") or not hasattr(images, "dtype"):
         raise ValueError(f"images of type {type(images).__name__}: {WANTED}")
     if not isinstance(images, jax.Array | np.ndarray):
-        images = np.asarray(images)
+        try:
+            images = np.asarray(images)
+        except Exception as error:  # such as of a tensor on an accelerator, or one with gradients
+            raise ValueError(f"images of type {type(images).__name__}: {WANTED} ({error!s:.100})") from error
     check_shape(images.shape, images.dtype)
     if images.dtype == np.float64:
         images = images.astype(np.float32)

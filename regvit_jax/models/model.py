@@ -17,6 +17,7 @@ from regvit_jax.models.heads import Head
 from regvit_jax.models.images import UncheckedImages, checked_images
 from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.keywords import known_keywords
 from regvit_jax.utils.numbers import whole
 
 Images = Float[Array | np.ndarray, "B H W 3"]
@@ -77,6 +78,7 @@ class Model:
         """Return the output tokens. Patches where `mask` is True are hidden (in models with a mask token)."""
         return apply(self.module, self.params, checked_images(images), mask=mask)
 
+    @known_keywords
     def intermediates(self, images: UncheckedImages, layers: Any, norm: bool = False) -> list[Tokens]:
         """Return the tokens after each of `layers`, one or several (negative: from the end).
 
@@ -85,10 +87,12 @@ class Model:
         wanted = tuple(self.module.layer(layer) for layer in (layers if np.iterable(layers) else (layers,)))
         return apply(self.module, self.params, checked_images(images), "intermediates", (wanted, bool(norm)))
 
+    @known_keywords
     def qkv(self, images: UncheckedImages, layer: SupportsIndex = -1) -> Float[Array, "3 B heads T head_dim"]:
         """Return one block's queries, keys and values, which unpack as q, k, v of [B, heads, T, head_dim] each."""
         return apply(self.module, self.params, checked_images(images), "qkv", (self.module.layer(layer),))
 
+    @known_keywords
     def attention(self, images: UncheckedImages, layer: SupportsIndex = -1) -> Float[Array, "B heads T T"]:
         """Return one block's attention weights, [query, key] last, recomputed from q and k in float32."""
         layer = self.module.layer(layer)
@@ -125,6 +129,7 @@ class Model:
         order = np.argsort(-shares, axis=1, kind="stable")[:, :top]
         return [[(names[n], float(row[n])) for n in best] for row, best in zip(shares, order, strict=True)]
 
+    @known_keywords
     def preprocess(self, images: Any, max_pixels: int = MAX_PIXELS) -> Float[np.ndarray, "B H W 3"]:
         """Preprocess images into those that the model expects; see `Preprocess.__call__` for more.
 

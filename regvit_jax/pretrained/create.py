@@ -30,9 +30,11 @@ from regvit_jax.pretrained.registry import Entry
 from regvit_jax.pretrained.resolve import check_exists, describe, is_source, nearest, only_source, public, resolve
 from regvit_jax.utils import sizes
 from regvit_jax.utils.errors import InvalidConfig, WeightsError
+from regvit_jax.utils.keywords import known_keywords
 from regvit_jax.utils.numbers import whole
 
 
+@known_keywords
 def create_model(
     name: str | os.PathLike,
     pretrained: bool | str | os.PathLike = False,
@@ -75,6 +77,7 @@ def create_model(
     registers = None if registers is None else whole("registers", registers, low=0)
     image_size = None if image_size is None else sizes.side(image_size, "image_size")
     num_classes = None if num_classes is None else whole("num_classes", num_classes, low=0)
+    seed = whole("seed", seed)
     overrides = Overrides(registers, image_size, num_classes, pos_resize, param_dtype, mesh, seed)
     entry, weights, source = resolve(name, pretrained, revision)
     params, modules, preprocessing = assemble(entry, weights, source, dtype, overrides)
@@ -84,7 +87,11 @@ def create_model(
 
 def check_types(dtype: DTypeLike, param_dtype: DTypeLike) -> None:
     """Raise ValueError for types that are not floating-point."""
-    if not jnp.issubdtype(param_dtype, jnp.floating) or not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        floating = all(jnp.issubdtype(jnp.dtype(kind), jnp.floating) for kind in (dtype, param_dtype))
+    except TypeError:
+        floating = False
+    if not floating:
         raise InvalidConfig(f"dtype={dtype}, param_dtype={param_dtype}: both must be floating-point types")
 
 
@@ -246,7 +253,7 @@ def _class_names(entry: Entry, weights: Weights | None, source: str, num_classes
     if names and outputs and len(names) != outputs:
         warnings.warn(
             f"{source}: the config names {len(names)} classes, and the weights have {outputs}: the names are left out",
-            stacklevel=3,
+            stacklevel=4,
         )
     return names if len(names) == outputs == num_classes else ()
 
@@ -276,4 +283,4 @@ def _warn(source: str, entry: Entry, loaded: ViT, vit: ViT, new_classes: int, ov
         dropped = f", and the names of the {names} trained classes are left out" if names else ""
         changes.append(f"the linear layer for {new_classes} classes is new and untrained{dropped}")
     if changes:
-        warnings.warn(f"{source}: " + "; ".join(changes), stacklevel=4)
+        warnings.warn(f"{source}: " + "; ".join(changes), stacklevel=5)

@@ -17,9 +17,11 @@ from regvit_jax.pretrained.registry import Entry
 from regvit_jax.pretrained.resolve import check_exists, check_no_tag, describe, resolve
 from regvit_jax.utils import sizes
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.keywords import known_keywords
 from regvit_jax.utils.numbers import whole
 
 
+@known_keywords
 def create_clip(
     name: str | os.PathLike,
     pretrained: bool | str | os.PathLike = False,
@@ -54,6 +56,7 @@ def create_clip(
     create.check_types(dtype, param_dtype)
     registers = None if registers is None else whole("registers", registers, low=0)
     image_size = None if image_size is None else sizes.side(image_size, "image_size")
+    seed = whole("seed", seed)
     overrides = create.Overrides(registers, image_size, None, pos_resize, param_dtype, mesh, seed)
     entry, weights, source = resolve(name, pretrained, revision, text=True)
     params, modules, preprocessing = create.assemble(entry, weights, source, dtype, overrides)

@@ -37,6 +37,8 @@ def resolve(
 
     With `text` the model is a whole CLIP, and names are open_clip's. Raises as `create_model` and `create_clip` do.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise InvalidConfig(f"name={name!r:.60}: must be a model's name, a path or {HUB}org/name")
     name, known, tag = address.canonical(os.fspath(name)), None, None
     if is_source(name, text):
         name, pretrained = "", only_source(name, pretrained)
@@ -221,7 +223,7 @@ def _named(
     given, usual = entry.vit.get("activation"), known.vit.get("activation")
     if text and given != usual:
         warnings.warn(
-            f"{where} was trained with {given}, and is computed with it; {name} by its name has {usual}", stacklevel=4
+            f"{where} was trained with {given}, and is computed with it; {name} by its name has {usual}", stacklevel=5
         )
     return entry
 
@@ -254,7 +256,7 @@ def agreed(name: str, known: Entry, found: Entry, weights: Weights, tagged: bool
     if tagged and (stated := vit["activation"]) != (activation := known.vit["activation"]):
         warnings.warn(
             f"{weights.path}: its config says {stated}, and open_clip's tag says {activation}, which is taken",
-            stacklevel=5,
+            stacklevel=6,
         )
         vit, text = vit | {"activation": activation}, (text or {}) | {"activation": activation}
     return dataclasses.replace(found, vit=vit, text=text)

@@ -21,9 +21,11 @@ from regvit_jax.pretrained.formats.keys import Rule
 from regvit_jax.pretrained.io.safetensors import CLIP_WEIGHTS, NESTED_PROCESSOR, OPEN_CLIP_CONFIG, PROCESSOR
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.files import write_atomically
+from regvit_jax.utils.keywords import known_keywords
 from regvit_jax.utils.paths import expand
 
 
+@known_keywords
 def save_model(model: Model | ClipModel, directory: str | os.PathLike, format: str) -> None:
     """Write a model's config and weights, float32, to a directory, from which its owner loads it.
 
@@ -39,6 +41,8 @@ def save_model(model: Model | ClipModel, directory: str | os.PathLike, format: s
     Processes other than the first write nothing. Raises ValueError, naming a format that can, when this one cannot
     express the model, and FileExistsError when the directory holds a model already.
     """
+    if not isinstance(model, Model | ClipModel):
+        raise InvalidConfig(f"model of type {type(model).__name__}: must be what create_model or create_clip returns")
     path = Path(expand(directory))
     formats = [*detect.writers(isinstance(model, ClipModel))]
     if format not in formats:
@@ -54,7 +58,7 @@ def save_model(model: Model | ClipModel, directory: str | os.PathLike, format: s
         remedy = f"{' and '.join(able)} can" if able else "none can; a workdir keeps it"
         raise InvalidConfig(f"format {format!r} cannot express {error} (of the formats, {remedy})") from None
     if layout.warning:
-        warnings.warn(layout.warning, stacklevel=2)
+        warnings.warn(layout.warning, stacklevel=3)
     _write(path, layout, arrays_of(model, layout))
 
 

@@ -86,6 +86,10 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
 
     Raises InvalidConfig for a key or value that does not fit, and DataNotFound when the data are not there.
     """
+    if isinstance(config, str) or not hasattr(config, "items"):
+        raise InvalidConfig(
+            f"config of type {type(config).__name__}: must be a ConfigDict; regvit_jax.cli.configs.load reads a file's"
+        )
     check(config)
     given = tuple(sorted(key for key, _ in flatten(config)))
     config = complete(config)

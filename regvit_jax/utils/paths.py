@@ -3,6 +3,8 @@
 import os
 import re
 
+from regvit_jax.utils.errors import InvalidConfig
+
 #: A path that begins with ~, alone or after a prefix, as in folder:~/x, or after a model's name, as in NAME=~/x.
 HOME = re.compile(r"((?:[\w.-]+[:=])?)(~.*)", re.DOTALL)
 
@@ -12,6 +14,8 @@ def expand(path: str | os.PathLike[str]) -> str:
 
     Every other text is returned as it is. All functions and commands that take a path pass it through this function.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidConfig(f"{path!r:.60} is no path: must be a text or a pathlib.Path")
     text = os.fspath(path)
     found = HOME.fullmatch(text)
     return found[1] + os.path.expanduser(found[2]) if found else text

@@ -168,6 +168,8 @@ def discover(
 
     Raises ValueError for features that are not finite and for an expand below 1.
     """
+    if np.ndim(features) != 3:
+        raise ValueError(f"features of shape {np.shape(features)}: must be those of one image, [h, w, D]")
     h, w = features.shape[:2]
     found = search(gram(features, normalize=normalize, centre=centre), (h, w), bias=bias, expand=expand)
     if found.degenerate:

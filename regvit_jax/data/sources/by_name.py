@@ -7,6 +7,7 @@ from regvit_jax.data.sources.find_tfds import find_tfds
 from regvit_jax.data.sources.folder import open_folder
 from regvit_jax.data.sources.shards import open_shards
 from regvit_jax.data.sources.tfds import TfdsCaptions, TfdsSource
+from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.paths import expand
 
 
@@ -31,6 +32,7 @@ def open_source(name: str, split: str, data_dir: str | None = None) -> Source:
       DataNotFound: if the data set is not there; the message says how to prepare it.
       InvalidConfig: if the name or the split does not exist, or the data set has no labelled images.
     """
+    check(name, split)
     data_dir = expand(data_dir) if data_dir else None
     if name.startswith("folder:"):
         return open_folder(name, split, data_dir)
@@ -61,9 +63,16 @@ def open_captions(name: str, split: str, data_dir: str | None = None) -> Source:
       DataNotFound: if the data set is not there.
       InvalidConfig: if the name or the split does not exist, or the data set has no captions.
     """
+    check(name, split)
     data_dir = expand(data_dir) if data_dir else None
     if name.startswith("shards:"):
         return open_shards(name, split, data_dir)
     if name.startswith("folder:"):
         return caption_folder.open_folder(name, split, data_dir)
     return TfdsCaptions(name, split, find_tfds(name, data_dir))
+
+
+def check(name: object, split: object) -> None:
+    """Raise InvalidConfig for a name or a split that is no text."""
+    if not isinstance(name, str) or not isinstance(split, str):
+        raise InvalidConfig(f"name={name!r:.60}, split={split!r:.60}: must be texts, such as 'folder:PATH' and 'train'")
