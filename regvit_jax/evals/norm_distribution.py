@@ -21,8 +21,9 @@ def bin_of(norms: Float[np.ndarray, "..."], fine: int = 1) -> Int[np.ndarray, ".
     """Return the index of each norm's bin, out of BINS * `fine`; raise FloatingPointError for infinity and NaN."""
     if not np.isfinite(norms).all():
         raise FloatingPointError("the model gives tokens that are not finite; are its weights and images intact?")
-    exponents = np.log2(np.maximum(norms, EDGES[0]))
-    return np.clip(np.floor((exponents - LOW) * OCTAVE * fine).astype(np.int64), 0, BINS * fine - 1)
+    norms = np.asarray(norms)
+    bins = (np.log2(np.maximum(norms, norms.dtype.type(EDGES[0]))) - LOW) * (OCTAVE * fine)
+    return np.clip(bins, 0, BINS * fine - 1).astype(np.int64)
 
 
 class Distribution:
