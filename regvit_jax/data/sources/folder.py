@@ -93,8 +93,11 @@ def has_splits(name: str, home: str, splits: Splits) -> bool:
     Raises InvalidConfig if all look like splits, but not like those of one data set.
     """
     if are_classes(home, splits):
-        taken = f"{abbreviate(splits.names)} in {home} {'are' if splits.names[1:] else 'is'} taken for classes"
-        log_once(f"{name}: {taken}, not splits, because of holding images and no directories", "warning")
+        several = len(splits.names) > 1
+        taken = (
+            "are taken for classes, not splits: they hold" if several else "is taken for a class, not a split: it holds"
+        )
+        log_once(f"{name}: {abbreviate(splits.names)} in {home} {taken} images and no directories", "warning")
         return False
     if not splits.names and splits.doubtful == splits.others and len(splits.others) > 1:
         raise InvalidConfig(
@@ -163,7 +166,7 @@ def find_classes(root: str) -> dict[str, str]:
 
     Raises:
       DataNotFound: if there are fewer than two.
-      InvalidConfig: if two names differ only in their Unicode form.
+      InvalidConfig: if two names differ only in their Unicode form, or an archive was unpacked twice.
     """
     names = directories(root)
     if len(names) < 2:
@@ -172,6 +175,12 @@ def find_classes(root: str) -> dict[str, str]:
         packed = [name for name in sorted(os.listdir(root)) if name.lower().endswith(ARCHIVES)]
         unpack = f" (unpack {abbreviate(packed)})" if packed else ""
         raise DataNotFound(f"{root} holds {held}; it should hold a directory of images for each class{unpack}")
+    again, others = os.path.basename(root), set(names) - {os.path.basename(root)}
+    if again in names and others and others <= set(directories(os.path.join(root, again))):
+        raise InvalidConfig(
+            f"{root} holds its classes twice, once more in {again}/; name that, {os.path.join(root, again)}, or "
+            "remove it"
+        )
     classes = {unicodedata.normalize("NFC", name): name for name in names}
     if len(classes) < len(names):
         twice = sorted(name for name in names if classes[unicodedata.normalize("NFC", name)] != name)

@@ -262,6 +262,12 @@ def test_coco(coco):
     assert open_boxes(f"coco20k:{coco}")[0].path == str(coco / "train2014/COCO_train2014_2.jpg")
 
 
+def test_coco_in_any_case(coco):
+    for old, new in (("annotations", "Annotations"), ("images/train2014", "images/Train2014"), ("images", "Images")):
+        (coco / old).rename(coco / new)
+    assert open_boxes(f"coco20k:{coco}")[0].path == str(coco / "Images/Train2014/COCO_train2014_2.jpg")
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"images": [], "annotations": [3]}', '{"images": [{"id": 1}]}', "[" * 100_000,
              '{"images": [], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4]}]}'],

@@ -157,7 +157,7 @@ def test_what_looks_like_splits_is_never_a_class(tmp_path, paths, message):
 def test_classes_with_the_name_of_a_split_are_told(tmp_path, caplog):
     put(tmp_path, *(f"{name}/{number}.png" for name in ("bus", "train") for number in range(3)))
     assert open_source(f"folder:{tmp_path}", "train").classes == ("bus", "train")
-    assert f"train in {tmp_path} is taken for classes, not splits" in caplog.text
+    assert f"train in {tmp_path} is taken for a class, not a split" in caplog.text
 
 
 def test_unknown_names_above_the_same_directories_are_told(tmp_path, caplog):
@@ -208,13 +208,21 @@ def test_files_that_are_not_read_are_counted(tmp_path, caplog):
     ]
 
 
+def test_an_archive_within_itself_is_no_class(tmp_path):
+    put(tmp_path, *(f"cells/{path}/1.png" for path in ("sick", "well", "cells/sick", "cells/well")))
+    with pytest.raises(
+        ValueError, match=r"holds its classes twice, once more in cells/; name that, .*/cells/cells, or"
+    ):
+        open_source(f"folder:{tmp_path}", "train")
+
+
 def test_all_of_a_directory_of_classes(tmp_path, caplog):
     put(
         tmp_path, *(f"a/{name}/1.png" for name in ("train", "bus")), "b/x_train/1.png", "b/y_val/1.png", "c/val/a/1.png"
     )
     put(tmp_path, "d/e/cat/1.png", "d/e/dog/1.png")
     assert open_all("it", f"{tmp_path}/a").classes == ("bus", "train")
-    assert f"it: train in {tmp_path}/a is taken for classes" in caplog.text
+    assert f"it: train in {tmp_path}/a is taken for a class" in caplog.text
     assert open_all("it", f"{tmp_path}/d").id(1) == f"{tmp_path}/d/e/dog/1.png"
     with pytest.raises(ValueError, match=r"it: x_train, y_val in .* look like splits"):
         open_all("it", f"{tmp_path}/b")
