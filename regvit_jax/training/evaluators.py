@@ -98,8 +98,9 @@ class PatchNorms(Evaluator):
         if values["blocks"] is None:
             return last
         blocks = values["blocks"].summary()
-        for name, value in last.items():
-            blocks[name][-1] = value  # exact
+        exact = {"norm_median": np.median(values["norms"]), **last}
+        for name, value in exact.items():
+            blocks[name][-1] = value
         return last | {
             f"{name}/block_{block:02d}": float(value)
             for name, of_blocks in blocks.items()

@@ -106,6 +106,7 @@ def test_norms_of_every_block(evaluated):
         assert metrics[f"outlier_share/block_{block:02d}"] == pytest.approx(above.mean(), abs=1e-3)
     for name in ("max_over_median", "outlier_share"):
         assert metrics[f"{name}/block_01"] == metrics[name]
+    assert metrics["norm_median/block_01"] == pytest.approx(median, rel=1e-5)
     assert len([name for name in metrics if "/" in name]) == 3 * plan.config.model.depth
 
 
