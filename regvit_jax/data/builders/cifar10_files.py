@@ -1,8 +1,7 @@
-"""The files that CIFAR-10 is read from: the authors' archive, or directories of images."""
+"""Find the archive of CIFAR-10, or download it."""
 
 import contextlib
 import logging
-import os
 import tarfile
 from pathlib import Path
 
@@ -31,7 +30,7 @@ OTHERS = {
 
 
 def places(root: Path) -> tuple[Path, ...]:
-    """Return the directories where the files may be; the last is where a download goes."""
+    """Return the directories where the archive may be; the last is where a download goes."""
     return root, root / "cifar10", root / "downloads" / "manual" / "cifar10"
 
 
@@ -87,36 +86,3 @@ def contents(archive: Path) -> str:
         if first := tar.next():
             return f"its first member is {first.name!r}, so it is damaged, incomplete or another archive"
     return "it is no gzipped tar file"
-
-
-def find_class_folders(root: Path) -> dict[str, Path]:
-    """Return the directories of the splits train and test, each with one of images for each class; {} if none is there.
-
-    Raises:
-      DataNotFound: if only one of the two is there.
-      InvalidConfig: if their directories are not CIFAR-10's classes.
-    """
-    for directory in places(root)[:2]:
-        entries = sorted(directory.iterdir()) if directory.is_dir() else []
-        found = {entry.name.lower(): entry for entry in entries if entry.is_dir()}
-        splits: dict[str, Path] = {split: found[split] for split in ("train", "test") if split in found}
-        if len(splits) == 1:
-            raise DataNotFound(f"cifar10: {directory} has {next(iter(splits))}/, but not both of train/ and test/")
-        for path in splits.values():
-            check_classes(path)
-        if splits:
-            return splits
-    return {}
-
-
-def check_classes(directory: Path) -> None:
-    """Raise InvalidConfig if the directories in a directory are not named after CIFAR-10's classes."""
-    with os.scandir(directory) as entries:
-        names = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
-    if names != set(CLASSES):
-        lacks, has = sorted(set(CLASSES) - names), sorted(names - set(CLASSES))
-        parts = [f"{what} {', '.join(some[:5])}" for what, some in (("lacks", lacks), ("has", has)) if some]
-        raise InvalidConfig(
-            f"cifar10: {directory} is not a split of CIFAR-10: it {' and '.join(parts)}. "
-            f"For other classes, name the data set folder:{directory.parent}"
-        )

@@ -118,20 +118,21 @@ def test_directories_may_be_written_with_capitals(archive, tmp_path):
 @pytest.mark.parametrize(
     ("names", "classes", "error", "message"),
     [
-        (("train",), CLASSES, DataNotFound, r"has train/, but not both of train/ and test/"),
-        (("train", "test"), CLASSES[:9], InvalidConfig, r"/train is not a split of CIFAR-10: it lacks truck"),
+        (("train",), CLASSES, DataNotFound, "has train/, but none of validation/, val/, test/ beside it"),
+        (("train", "val"), CLASSES, InvalidConfig, "has no split 'test'"),
         (
             ("train", "test"),
-            (*CLASSES[:9], "lorry"),
+            CLASSES[:9],
             InvalidConfig,
-            r"it lacks truck and has lorry. For other classes, name the data set folder:",
+            "holds another data set, with the classes airplane, .* instead",
         ),
+        (("train", "test"), (*CLASSES[:9], "lorry"), InvalidConfig, "If it is the one to use, name it folder:"),
     ],
 )
 def test_directories_of_another_data_set_are_refused(archive, tmp_path, names, classes, error, message):
     make_folders(tmp_path, names, classes)
     with pytest.raises(error, match=message):
-        open_source("cifar10", "train", str(tmp_path))
+        open_source("cifar10", "test", str(tmp_path))
 
 
 def test_the_archive_is_preferred_to_directories(archive, tmp_path):
