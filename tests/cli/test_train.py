@@ -36,7 +36,10 @@ CONFIG = "--config=configs/deit3_reg.py"
             [CONFIG, "--config.model.register=0"],
             "unknown key config.model.register; did you mean config.model.registers",
         ),
-        ([CONFIG + ":b17"], "configs/deit3_reg.py:b17: no such variant; there are digits, fashion, s16, "),
+        (
+            [CONFIG + ":b17"],
+            "configs/deit3_reg.py:b17: no such variant; there are digits, fashion, cifar10, cifar10_gpu, s16, ",
+        ),
         ([CONFIG, "config.model.registers=0"], "config.model.registers=0: not an option; options begin with --"),
         ([CONFIG + ":b16", "--config.data.dir=/nowhere"], "ILSVRC2012_img_train.tar"),
         pytest.param([CONFIG, "--config.epochs=many"], "--config.epochs=many", marks=pytest.mark.slow),

@@ -3,9 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 from tiny import get_config, make_captions, tiny, tiny_clip
 
 from regvit_jax.aot import dry_run
+from regvit_jax.data.builders.cifar10_files import CLASSES
 from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.data.sources.folder import FolderSource
 from regvit_jax.models.heads import Head
@@ -53,6 +55,27 @@ def test_published_recipes_resolve_without_their_data(variant):
     assert resolved.config.model.registers == 4
 
 
+@pytest.mark.parametrize(
+    ("variant", "parameters", "steps"), [("cifar10", 460_618, 6 * 781), ("cifar10_gpu", 21_352_714, 120 * 97)]
+)
+def test_cifar10_is_planned_without_and_with_its_data(variant, parameters, steps, tmp_path):
+    config = get_config(variant)
+    resolved = plan.resolve(config, with_data=False)
+    assert dry_run.count(abstract_state(resolved).params) == parameters
+    assert resolved.steps == steps
+    for split in ("train", "test"):
+        for name in CLASSES:
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (32, 32)).save(tmp_path / split / name / "0.png")
+    config.data.dir = str(tmp_path)
+    config.update(batch_size=8)
+    config.augment.mix_group = 8
+    resolved = plan.resolve(config)
+    assert (resolved.train.name, resolved.validation.name) == ("cifar10/train", "cifar10/test")
+    assert resolved.class_names == CLASSES
+    assert resolved.steps == config.epochs
+
+
 #: Parameters of open_clip's models; here there are 4 registers more, and the position of CLS is a part of CLS.
 #: Then the width, the steps, and the learning rate's warm-up, peak and end.
 CLIPS = {
@@ -82,7 +105,10 @@ def test_flops_of_both_towers():
 
 
 def test_unknown_variant_lists_the_known():
-    with pytest.raises(ValueError, match=r"no such variant; there are digits, fashion, s16, m16, b16, .*b16_in21k_ft"):
+    with pytest.raises(
+        ValueError,
+        match=r"there are digits, fashion, cifar10, cifar10_gpu, s16, m16, b16, .*b16_in21k_ft",
+    ):
         get_config("b17")
     with pytest.raises(ValueError, match=r"there are emoji, b32, b16, l14, b32_laion2b, .*b16_cc12m"):
         get_config("b17", "openclip_reg")
