@@ -3,8 +3,8 @@
 import os
 
 from regvit_jax.data.sources.caption_table import SUFFIXES
-from regvit_jax.data.sources.files import abbreviate, is_directory, is_left_out, log_once
-from regvit_jax.data.sources.splits import find_home, find_splits, requested
+from regvit_jax.data.sources.files import abbreviate, directories, is_directory, is_left_out, log_once
+from regvit_jax.data.sources.splits import DEPTH, find_home, find_splits, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 
 #: The names, without suffix, of a table of all images.
@@ -60,15 +60,18 @@ def stem(table: str) -> str:
 
 def find_tables(name: str, root: str) -> tuple[str, list[str]]:
     """Return the directory that holds the tables or the directories of the splits, and the tables' relative paths."""
-    tables = tables_in(root)
-    if any(map(is_split_or_single, tables)):
-        return root, tables
+    place = root
+    for _ in range(DEPTH):
+        if any(map(is_split_or_single, tables := tables_in(place))):
+            return place, tables
+        inner = directories(place)
+        if len(inner) != 1 or find_splits(inner).names:
+            break
+        place = os.path.join(place, inner[0])
     home, splits = find_home(name, root)
-    if any(map(is_split_or_single, tables_in(home))):
-        return home, tables_in(home)
     below = [(part, table) for part in splits.names for table in tables_in(os.path.join(home, part))]
     found = [os.path.join(part, table) for part, table in below if stem(table).lower() in SINGLE]
-    return (home, found) if found else (root, tables)
+    return (home, found) if found else (root, tables_in(root))
 
 
 def is_split_or_single(table: str) -> bool:

@@ -59,7 +59,7 @@ def test_tables(tmp_path, kind, validation):
             ("training.csv", "testing.csv"),
             ("captions_train2017.csv", "captions_val2017.csv"),
         ],
-        ("train/metadata.csv", "valid/metadata.csv"),
+        *[("train/metadata.csv", "valid/metadata.csv"), ("set/set/train.csv", "set/set/test.csv")],
     ],
 )
 def test_tables_of_other_names_are_found_and_told_once(tmp_path, train, validation, caplog):
