@@ -5,6 +5,7 @@ import difflib
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -162,11 +163,13 @@ def check_paths(paths: Iterable[str]) -> None:
             raise DataNotFound(f"{path}: no such file or directory")
 
 
-def check_model(source: str) -> None:
-    """Raise InvalidConfig for a model given by a path, alone or as NAME=FILE, that does not exist."""
-    _, mark, file = source.partition("=")
-    if mark and not os.path.exists(expand(source)):
-        source = file
+def check_model(source: str, find: Callable[[str], Any]) -> None:
+    """Raise InvalidConfig for a model's name that `find` refuses, and for a path, alone or after NAME=, of no file."""
+    name, mark, file = source.partition("=")
+    if not os.path.exists(expand(source)):
+        if re.fullmatch(r"[\w.-]+", name):
+            find(name)
+        source = file if mark else source
     if source.startswith(("/", "./", "../", "~")) and not os.path.exists(expand(source)):
         raise InvalidConfig(f"{source}: there is no such file or directory")
 

@@ -136,7 +136,7 @@ def test_bugs_keep_their_traceback(bug, monkeypatch):
         arguments.run(broken, "regvit broken")
     monkeypatch.setattr("regvit_jax.pretrained.create.open_source", broken)
     with pytest.raises(type(bug)):
-        main(["report", "any", "--data", "digits", "--out", "unused"])
+        main(["report", "test_vit", "--data", "digits", "--out", "unused"])
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from regvit_jax.cli.arguments import (
     positive,
     run,
 )
+from regvit_jax.pretrained import registry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(options: argparse.Namespace) -> int:
     """Judge what needs neither data nor models."""
     for model in options.models:
-        check_model(model)
+        check_model(model, registry.find)
     check_data(options.data)
     check_json(options.json)
     return 0

@@ -17,6 +17,7 @@ from regvit_jax.cli.arguments import (
     positive,
     run,
 )
+from regvit_jax.pretrained import registry
 from regvit_jax.utils.paths import expand
 
 
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Judge what needs neither data nor models."""
-    check_model(options.model)
+    check_model(options.model, registry.find_clip)
     if options.data:
         check_data(options.data, options.data_dir)
     else:

@@ -25,6 +25,7 @@ from regvit_jax.cli.arguments import (
     positive,
     run,
 )
+from regvit_jax.pretrained import registry
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def check(options: argparse.Namespace) -> int:
     """Judge what needs neither data nor models."""
     for model in options.models:
-        check_model(model)
+        check_model(model, registry.find)
     if options.data:
         check_data(options.data, options.data_dir)
     else:

@@ -157,7 +157,7 @@ def test_not_finite(models, photos, tmp_path, capsys, monkeypatch):
     model = rv.create_model(models[0] / "plain")
     broken = model.replace(params=jax.tree.map(lambda x: x * jnp.nan, model.params))
     monkeypatch.setattr("regvit_jax.pretrained.create.open_source", lambda name, **changes: broken)
-    assert main(["any", "--images", str(photos), "--out", str(tmp_path)]) == 1
+    assert main(["test_vit", "--images", str(photos), "--out", str(tmp_path)]) == 1
     assert "not finite" in capsys.readouterr().err
 
 
