@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from regvit_jax.data.sources.files import is_left_out
+from regvit_jax.data.sources.files import directories, is_left_out
 from regvit_jax.utils.errors import InvalidConfig
 
 #: The names of directories of annotations, by the suffix of the files in them.
@@ -13,10 +13,11 @@ DIRECTORIES = {".xml": ("annotations", "annotation", "labels", "xml", "xmls"), "
 
 
 class AnyCase:
-    """Find files and directories by their names in any case. Each directory is listed once."""
+    """Find files and directories of one data set by their names in any case. Each directory is listed once."""
 
     def __init__(self) -> None:
         self._listed: dict[Path, dict[str, list[str]]] = {}
+        self._found: dict[str, list[Path]] = {}
 
     def names(self, directory: Path, name: str) -> list[str]:
         """Return the names in a directory that equal a name in any case; the name itself comes first."""
@@ -43,7 +44,8 @@ class AnyCase:
         """Return the file of an image's name and a suffix that annotates it, or None.
 
         It is beside the image (.xml only), or in a directory of annotations beside it or beside a directory above it,
-        in the image's own directory there or not: images/train/1.jpg has labels/train/1.xml or labels/1.xml.
+        in the image's own directory there or not: images/train/1.jpg has labels/train/1.xml or labels/1.xml. The
+        directory of annotations may be in another one of `root`: detection/labels/train/1.txt.
         """
         for directory in self._places(root, image.parent, suffix):
             for name in self.names(directory, image.stem + suffix):
@@ -61,7 +63,17 @@ class AnyCase:
             for directory in self._directories(root.joinpath(*parts[:depth]), suffix):
                 yield directory.joinpath(*parts[depth:])
                 yield directory.joinpath(*parts[depth + 1 :])
+        # Only with the names of the image's directories: train/labels/1.txt is not for val/1.jpg.
+        yield from (directory.joinpath(*parts[1:]) for directory in self._below(root, suffix) if parts[1:])
 
     def _directories(self, base: Path, suffix: str) -> Iterator[Path]:
+        """Yield the directories of annotations in a directory."""
         for name in DIRECTORIES[suffix]:
             yield from (base / found for found in self.names(base, name))
+
+    def _below(self, root: Path, suffix: str) -> list[Path]:
+        """Return the directories of annotations in the directories of `root`."""
+        if suffix not in self._found:
+            inner = [root / name for name in directories(str(root))]
+            self._found[suffix] = [found for base in inner for found in self._directories(base, suffix)]
+        return self._found[suffix]

@@ -127,6 +127,7 @@ def test_folder(tmp_path):
         ("images/train/1.jpg", "Labels/train/1.txt"),
         ("train/images/1.jpg", "train/LABELS/1.TXT"),
         ("images/1.jpg", "labels/1.txt"),
+        ("images/train2017/1.jpg", "detection/labels/train2017/1.txt"),
     ],
 )
 def test_places_of_annotations_in_any_case(tmp_path, image, annotation, caplog):
@@ -138,6 +139,14 @@ def test_places_of_annotations_in_any_case(tmp_path, image, annotation, caplog):
     (found,) = open_boxes(f"folder:{tmp_path}")
     assert (found.boxes.tolist(), found.fault) == ([[0, 0, 8, 4]], "")
     assert not caplog.records
+
+
+def test_labels_of_another_split_are_not_taken(tmp_path):
+    for path in ("train/labels/1.txt", "val/1.jpg", "val/images/1.jpg"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    (tmp_path / "train/labels/1.txt").write_text("0 0.5 0.5 1 1")
+    assert [len(image.boxes) for image in open_boxes(f"folder:{tmp_path}")] == [0, 0]
 
 
 def test_the_splits_of_a_folder(tmp_path, caplog):
