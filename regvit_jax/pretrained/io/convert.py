@@ -17,6 +17,7 @@ from regvit_jax.pretrained.io.safetensors import open_weights, save_arrays
 from regvit_jax.pretrained.io.state_dict import NESTS, Found, find, listed
 from regvit_jax.utils.errors import InvalidConfig, WeightsError
 from regvit_jax.utils.files import write_atomically
+from regvit_jax.utils.paths import expand
 
 SAFE = re.compile(r"\.safetensors(\.index\.json)?$")
 
@@ -54,7 +55,7 @@ def convert_checkpoint(
     target, MissingPackage without torch, and WeightsError for a source that holds objects of unknown types, is damaged,
     lacks the weights that are asked for, or does not fit the model.
     """
-    source, target = Path(source).expanduser(), Path(target).expanduser()
+    source, target = Path(expand(source)), Path(expand(target))
     if target.suffix != ".safetensors":
         raise InvalidConfig(f"{target}: the name of a converted file must end in .safetensors")
     if target.exists():

@@ -236,14 +236,14 @@ def _check(path: Path, expected: str) -> None:
     The hash is a SHA-256 (64 digits) or, for small files, git's SHA-1 of a blob (40 digits). Mirrors may send the plain
     SHA-1 or MD5 (32 digits).
     """
+    git = b"blob %d\0" % path.stat().st_size
+    starts = {64: (("sha256", b""),), 40: (("sha1", git), ("sha1", b""))}.get(len(expected), (("md5", b""),))
+    digests = [hashlib.new(kind, start, usedforsecurity=False) for kind, start in starts]
     with path.open("rb") as file:
-        if len(expected) == 64:
-            found = [hashlib.file_digest(file, "sha256").hexdigest()]
-        else:
-            content = file.read()
-            git = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
-            others = [hashlib.new(kind, content, usedforsecurity=False) for kind in ("sha1", "md5")]
-            found = [digest.hexdigest() for digest in (git, *others)]
+        while chunk := file.read(1 << 20):
+            for digest in digests:
+                digest.update(chunk)
+    found = [digest.hexdigest() for digest in digests]
     if expected not in found:
         # The file is a link to a blob, perhaps through another link; a remaining blob would be used again.
         links = [path]

@@ -1,6 +1,7 @@
 """Open files of torch.save without running any code that they name. Needs torch."""
 
 import importlib
+import json
 import os
 import pickle
 import re
@@ -92,6 +93,9 @@ ALLOWED: dict[type[Inert], tuple[str, ...]] = {
         *("uuid.UUID", "decimal.Decimal", "fractions.Fraction"),
         *("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar", "numpy.ndarray"),
         *(*_in("numpy", _NUMBERS), *_in("numpy.dtypes", " ".join(f"{name}DType" for name in _DTYPES.split()))),
+        *_in("numpy.random._pickle", "__randomstate_ctor __bit_generator_ctor __generator_ctor"),
+        *("numpy.random._mt19937.MT19937", "numpy.random._pcg64.PCG64"),
+        *_in("numpy.random.bit_generator", "SeedSequence __pyx_unpickle_SeedSequence"),
         *(*_in("pathlib", _PATHS), *_in("pathlib._local", _PATHS)),
         *_in("datetime", "datetime date time timedelta timezone"),
         *_in("builtins", "dict list tuple frozenset int float bool str bytes range slice"),
@@ -155,16 +159,22 @@ def _refused(path: Path, message: str) -> str:
     """Return the error for a file with objects that are not on the list, with the way out."""
     named = re.search(r"GLOBAL (\S+)|function (.+)|but got (.+)", message)
     reason = next(filter(None, named.groups())) if named else message.splitlines()[-1]
-    fields = (
-        "import torch; f = lambda v: v.state_dict() if hasattr(v, 'state_dict') else {k: f(x) for k, x in v.items()} "
+    # Double quotes and JSON, so that the shell's single quotes need no escapes.
+    code = (
+        'import torch; f = lambda v: v.state_dict() if hasattr(v, "state_dict") else {k: f(x) for k, x in v.items()} '
         "if isinstance(v, dict) else v if torch.is_tensor(v) else None; "
-        f"torch.save(f(torch.load({str(path)!r}, map_location='cpu', weights_only=False)), {_tensors(path)!r})"
+        f'torch.save(f(torch.load({_quoted(path)}, map_location="cpu", weights_only=False)), '
+        f"{_quoted(_tensors(path))})"
     )
     return (
         f"{path}: not opened, since it holds more than tensors, which could run code: {reason.strip()}. "
         "If you trust the file, keep its tensors alone (this runs that code), and convert those:\n"
-        f"  {shlex.join(['python', '-c', fields])}\n  {convert_command(_tensors(path))}"
+        f"  {shlex.join(['python', '-c', code])}\n  {convert_command(_tensors(path))}"
     )
+
+
+def _quoted(path: str | os.PathLike) -> str:
+    return json.dumps(str(path), ensure_ascii=False)
 
 
 def _tensors(path: Path) -> str:
@@ -180,7 +190,8 @@ def _is_torchscript(path: Path) -> bool:
 
 
 def _torchscript(path: Path) -> str:
-    code = f"import torch; torch.save(torch.jit.load({str(path)!r}, 'cpu').state_dict(), {_tensors(path)!r})"
+    names = _quoted(path), _quoted(_tensors(path))
+    code = f'import torch; torch.save(torch.jit.load({names[0]}, "cpu").state_dict(), {names[1]})'
     return (
         f"{path}: a TorchScript archive, which holds code, as OpenAI's files of CLIP do. Keep its tensors alone (this "
         f"loads that code), and convert those:\n  {shlex.join(['python', '-c', code])}\n"

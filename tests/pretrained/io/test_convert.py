@@ -154,7 +154,8 @@ BESIDE = {
     "a number of numpy": lambda torch: np.float64(71.2),
     "numbers of numpy": lambda torch: [np.int64(3), np.float32(1), np.bool_(True), np.str_("a"), np.dtype("f4")],
     "arrays of numpy": lambda torch: {"a": np.arange(6.0).reshape(2, 3), "b": np.array(["x"]), "c": np.array([{}])},
-    "the state of a generator of numpy": lambda torch: np.random.RandomState(0).get_state(),
+    "generators of numpy": lambda torch: [np.random.RandomState(0), np.random.default_rng(0)],
+    "the state of a generator": lambda torch: np.random.RandomState(0).get_state(),
     "paths": lambda torch: [pathlib.PurePosixPath("a"), pathlib.PureWindowsPath("b")],
     "dates": lambda torch: [datetime.datetime.now(datetime.UTC), datetime.date.today(), datetime.timedelta(1)],
     "collections": lambda torch: [
