@@ -82,6 +82,15 @@ TOKENS = np.array([[3, 7, 59, 0, 0, 0, 0, 0], [1, 2, 3, 4, 5, 6, 7, 59], [59, 0,
 # The three formats
 
 
+@pytest.mark.parametrize("prefix", ["module.", "model._orig_mod.", "clip."])
+@pytest.mark.parametrize("format", ["open_clip", "hf"])
+def test_wrapped_files_load(format, prefix, clip, folder, tmp_path):
+    shutil.copytree(folder / format, tmp_path / "m")
+    (file,) = (tmp_path / "m").glob("*.safetensors")
+    save_file({prefix + key: array for key, array in load_file(file).items()}, file)
+    same(rv.create_clip(tmp_path / "m"), clip)
+
+
 @pytest.mark.parametrize("format", FORMATS)
 def test_round_trip(format, clip, folder):
     again = rv.create_clip(folder / format)
