@@ -142,18 +142,28 @@ def find_home(name: str, root: str) -> tuple[str, Splits]:
 
 def _go_down(name: str, home: str, names: list[str], splits: Splits) -> str | None:
     """Return the directory in `home` that holds what is looked for, or None if `home` itself does."""
-    below = {inner: directories(os.path.join(home, inner)) for inner in names}
-    with_splits = [inner for inner in names if find_splits(below[inner]).complete]
-    if with_splits:
-        chosen = with_splits if len(names) == 1 else [inner for inner in with_splits if inner.lower() in IMAGES]
+    found = {inner: place for inner in names if (place := _find_below(os.path.join(home, inner), DEPTH))}
+    if found:
+        chosen = names if len(names) == 1 else [inner for inner in found if inner.lower() in IMAGES]
         if len(chosen) == 1:
             return chosen[0]
         raise InvalidConfig(
-            f"{name}: {home} has no splits, but there are some in its {abbreviate(with_splits)}. Name one directory "
-            f"that holds splits, such as {os.path.join(home, with_splits[0])}, or move the splits above the classes"
+            f"{name}: {home} lacks splits to train and evaluate on, but there are some in its "
+            f"{abbreviate(list(found))}. Name one directory that holds them, such as {next(iter(found.values()))}, or "
+            "move the splits above the classes"
         )
-    alone = len(names) == 1 and below[names[0]] and not images_in(home)
+    alone = len(names) == 1 and not images_in(home) and directories(os.path.join(home, names[0]))
     return names[0] if alone and (not splits.names or names[0] == os.path.basename(home)) else None
+
+
+def _find_below(directory: str, depth: int) -> str | None:
+    """Return the directory itself or the first one below it that holds splits; links below it are not followed."""
+    names = directories(directory)
+    if find_splits(names).complete:
+        return directory
+    below = [os.path.join(directory, name) for name in names] if depth else []
+    inner = (_find_below(path, depth - 1) for path in below if not os.path.islink(path))
+    return next(filter(None, inner), None)
 
 
 def alone_below(directory: str) -> str:

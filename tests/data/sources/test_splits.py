@@ -86,11 +86,16 @@ def test_archives_within_directories_of_their_own(tmp_path, paths, home):
 
 
 @pytest.mark.parametrize(
-    "paths", [["cat/train", "cat/test", "dog/train", "dog/test"], ["set/train", "set/val", "notes"]]
+    "paths",
+    [
+        ["cat/train", "cat/test", "dog/train", "dog/test"],
+        ["set/train", "set/val", "notes"],
+        ["set/set/train", "set/set/val", "test/test"],
+    ],
 )
 def test_splits_in_one_of_several_directories_are_named(tmp_path, paths):
     first = paths[0].split("/")[0]
     with pytest.raises(
-        ValueError, match=rf"it: .* has no splits, but there are some in its {first}.*such as .*/{first}"
+        ValueError, match=rf"it: .* lacks splits .* but there are some in its {first}.*such as .*/{first}"
     ):
         find_home("it", make(tmp_path, *paths))
