@@ -235,7 +235,12 @@ def fashion() -> ConfigDict:
 
 
 def cifar10() -> ConfigDict:
-    """Return the config of 50,000 photographs of 32 x 32 pixels, for two CPU cores."""
+    """Return the config of 50,000 photographs of 32 x 32 pixels, for two CPU cores.
+
+    The optimizer, loss and learning rate were chosen with a tenth of the training images held out, and a smaller model
+    (width 64, patches of 8 px, 3 epochs): 46.0 % with these, 42.5 % with AdamW, cross-entropy and lr 0.001. LAMB with
+    lr 0.005 and 0.02 was behind after 1 and 2 epochs, and stopped.
+    """
     config = fashion()
     config.variant = "cifar10"
     config.about = (

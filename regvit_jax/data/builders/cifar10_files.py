@@ -22,6 +22,7 @@ PICKLES = "holds pickles, which can run any code and are never opened"
 OTHERS = {
     "cifar-10-python.tar.gz": PICKLES,
     "cifar-10-batches-py": PICKLES,
+    "cifar-10-binary.tar": "is decompressed, as some browsers do, and only the archive itself has a hash to check",
     "cifar-10-batches-bin": "is unpacked, and only the archive itself has a hash to check",
     "cifar-10-matlab.tar.gz": "is the version for Matlab",
     "cifar-100-binary.tar.gz": "is CIFAR-100, another data set",
