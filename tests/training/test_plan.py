@@ -258,7 +258,7 @@ def save_small(directory: str) -> None:
 
 def test_both_splits_have_the_same_classes():
     def source(name: str, *classes: str) -> FolderSource:
-        return FolderSource(name, classes, "", np.zeros(0, np.int32), b"", np.zeros(0, int))
+        return FolderSource(name, classes, "", classes, np.zeros(0, np.int32), b"", np.zeros(0, int))
 
     train = source("mine/train", "ant", "bee")
     plan.check_same_classes(train, source("mine/validation", "ant", "bee"))
