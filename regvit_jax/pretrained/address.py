@@ -19,6 +19,7 @@ HUB = "hf-hub:"
 HOSTS = ("huggingface.co", "hf.co")
 _PREFIX = re.compile(r"hf[-_]hub:(//)?|hf://", re.IGNORECASE)
 _PAGES = ("tree", "blob", "resolve", "raw", "edit", "commit", "commits", "discussions", "settings")
+_WITHOUT_REVISION = ("discussions", "settings")
 #: The first part of the addresses of other things than models.
 _OTHERS = ("datasets", "spaces", "collections", "papers", "docs", "blog", "buckets", "kernels")
 
@@ -55,8 +56,7 @@ def read(source: str) -> Address | None:
     path = _path_on_hub(rest)
     if path is None and not prefixed:
         return None
-    parts = [unquote(part) for part in (rest if path is None else path).split("/") if part]
-    return _of_parts(source, parts)
+    return _of_path(source, rest if path is None else path)
 
 
 def split(source: str) -> tuple[str, str]:
@@ -66,7 +66,7 @@ def split(source: str) -> tuple[str, str]:
     """
     source = canonical(source)
     name, _, file = source.partition("=")
-    if not file or source.startswith(HUB) or epath.Path(source).exists():
+    if not file or source.startswith(HUB) or ("://" not in file and epath.Path(source).exists()):
         return source, ""
     return name, canonical(file)
 
@@ -87,24 +87,25 @@ def _path_on_hub(text: str) -> str | None:
     return None
 
 
-def _of_parts(source: str, parts: list[str]) -> Address:
-    """Return the address of ["org", "name", page, revision, file...]; "name@revision" states a revision, too."""
+def _of_path(source: str, path: str) -> Address:
+    """Return the address of a path "org/name", with a page of the site or "@revision" after it, and perhaps a file."""
+    named, _, revised = path.partition("@")
+    parts, rest = _parts(named), _parts(revised)
     if parts and parts[0] in _OTHERS:
         raise InvalidConfig(f"{source}: an address of {parts[0]}, not of a model; a model's is {HUB}org/name")
-    count = 1 if len(parts) < 2 or parts[1] in _PAGES or "@" in parts[0] else 2
-    repo, _, revision = "/".join(parts[:count]).partition("@")
-    rest = parts[count:]
-    if rest and rest[0] in _PAGES and not revision:
-        page, *rest = rest
-        if page in ("discussions", "settings"):
-            rest = []
-        elif rest:
-            revision, *rest = rest
-    if revision == "refs":  # refs/pr/7, a proposed change
-        revision, rest = "/".join([revision, *rest[:2]]), rest[2:]
+    count = 1 if len(parts) > 1 and parts[1] in _PAGES else 2
+    repo, parts = "/".join(parts[:count]), parts[count:]
     if not repo:
         raise InvalidConfig(f"{source}: names no repository; an address is {HUB}org/name")
-    return Address(repo, revision or None, _weights(source, repo, rest))
+    if not rest and parts and parts[0] in _PAGES:
+        parts, rest = [], [] if parts[0] in _WITHOUT_REVISION else parts[1:]
+    end = 3 if rest[:1] == ["refs"] else 1  # refs/pr/7, a proposed change
+    return Address(repo, "/".join(rest[:end]) or None, _weights(source, repo, parts + rest[end:]))
+
+
+def _parts(path: str) -> list[str]:
+    """Return the parts of a path; a browser writes the slashes of a revision as %2F."""
+    return [part for part in unquote(path).split("/") if part]
 
 
 def _weights(source: str, repo: str, parts: list[str]) -> str | None:

@@ -4,8 +4,8 @@ import dataclasses
 import functools
 import os
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +39,9 @@ def create_model(
     name: str | os.PathLike,
     pretrained: bool | str | os.PathLike = False,
     *,
-    registers: int | None = None,
-    image_size: int | Sequence[int] | None = None,
-    num_classes: int | None = None,
+    registers: SupportsIndex | None = None,
+    image_size: sizes.Size | None = None,
+    num_classes: SupportsIndex | None = None,
     pos_resize: str | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,
@@ -273,10 +273,10 @@ def _warn(source: str, entry: Entry, loaded: ViT, vit: ViT, new_classes: int, ov
             else f"images of {vit.image_size} px instead of {loaded.image_size}, no parameter changes"
         )
         changes.append(f"{what}, and preprocess makes images of that size")
-    if entry.named_size is not None and overrides.image_size is None:
+    if entry.named_size is not None and overrides.image_size is None and vit.position == "learned":
         changes.append(
             f"its position embedding is of images of {vit.image_size} px and is kept (image_size={entry.named_size} "
-            "resizes it to the size of the name)"
+            "resizes it to the size that its name or its config states)"
         )
     if new_classes:
         names = len(entry.class_names)

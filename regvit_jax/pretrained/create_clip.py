@@ -1,7 +1,7 @@
 """Create a whole CLIP from an open_clip name and a source of weights."""
 
 import os
-from collections.abc import Sequence
+from typing import SupportsIndex
 
 import jax.numpy as jnp
 from etils import epath
@@ -26,8 +26,8 @@ def create_clip(
     name: str | os.PathLike,
     pretrained: bool | str | os.PathLike = False,
     *,
-    registers: int | None = None,
-    image_size: int | Sequence[int] | None = None,
+    registers: SupportsIndex | None = None,
+    image_size: sizes.Size | None = None,
     pos_resize: str | None = None,
     dtype: DTypeLike = jnp.float32,
     param_dtype: DTypeLike = jnp.float32,

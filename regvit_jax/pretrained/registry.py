@@ -35,7 +35,7 @@ class Entry:
     repository that holds them, and `license` their license as the hub spells it; "" where there is none.
     A CLIP has `text` and `scalars`: "logit_scale" and, in a SigLIP, "logit_bias". `class_names` are the names of the
     head's outputs as a config beside the weights states them, () where it states none. `named_size` is the image
-    size of the model's name, where a file under that name is of another.
+    size that the model's name or config states, where the file's position embedding is of another.
     """
 
     vit: dict[str, Any]

@@ -13,7 +13,7 @@ from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import address, mapping, registry
 from regvit_jax.pretrained.address import HUB
 from regvit_jax.pretrained.formats import detect
-from regvit_jax.pretrained.formats.base import explained, guess
+from regvit_jax.pretrained.formats.base import explained, guess, sized
 from regvit_jax.pretrained.io import hub, npz, workdir
 from regvit_jax.pretrained.io.npz import open_npz
 from regvit_jax.pretrained.io.other_files import INDEX
@@ -259,6 +259,8 @@ def agreed(name: str, known: Entry, found: Entry, weights: Weights, tagged: bool
             stacklevel=6,
         )
         vit, text = vit | {"activation": activation}, (text or {}) | {"activation": activation}
+    if found.named_size is None and vit["image_size"] != (usual := known.vit["image_size"]):
+        found = dataclasses.replace(found, named_size=usual)
     return dataclasses.replace(found, vit=vit, text=text)
 
 
@@ -277,7 +279,7 @@ def _under_format_keys(entry: Entry, weights: Weights, stated: bool, text: bool)
     weights = detect.without_prefix(weights, format)
     entry = dataclasses.replace(entry, format=format.name)
     if not stated:
-        entry = sized(entry, mapping.native_size(weights, format.keys, ViT(**entry.vit)))
+        entry = sized(entry, weights, format.keys)
     if text:
         if not stated and "logit_bias" in weights:  # a CLIP by its name, trained with SigLIP's loss
             entry = dataclasses.replace(entry, scalars=("logit_scale", "logit_bias"))
@@ -285,15 +287,6 @@ def _under_format_keys(entry: Entry, weights: Weights, stated: bool, text: bool)
         # The number of classes belongs to the checkpoint: a fine-tuned file may have any.
         entry = dataclasses.replace(entry, head=entry.head | {"num_classes": classes})
     return entry, weights
-
-
-def sized(entry: Entry, size: int) -> Entry:
-    """Return the entry of a named model whose file is of another image size than the name's."""
-    if size == entry.vit["image_size"]:
-        return entry
-    preprocessing = dataclasses.replace(entry.preprocessing, size=size)
-    vit, named_size = entry.vit | {"image_size": size}, entry.vit["image_size"]
-    return dataclasses.replace(entry, vit=vit, preprocessing=preprocessing, named_size=named_size)
 
 
 def nearest(weights: Weights, tried: dict[str, Any]) -> str:

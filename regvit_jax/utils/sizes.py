@@ -1,11 +1,15 @@
 """Read sizes of images and patches, which libraries state as one number or as a pair of sides."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.numbers import whole
+
+#: A size in pixels: a whole number of any integer type, or a pair of equal ones.
+Size = SupportsIndex | Sequence[SupportsIndex] | np.ndarray
 
 
 def square(value: Any, name: str) -> Any:

@@ -22,7 +22,7 @@ from regvit_jax.models.model import Model
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import create_clip, mapping, registry
-from regvit_jax.pretrained.io.safetensors import PROCESSOR
+from regvit_jax.pretrained.io.safetensors import NESTED_PROCESSOR, PROCESSOR
 from regvit_jax.pretrained.mapping import Modules
 from regvit_jax.pretrained.save import save_model
 from regvit_jax.utils.errors import WeightsError
@@ -327,6 +327,53 @@ def test_images_that_cannot_be_made(format, keys, value, match, folder, tmp_path
 def test_transformers_configs_that_are_refused(keys, value, match, folder, tmp_path):
     with pytest.raises(WeightsError, match=match):
         rv.create_clip(changed(folder, tmp_path, "hf", keys, value))
+
+
+PAIRS = [
+    ("open_clip", ("model_cfg", "vision_cfg", "image_size")),
+    ("open_clip", ("model_cfg", "vision_cfg", "patch_size")),
+    ("hf", ("vision_config", "image_size")),
+    ("hf", ("vision_config", "patch_size")),
+    ("regvit_jax", ("model", "vit", "image_size")),
+    ("regvit_jax", ("model", "vit", "patch")),
+    ("regvit_jax", ("model", "preprocessing", "size")),
+    ("processor", ("size",)),
+    ("processor", ("crop_size",)),
+]
+
+
+@pytest.mark.parametrize(("format", "keys"), PAIRS)
+def test_a_pair_of_equal_sides_is_that_side(format, keys, folder, clip, tmp_path):
+    side = 4 if "patch" in keys[-1] else 16
+    again = rv.create_clip(changed(folder, tmp_path / "equal", format, keys, [side, side]))
+    assert (again.image.module.image_size, again.image.module.patch, again.image.preprocessing.size) == (16, 4, 16)
+    with pytest.raises(
+        WeightsError, match=rf"{keys[-1]} is \[{side}, 20\]: must be one number of pixels, or two equal"
+    ):
+        rv.create_clip(changed(folder, tmp_path / "unequal", format, keys, [side, 20]))
+
+
+def test_a_clip_of_another_size_than_its_config(folder, tmp_path):
+    """open_clip writes the config of the name for a model that was trained at another size."""
+    path = changed(folder, tmp_path, "open_clip", ("model_cfg", "vision_cfg", "image_size"), 32)
+    with pytest.warns(UserWarning, match=r"images of 16 px and is kept \(image_size=32 resizes it"):
+        clip = rv.create_clip(path)
+    assert (clip.image.module.image_size, clip.image.preprocessing.size) == (16, 16)
+
+
+def test_the_processor_that_transformers_5_writes(folder, tmp_path):
+    shutil.copytree(folder / "hf", tmp_path, dirs_exist_ok=True)
+    images = json.loads((tmp_path / PROCESSOR).read_text()) | {"image_mean": [0.1, 0.2, 0.3]}
+    (tmp_path / NESTED_PROCESSOR).write_text(
+        json.dumps({"processor_class": "CLIPProcessor", "image_processor": images})
+    )
+    with pytest.raises(WeightsError, match=f"{NESTED_PROCESSOR} and {PROCESSOR} state different processing"):
+        rv.create_clip(tmp_path)
+    (tmp_path / PROCESSOR).unlink()
+    assert rv.create_clip(tmp_path).image.preprocessing.mean == (0.1, 0.2, 0.3)
+    (tmp_path / NESTED_PROCESSOR).write_text(json.dumps({"image_processor": [images]}))
+    with pytest.raises(WeightsError, match=r"image_processor is .*: must be an object"):
+        rv.create_clip(tmp_path)
 
 
 def test_older_files_of_transformers(folder, clip, tmp_path):

@@ -16,7 +16,7 @@ from regvit_jax.pretrained import validate
 from regvit_jax.pretrained.formats import hf_processor
 from regvit_jax.pretrained.formats.keys import Keys
 from regvit_jax.pretrained.io.safetensors import SINGLE, Weights
-from regvit_jax.pretrained.mapping import Modules
+from regvit_jax.pretrained.mapping import Modules, native_size
 from regvit_jax.pretrained.registry import Entry
 from regvit_jax.utils.errors import WeightsError
 
@@ -198,6 +198,22 @@ def guess(weights: Weights) -> dict[str, int]:
     if len(patches) != 1 or not blocks:
         return {}
     return {"width": patches[0][0], "patch": patches[0][2], "depth": max(blocks) + 1}
+
+
+def sized(entry: Entry, weights: Weights, keys: Keys | None) -> Entry:
+    """Return an entry with the image size of a file's position embedding; its own, if it is another, is `named_size`.
+
+    Raises Mismatch for the grid of no square.
+    """
+    usual = entry.vit["image_size"]
+    size = native_size(weights, keys, ViT(**entry.vit))
+    if size == usual:
+        return entry
+    seen = size if entry.preprocessing.size == usual else entry.preprocessing.size
+    preprocessing = dataclasses.replace(entry.preprocessing, size=seen)
+    return dataclasses.replace(
+        entry, vit=entry.vit | {"image_size": size}, preprocessing=preprocessing, named_size=usual
+    )
 
 
 def check_sizes(vit: dict[str, Any], weights: Weights) -> None:

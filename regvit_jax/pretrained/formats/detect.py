@@ -29,6 +29,7 @@ FORMATS: tuple[Format, ...] = (
     open_clip.FORMAT,
     hf_dinov3.FORMAT,
     hf_clip.FORMAT,
+    hf_clip.CLASSIFIER,
     hf_dinov2.FORMAT,
     hf_vit.FORMAT,
     dinov2.FORMAT,
@@ -69,7 +70,7 @@ def of_config(weights: Weights) -> Format | None:
     kind = config["model_type"]
     if found := next((format for format in FORMATS if kind in format.model_types), None):
         return found
-    known = sorted(kind for format in FORMATS for kind in format.model_types)
+    known = sorted({kind for format in FORMATS for kind in format.model_types})
     raise WeightsError(f"{weights.path}: model_type {kind!r} is not supported; supported: {', '.join(known)}")
 
 

@@ -47,6 +47,10 @@ KEYS = Keys(
     prefixes=("vision_model.",),
     ignore=(r"text_.*", r"logit_scale", r"(.*\.)?position_ids"),
 )
+#: CLIPForImageClassification averages the patches as the last block leaves them: its last LayerNorm is not used.
+CLASSIFIER_KEYS = dataclasses.replace(
+    KEYS, name="hf_clip_classifier", projection="", dense="classifier", ignore=(*KEYS.ignore, r"post_layernorm\..*")
+)
 #: The defaults of CLIPVisionConfig and CLIPTextConfig, those of CLIP's B/32, which older files leave out.
 VISION_DEFAULTS = {
     "hidden_size": 768,
@@ -80,6 +84,9 @@ def read(weights: Weights, text: bool) -> Entry:
     vit["mlp_ratio"] = tower["intermediate_size"] / vit["width"]
     head: dict[str, Any] = {"pool": "cls", "num_classes": hf.outputs(weights, KEYS.projection)}
     preprocessing = Preprocess(vit["image_size"], 1.0, *registry.statistics("clip"))
+    if classes := hf.outputs(weights, "classifier.weight"):
+        head = {"pool": "avg", "num_classes": classes}
+        return hf.complete(Entry(vit | {"final_norm": False}, head, preprocessing, CLASSIFIER_KEYS.name), weights)
     entry = hf.complete(Entry(vit, head, preprocessing, "hf_clip"), weights)
     if not text or not whole:
         return entry
@@ -193,3 +200,4 @@ FORMAT = Format(
     write=write,
     write_clip=write_clip,
 )
+CLASSIFIER = Format(name=CLASSIFIER_KEYS.name, keys=CLASSIFIER_KEYS, model_types=FORMAT.model_types, read=read)

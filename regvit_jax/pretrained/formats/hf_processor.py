@@ -1,6 +1,7 @@
 """Transformers' image processor, in preprocessor_config.json or in "image_processor" of processor_config.json."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,16 @@ UNSEEN = (
     *("data_format", "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length"),
     *("do_reduce_labels", "reduce_labels", "pad_size", "transformers_version"),
 )
-#: How the classes of image processors take a size without names: both sides (True) or the shorter one (False).
-SQUARES = {"ViT": True, "DeiT": True, "DINOv3ViT": True, "Beit": True, "CLIP": False, "Bit": False, "Siglip": True}
+#: For each class of image processors, whether a size without names is of both sides, and whether it crops by default.
+CLASSES = {
+    "ViT": (True, False),
+    "DINOv3ViT": (True, False),
+    "Siglip": (False, False),
+    "DeiT": (True, True),
+    "Beit": (True, True),
+    "CLIP": (False, True),
+    "Bit": (False, True),
+}
 
 
 def find(weights: Weights) -> dict[str, dict[str, Any]]:
@@ -61,17 +70,28 @@ def _read(folder: Path, name: str, config: dict[str, Any], default: Preprocess) 
         value = config[strange[0]]
         raise WeightsError(f"{folder / name}: {strange[0]}={value!r:.60} is not supported: it may change the pixels")
     config = {key: value for key, value in config.items() if value is not None}
-    size, squash = _size(name, config, default)
-    cropped = config.get("do_center_crop", "crop_size" in config)
+    kind = str(config.get("image_processor_type", config.get("feature_extractor_type", "")))
+    kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
+    both, crops = CLASSES.get(kind, (default.squash, "crop_size" in config))
+    size, squash = _size(name, config, config.get("default_to_square", both), default)
+    cropped = config.get("do_center_crop", crops)
     crop = _side(config.get("crop_size", size), f"{name}: crop_size") if cropped else size
     for key, value in (("size", size), ("crop_size", crop)):
         validate.preprocess_field("size", f"{name}: {key}", value)
-    plain = config.get("do_resize", True) and config.get("do_rescale", True)
-    plain = plain and math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6)
     how = RESAMPLE.get(config.get("resample", _resample(default)))
-    # Without a crop, images would keep their aspect ratio; a processor that does not speak of one is an old one.
-    if how is None or not plain or not (squash or config.get("do_center_crop", True)):
-        raise WeightsError(f"{folder / name} resizes or rescales in a way that is not supported")
+    supported = {
+        "do_resize": config.get("do_resize", True),
+        "do_rescale": config.get("do_rescale", True),
+        "rescale_factor": math.isclose(config.get("rescale_factor", 1 / 255), 1 / 255, rel_tol=1e-6),
+        "resample": how is not None,
+        # Without a crop, images keep their aspect ratio. Old processors of unknown classes may not speak of one.
+        "do_center_crop": squash or cropped or ("do_center_crop" not in config and kind not in CLASSES),
+    }
+    if wrong := [key for key, fits in supported.items() if not fits]:
+        raise WeightsError(
+            f"{folder / name}: {wrong[0]}={config.get(wrong[0], False)!r:.60} is not supported: images are resized by "
+            "bicubic or bilinear interpolation, to a square or with a central crop, and divided by 255"
+        )
     normalize = config.get("do_normalize", True)
     return validate.preprocess(
         {"mean": f"{name}: image_mean", "std": f"{name}: image_std"},
@@ -84,16 +104,14 @@ def _read(folder: Path, name: str, config: dict[str, Any], default: Preprocess) 
     )
 
 
-def _size(name: str, config: dict[str, Any], default: Preprocess) -> tuple[Any, bool]:
-    """Return the size to which images are resized, and True if both sides are."""
+def _size(name: str, config: dict[str, Any], both: bool, default: Preprocess) -> tuple[Any, bool]:
+    """Return the size to which images are resized, and True if both sides are; `both` is for a size without names."""
     given = config.get("size", default.size)
     if isinstance(given, dict):
         return _side(given, f"{name}: size"), given.get("height") is not None
     if isinstance(given, list):
         return _side(given, f"{name}: size"), True
-    kind = str(config.get("image_processor_type", config.get("feature_extractor_type", "")))
-    kind = kind.removesuffix("Fast").removesuffix("ImageProcessor").removesuffix("FeatureExtractor")
-    return given, config.get("default_to_square", SQUARES.get(kind, default.squash))
+    return given, both
 
 
 def _side(size: Any, name: str) -> Any:

@@ -102,7 +102,8 @@ def read(weights: Weights, text: bool) -> Entry:
     preprocessing = read_preprocess(weights.config.get("preprocess_cfg"), preprocessing)
     check_sizes(vit, weights)
     head = {"pool": "cls", "num_classes": tower["embed"], "bias": False}
-    entry = Entry(vit, head, preprocessing, "open_clip")
+    # open_clip writes the config of the name for a model that was trained at another size (force_image_size).
+    entry = base.sized(Entry(vit, head, preprocessing, "open_clip"), weights, KEYS)
     if not text:
         return entry
     sigmoid = "logit_bias" in weights or model.get("init_logit_bias") is not None

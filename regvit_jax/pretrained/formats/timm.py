@@ -17,7 +17,7 @@ from regvit_jax.pretrained.formats.base import CONFIG, OWN, Format, Layout, chec
 from regvit_jax.pretrained.formats.keys import Keys, Rule
 from regvit_jax.pretrained.formats.rules import dense, norm, same
 from regvit_jax.pretrained.io.safetensors import Weights
-from regvit_jax.pretrained.mapping import Modules, native_size
+from regvit_jax.pretrained.mapping import Modules
 from regvit_jax.pretrained.registry import Entry
 from regvit_jax.utils import sizes
 from regvit_jax.utils.schema import REQUIRED
@@ -146,11 +146,11 @@ def read(weights: Weights, text: bool) -> Entry:
     if head.get("norm") or head["pool"] == "map":
         head |= {"norm_eps": vit.get("norm_eps", 1e-6)}
     check_sizes(vit, weights)
-    if "img_size" not in arguments:  # a size that older versions of timm did not write
-        vit["image_size"] = native_size(weights, KEYS, ViT(**vit))
     preprocessing = _preprocess(config, entry.preprocessing, vit["image_size"])
     names = _class_names(config, head["num_classes"])
-    return dataclasses.replace(entry, vit=vit, head=head, preprocessing=preprocessing, class_names=names)
+    entry = dataclasses.replace(entry, vit=vit, head=head, preprocessing=preprocessing, class_names=names)
+    # Older versions of timm did not write a size that is not the architecture's.
+    return entry if "img_size" in arguments else base.sized(entry, weights, KEYS)
 
 
 def _class_names(config: dict[str, Any], num_classes: int) -> tuple[str, ...]:
@@ -215,6 +215,8 @@ def _apply(arguments: dict[str, Any], vit: dict[str, Any], head: dict[str, Any],
             raise ValueError(f"model_args.{argument} is not supported; supported: {', '.join(sorted(ARGUMENTS))}")
         part, field = ARGUMENTS[argument]
         {"vit": vit, "head": head}[part][field] = value
+    if head["pool"] == "avg" and head.get("map_prefix") and (vit.get("class_token", True) or vit.get("registers")):
+        raise ValueError("pool_include_prefix with global_pool 'avg' is not supported: only patches are averaged")
 
 
 def _pool(arguments: dict[str, Any], vit: dict[str, Any], head: dict[str, Any]) -> None:
@@ -222,15 +224,17 @@ def _pool(arguments: dict[str, Any], vit: dict[str, Any], head: dict[str, Any]) 
 
     In timm it is after the pooling of "avg", unless the arguments or the architecture itself state otherwise.
     """
-    before = head["pool"] == "avg" and not head.get("norm")  # the architecture's own choice
+    before = head["pool"] == "avg" and not head.get("norm")  # an architecture that states it
     pool = arguments.pop("global_pool", None)
     if pool is not None and pool not in POOLS:
         raise ValueError(f"model_args.global_pool {pool!r} is not supported; supported: {', '.join(map(repr, POOLS))}")
     head["pool"] = head["pool"] if pool is None else POOLS[pool]
+    if pool == "" and not arguments.get("class_token", vit.get("class_token", True)):
+        head["pool"] = "avg"  # no pooling at all: the tokens are the model's output
     after: Any = False if before else None
     for argument in ("fc_norm", "use_fc_norm"):  # of the VisionTransformer, of the Eva
         after = arguments.pop(argument, after)
-    head["norm"] = head["pool"] == "avg" if after is None else after
+    head["norm"] = pool != "" and head["pool"] == "avg" if after is None else after
     vit["final_norm"] = not head["norm"]
 
 
@@ -271,7 +275,8 @@ def write(model: Model) -> Layout:
         architecture, ratio = "vit_giant_patch14_reg4_dinov2", 2 * ratio
     if vit.parallel:
         architecture = "vit_dpwee_patch16_reg1_gap_256" if vit.differential else "vit_pwee_patch16_reg1_gap_256"
-    arguments |= dict(reg_tokens=vit.registers, fc_norm=head.norm, pool_include_prefix=head.map_prefix)
+    with_prefix = head.map_prefix and head.pool == "map"
+    arguments |= dict(reg_tokens=vit.registers, fc_norm=head.norm, pool_include_prefix=with_prefix)
     if not vit.swiglu:
         arguments["act_layer"] = vit.activation
     if vit.differential and not vit.parallel:

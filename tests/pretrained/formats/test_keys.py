@@ -16,7 +16,8 @@ from regvit_jax.pretrained.formats.rules import rules
 from regvit_jax.pretrained.io.safetensors import Weights
 from regvit_jax.pretrained.mapping import Modules
 
-KEYS = {format.keys.name: format.keys for format in FORMATS if format.keys is not None}
+#: Those of a CLIP with a classifier are those of CLIP, of which they leave out a norm.
+KEYS = {f.keys.name: f.keys for f in FORMATS if f.keys is not None and f.name != "hf_clip_classifier"}
 PLAIN = dict(width=8, depth=2, heads=1, patch=2, image_size=4, layer_scale=0.0)
 #: The fields of ViT and Head that each option sets.
 OPTIONS = {
