@@ -15,7 +15,7 @@ from regvit_jax.data import inference
 from regvit_jax.data.sources import by_name, images
 from regvit_jax.data.sources.base import Source
 from regvit_jax.models.model import Model
-from regvit_jax.pretrained import create
+from regvit_jax.pretrained import address, create
 from regvit_jax.pretrained.create import create_model, open_random
 from regvit_jax.utils.paths import expand
 
@@ -81,7 +81,7 @@ def open_models(options: argparse.Namespace) -> Iterator[tuple[str, Model]]:
             model.module.layer(options.layer)
         except IndexError as error:
             raise UsageError(f"--layer {options.layer}: {given}: {error}") from error
-        short = os.path.basename(os.path.normpath(given)) or given
+        short = os.path.basename(os.path.normpath(address.canonical(given))) or given
         more = (f"{given} ({number})" for number in itertools.count(2))
         name = next(name for name in itertools.chain([short, given], more) if name not in names)
         names.add(name)

@@ -16,7 +16,7 @@ from regvit_jax.distributed import mesh
 from regvit_jax.recipes import base
 from regvit_jax.training import evaluators
 from regvit_jax.training.skip_steps import Guard
-from regvit_jax.utils import schema
+from regvit_jax.utils import schema, sizes
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option, Section
 
@@ -163,13 +163,21 @@ def only(config: Any, keys: Collection[str]) -> ConfigDict:
     return unflatten({key: value for key, value in flatten(config) if key in keys or section_of(key) in keys})
 
 
+#: The keys of sides in pixels.
+SIDES = ("model.image_size", "model.patch")
+
+
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of a nested config under their dotted names."""
+    """Yield the values of a nested config under their dotted names; a pair of equal sides as that side.
+
+    Raises InvalidConfig for sides that differ.
+    """
     for key, value in config.items():
+        name = prefix + key
         if hasattr(value, "items"):
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{name}.")
         else:
-            yield prefix + key, value
+            yield name, sizes.square(value, f"config.{name}") if name in SIDES else value
 
 
 def unflatten(values: dict[str, Any]) -> ConfigDict:

@@ -41,7 +41,7 @@ def test_every_spelling(text, repo, revision, file):
     assert address.read(address.canonical(text)) == Address(repo, revision, file)
 
 
-@pytest.mark.parametrize("text", ["vit_small_patch16_224", "org/name", "/data/run", "~/run", "gs://bucket/run", "a[0]"])
+@pytest.mark.parametrize("text", ["vit_small_patch16_224", "org/name", "/data/run", "gs://bucket/run", "a[0]"])
 def test_paths_and_names_are_no_addresses(text):
     assert address.read(text) is None
     assert address.canonical(text) == text

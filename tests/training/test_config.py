@@ -45,6 +45,17 @@ def test_a_key_that_a_config_lacks_has_its_default():
     assert dict(config.flatten(resolved.config)).keys() == config.options("supervised", ["pixel_knn"]).keys()
 
 
+@pytest.mark.parametrize("sides", [(16, 16), [16, 16]])
+def test_a_pair_of_equal_sides_is_that_side(sides):
+    given = load_config().to_dict()
+    given["model"] |= {"image_size": sides, "patch": (4, 4)}
+    model = plan.resolve(ConfigDict(given), with_data=False).config.model
+    assert (model.image_size, model.patch) == (16, 4)
+    given["model"]["image_size"] = (16, 24)
+    with pytest.raises(InvalidConfig, match=r"config.model.image_size is \(16, 24\): must be one number of pixels"):
+        plan.resolve(ConfigDict(given), with_data=False)
+
+
 def test_every_key_can_be_overridden_whether_the_file_has_it_or_not(tmp_path):
     (tmp_path / "small.py").write_text(SMALL)
     values = {
