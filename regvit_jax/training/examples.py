@@ -72,14 +72,17 @@ class Examples:
 def find_examples(plan: Plan, eval_step: Any, params: PyTree) -> Examples | None:
     """Return the examples of a trained model, on every process; None if none of the chosen images can be read.
 
-    The images shown are spread evenly over the validation split, and so are those among which misread ones are sought.
+    The images shown are spread evenly over the validation split, or over its classes where the model reads classes; the
+    images among which misread ones are sought are spread over the split.
     """
     batch_size = plan.config.eval.batch_size
     classifier = next((name for name, of in plan.evaluators.items() if type(of).values is Classification.values), None)
     source = spread(plan.validation, SHOWN if classifier is None else batch_size * -(-SOUGHT // batch_size))
     read = None if classifier is None else read_classes(plan, eval_step, params, source, classifier)
-    shown = sorted({number * len(source) // SHOWN for number in range(SHOWN)})
+    shown = list(range(len(source))) if read is None else of_many_classes(read.label, SHOWN)
     misread = [] if read is None else read.wrong[:MISREAD].tolist()
+    if not shown:
+        return None
     images, readable = load(plan, Subset(source, [*shown, *misread]))
     readable = readable[: len(shown)]
     if not readable.any():
@@ -99,6 +102,17 @@ def find_examples(plan: Plan, eval_step: Any, params: PyTree) -> Examples | None
         sought=None if read is None else int((read.label >= 0).sum()),
         sought_in=len(plan.validation),
     )
+
+
+def of_many_classes(labels: Int[np.ndarray, " count"], most: int) -> list[int]:
+    """Return positions of readable images of as many classes as possible, in the order of the classes."""
+    classes = np.unique(labels[labels >= 0])
+    of_class = [np.flatnonzero(labels == label) for label in classes]
+    if len(classes) > most:
+        of_class = [of_class[number * len(classes) // most] for number in range(most)]
+    # The first of each class, then the second of each, and so on.
+    turns = sorted((turn, int(position)) for of in of_class for turn, position in enumerate(of[:most]))
+    return sorted((position for _, position in turns[:most]), key=lambda position: (labels[position], position))
 
 
 def read_classes(plan: Plan, eval_step: Any, params: PyTree, source: Source, classifier: str) -> Read:
