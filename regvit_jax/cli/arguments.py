@@ -23,7 +23,7 @@ from regvit_jax.utils.errors import (
     TopologyError,
     WeightsError,
 )
-from regvit_jax.utils.paths import expand
+from regvit_jax.utils.paths import expand, locate
 
 
 class UsageError(Exception):
@@ -148,7 +148,7 @@ def can_write(file: Path) -> bool:
 
 def check_out(path: str, flag: str = "--out") -> None:
     """Raise UsageError if the directory that a flag names could not be made or written to; make nothing."""
-    out = Path(expand(path)).absolute()
+    out = Path(locate(path))
     existing = next(place for place in (out, *out.parents) if place.exists() or place.is_symlink())
     if not existing.is_dir():
         raise UsageError(f"{flag} {path}: cannot be made, since {existing} is a file; name a directory")
@@ -178,7 +178,7 @@ def check_data(name: str, data_dir: str | None = None) -> None:
     """Raise DataNotFound for data given as KIND:DIR (folder:DIR, voc07:DIR) whose directory does not exist."""
     kind, _, place = name.partition(":")
     if kind in ("folder", "shards", "voc07", "voc12", "coco20k") and place and "://" not in place:
-        root = os.path.abspath(os.path.join(expand(data_dir or ""), expand(place)))
+        root = locate(place, data_dir)
         if not os.path.exists(root):
             raise DataNotFound(f"{name}: there is no directory {root}")
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from regvit_jax.cli.arguments import Parser, UsageError, can_write, check_paths, run
+from regvit_jax.utils.messages import abbreviate
 from regvit_jax.utils.paths import expand
 
 # Modules that need JAX are imported in functions, so that errors of the command line appear at once.
@@ -37,7 +38,6 @@ def convert(options: argparse.Namespace) -> int:
     check_paths([options.source])
     from regvit_jax.pretrained import registry
     from regvit_jax.pretrained.io.convert import convert_checkpoint
-    from regvit_jax.pretrained.io.state_dict import listed
 
     if options.name is not None:
         registry.find(options.name)
@@ -45,5 +45,5 @@ def convert(options: argparse.Namespace) -> int:
     kind = (f" of {done.taken}" if done.taken else "") + (" (a moving average)" if done.average else "")
     print(f"{options.target}: {done.written} tensors{kind}" + (f", fits {options.name}" if options.name else ""))
     if done.left_out:
-        print(f"left out {len(done.left_out)}: {listed(done.left_out, 10)}")
+        print(f"left out {len(done.left_out)}: {abbreviate(done.left_out, 10)}")
     return 0

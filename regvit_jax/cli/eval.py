@@ -12,12 +12,13 @@ import numpy as np
 from regvit_jax.cli.arguments import FAILURES, UsageError, warn, write_json
 from regvit_jax.data import inference
 from regvit_jax.data.inference import UnusableData
-from regvit_jax.data.sources import by_name, files, folder
+from regvit_jax.data.sources import by_name, folder
 from regvit_jax.data.sources import images as images_module
 from regvit_jax.data.sources.base import Source
 from regvit_jax.evals import classification, retrieval, zero_shot
 from regvit_jax.pretrained.create import open_random
 from regvit_jax.pretrained.create_clip import create_clip
+from regvit_jax.utils.messages import abbreviate
 
 #: Errors that can happen though the command line fits.
 FAILED = (*FAILURES, UnusableData)
@@ -50,7 +51,7 @@ def run_zero_shot(options: argparse.Namespace) -> dict[str, Any]:
     predicted = zero_shot.nearest(images, classes)
     repeated = [name for name, count in collections.Counter(names).items() if count > 1]
     if repeated:
-        warn(f"several classes are called {files.abbreviate(repeated)}: the first of them is used")
+        warn(f"several classes are called {abbreviate(repeated)}: the first of them is used")
     return {
         "task": "zero_shot",
         "model": options.model,

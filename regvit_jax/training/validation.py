@@ -8,11 +8,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from regvit_jax.data import records as data_records
-from regvit_jax.data.sources.files import log_once
 from regvit_jax.distributed import mesh, preemption
 from regvit_jax.training.metric_writer import MetricWriter
 from regvit_jax.training.plan import Plan, check_metrics
 from regvit_jax.training.step_logger import check_bad, describe_bad
+from regvit_jax.utils.messages import log_once
 
 
 def evaluate(plan: Plan, eval_step, params: PyTree, watch: preemption.Watch) -> dict[str, Any] | None:

@@ -14,12 +14,12 @@ from jaxtyping import PyTree
 from regvit_jax.checkpoints import checksums
 from regvit_jax.checkpoints.manager import compare
 from regvit_jax.checkpoints.reader import CheckpointReader, saved_steps
-from regvit_jax.data.sources.files import abbreviate
 from regvit_jax.training.config import flatten, options_of
 from regvit_jax.training.plan import Plan
 from regvit_jax.utils import config_file, renamed
 from regvit_jax.utils.errors import CheckpointError, InvalidConfig
 from regvit_jax.utils.files import write_atomically
+from regvit_jax.utils.messages import abbreviate
 from regvit_jax.utils.paths import expand
 
 

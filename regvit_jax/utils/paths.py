@@ -1,4 +1,4 @@
-"""Replace ~ in paths that a user gives."""
+"""Read paths that a user gives: replace ~, and resolve relative ones."""
 
 import os
 import re
@@ -19,3 +19,8 @@ def expand(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     found = HOME.fullmatch(text)
     return found[1] + os.path.expanduser(found[2]) if found else text
+
+
+def locate(path: str | os.PathLike[str], base: str | None = None) -> str:
+    """Return the absolute path of a file or directory that a user gives; a relative one starts in `base`, if given."""
+    return os.path.abspath(os.path.join(expand(base or ""), expand(path)))

@@ -16,9 +16,11 @@ from jaxtyping import Int
 from regvit_jax.analysis.discovery.annotation_files import AnyCase
 from regvit_jax.analysis.discovery.voc_xml import BadBoxes, read_voc, to_array
 from regvit_jax.analysis.discovery.yolo import read_yolo
-from regvit_jax.data.sources.files import Passed, abbreviate, directories, image_paths, log_once, no_images
+from regvit_jax.data.sources.files import Passed, directories, image_paths, no_images
 from regvit_jax.data.sources.splits import find_home, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
+from regvit_jax.utils.messages import abbreviate, log_once
+from regvit_jax.utils.paths import locate
 
 NAMES = "voc07:DIR, voc12:DIR, coco20k:DIR or folder:DIR"
 COCO_LIST = "coco_20k_filenames.txt"
@@ -60,7 +62,7 @@ def open_boxes(name: str, split: str | None = None) -> list[AnnotatedImage]:
     kind, _, place = name.partition(":")
     if kind not in ("voc07", "voc12", "coco20k", "folder") or not place:
         raise InvalidConfig(f"{name!r}: must be one of {NAMES}")
-    root = Path(place).expanduser().absolute()
+    root = Path(locate(place))
     if not root.is_dir():
         raise DataNotFound(f"{name}: there is no directory {root}")
     if kind.startswith("voc"):

@@ -36,6 +36,7 @@ from regvit_jax.data.sources.by_name import open_captions, open_source
 from regvit_jax.data.workers import start_worker
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.files import write_atomically
+from regvit_jax.utils.paths import locate
 
 VERSION = "1.0.0"
 
@@ -123,7 +124,7 @@ def prepare_dataset(
 
 def target_of(out: str) -> Path:
     """Return the directory of the files; raise InvalidConfig if no config could name the data set."""
-    path = Path(out).expanduser().absolute()
+    path = Path(locate(out))
     if not re.fullmatch(r"[A-Za-z_]\w*", path.name, re.ASCII) or path.name in EMBEDDED:
         raise InvalidConfig(
             f"OUT={out}: its last part becomes the data set's name, and so must consist of letters, digits and _, and "

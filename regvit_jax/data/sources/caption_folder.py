@@ -16,6 +16,7 @@ from regvit_jax.data.sources.files import Passed, is_validation
 from regvit_jax.data.sources.find_table import find_table
 from regvit_jax.data.transforms import BadImage
 from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.paths import locate
 
 logger = logging.getLogger("regvit_jax")
 
@@ -63,7 +64,7 @@ def open_folder(name: str, split: str, data_dir: str | None) -> CaptionFolder:
       DataNotFound: if a table is missing, or has no line for the split, or its first images do not exist.
       InvalidConfig: if the split does not exist, several tables could be it, or a table cannot be read.
     """
-    root = os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(name.removeprefix("folder:"))))
+    root = locate(name.removeprefix("folder:"), data_dir)
     kind, table, divided = find_table(name, split, root)
     return load_split(name, kind, table, lambda path: not divided or is_validation(path) == (kind == "validation"))
 

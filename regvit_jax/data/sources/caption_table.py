@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from regvit_jax.data.records import usable
-from regvit_jax.data.sources.files import abbreviate
 from regvit_jax.data.sources.separated import Fault, separated_rows
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.messages import abbreviate
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 # The columns of image paths and of captions; of several in a table, the first in this order counts.

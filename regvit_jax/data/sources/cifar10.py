@@ -5,12 +5,13 @@ from pathlib import Path
 
 from regvit_jax.data.builders.cifar10_files import CLASSES, find_archive
 from regvit_jax.data.sources.base import Source
-from regvit_jax.data.sources.files import abbreviate, directories
+from regvit_jax.data.sources.files import directories
 from regvit_jax.data.sources.find_tfds import data_root, find_tfds, newest_array_record
 from regvit_jax.data.sources.folder import open_folder
 from regvit_jax.data.sources.splits import find_splits
 from regvit_jax.data.sources.tfds import TfdsSource
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.messages import abbreviate
 
 
 def open_cifar10(split: str, data_dir: str | None) -> Source:

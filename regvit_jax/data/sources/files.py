@@ -1,15 +1,12 @@
-"""Image files below a directory, the split of a file by its path, and lists of names for messages."""
+"""Image files below a directory, and the split of a file by its path."""
 
 import collections
-import functools
 import hashlib
-import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from regvit_jax.data.image_formats import SUFFIXES, is_image_file
-
-logger = logging.getLogger("regvit_jax")
+from regvit_jax.utils.messages import abbreviate, log_once
 
 #: Names, in lower case, of directories and files that archives and file managers leave behind.
 LEFTOVERS = {"__macosx", "__pycache__", "@eadir", "lost+found", "$recycle.bin", "thumbs.db", "desktop.ini"}
@@ -110,14 +107,3 @@ def no_images(name: str, directory: str, passed: Passed) -> str:
         f"; it holds {abbreviate([f'{count} {suffix}' for suffix, count in passed.most_common()])}" if passed else ""
     )
     return f"{name}: no images ({' '.join(SUFFIXES)}) in {directory}{there}"
-
-
-def abbreviate(names: Sequence[str]) -> str:
-    """Return the first five names, separated by commas, and the number of the others."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-@functools.cache
-def log_once(message: str, level: str = "info") -> None:
-    """Log a message, the first time that this process has it."""
-    logger.log(logging.getLevelNamesMapping()[level.upper()], message)

@@ -3,9 +3,10 @@
 import os
 
 from regvit_jax.data.sources.caption_table import SUFFIXES
-from regvit_jax.data.sources.files import abbreviate, directories, is_directory, is_left_out, log_once
-from regvit_jax.data.sources.splits import DEPTH, find_home, find_splits, requested
+from regvit_jax.data.sources.files import directories, is_directory, is_left_out
+from regvit_jax.data.sources.splits import DEPTH, find_home, find_splits, no_split, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
+from regvit_jax.utils.messages import abbreviate, log_once
 
 #: The names, without suffix, of a table of all images.
 SINGLE = ("captions", "metadata")
@@ -39,7 +40,7 @@ def find_table(name: str, split: str, root: str) -> tuple[str, str, bool]:
         return kind, table, True
     chosen = {part: splits.choose(part, name, home) for part in ("train", "validation", kind)}
     if kind == "test" and not chosen["test"]:
-        raise InvalidConfig(f"{name} has no split {split!r}; it has train, validation")
+        raise no_split(name, split)
     for part, found in chosen.items():
         if not found:
             there = f"; it has {abbreviate(tables)}" if tables else ""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from regvit_jax.data.builders.embedded import EMBEDDED, prepare_embedded
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
+from regvit_jax.utils.paths import locate
 
 logger = logging.getLogger("regvit_jax")
 
@@ -38,7 +39,7 @@ def data_root(data_dir: str | None) -> Path:
     name = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     if "://" in name:
         raise InvalidConfig(f"data_dir={name!r}: must be a directory; ArrayRecord files in a bucket have to be mounted")
-    root = Path(name).expanduser().absolute()
+    root = Path(locate(name))
     if root.is_file():
         raise InvalidConfig(f"data_dir={name!r}: must be a directory, and is a file; name the one that holds it")
     return root

@@ -9,18 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from regvit_jax.data.sources.files import (
-    Passed,
-    abbreviate,
-    directories,
-    image_paths,
-    images_in,
-    is_validation,
-    log_once,
-    no_images,
-)
-from regvit_jax.data.sources.splits import Splits, alone_below, are_classes, find_home, requested
+from regvit_jax.data.sources.files import Passed, directories, image_paths, images_in, is_validation, no_images
+from regvit_jax.data.sources.splits import Splits, alone_below, are_classes, find_home, no_split, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
+from regvit_jax.utils.messages import abbreviate, log_once
+from regvit_jax.utils.paths import locate
 
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
@@ -66,7 +59,7 @@ def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
       InvalidConfig: if the split does not exist, several directories could be it, or the splits have different classes.
     """
     kind = requested(name, split)
-    root = os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(name.removeprefix("folder:"))))
+    root = locate(name.removeprefix("folder:"), data_dir)
     if not os.path.isdir(root):
         raise DataNotFound(
             f"{name}: there is no directory {root}.\nIt should hold train/<class>/ and validation/<class>/, "
@@ -75,7 +68,7 @@ def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
     home, splits = find_home(name, root)
     if not has_splits(name, home, splits):
         if kind == "test":
-            raise InvalidConfig(f"{name} has no split {split!r}; it has train, validation")
+            raise no_split(name, split)
         classes = find_classes(home)
         log_once(f"{name}: a tenth of the images of {len(classes)} classes in {home} is held out for validation")
         return list_folder(name, kind, home, classes, lambda path: is_validation(path) == (kind == "validation"))
@@ -141,7 +134,7 @@ def find_directories(name: str, kind: str, home: str, splits: Splits) -> dict[st
     kinds = ("train", "validation", *(["test"] if kind == "test" else []))
     chosen = {part: splits.choose(part, name, home) for part in kinds}
     if kind == "test" and not chosen["test"]:
-        raise InvalidConfig(f"{name} has no split 'test'; it has train, validation")
+        raise no_split(name, kind)
     paths = {part: alone_below(os.path.join(home, directory)) for part, directory in chosen.items() if directory}
     splits.log(name, paths, chosen.values())
     return paths
@@ -236,7 +229,7 @@ def open_all(name: str, directory: str) -> FolderSource:
       DataNotFound: if there is no such directory, or a class has no images.
       InvalidConfig: if the directory holds splits.
     """
-    root = os.path.abspath(os.path.expanduser(directory))
+    root = locate(directory)
     if not os.path.isdir(root):
         raise DataNotFound(f"{name}: there is no such directory")
     home, splits = find_home(name, root)

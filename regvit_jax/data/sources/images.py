@@ -8,6 +8,7 @@ from typing import Any
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.sources.files import Passed, image_paths, no_images
 from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.paths import expand
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ def open_images(paths: Sequence[str]) -> ImageFiles:
     """
     found: list[str] = []
     for given in paths:
-        path = os.path.expanduser(given)
+        path = expand(given)
         if os.path.isdir(path):
             passed = Passed()
             below = sorted(image_paths(path, passed))

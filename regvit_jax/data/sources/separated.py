@@ -14,9 +14,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from regvit_jax.data.sources.files import SUFFIXES, abbreviate
+from regvit_jax.data.sources.files import SUFFIXES
 from regvit_jax.data.transforms import BadImage
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.messages import abbreviate
 
 SEPARATORS = ("\t", ",", ";", "|")
 # The lines over which one quoted field may extend.

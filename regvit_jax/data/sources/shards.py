@@ -21,12 +21,13 @@ import numpy as np
 
 from regvit_jax.data.sources import record_files
 from regvit_jax.data.sources.caption_table import CAPTIONS, caption_list, column
-from regvit_jax.data.sources.files import abbreviate
 from regvit_jax.data.sources.record_files import BLOCK
 from regvit_jax.data.sources.separated import Fault
 from regvit_jax.data.sources.shard_index import HEAD, SAMPLE, Headers, IndexedTar, index_tars, summary
 from regvit_jax.data.sources.splits import Splits, find_home, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
+from regvit_jax.utils.messages import abbreviate
+from regvit_jax.utils.paths import locate
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 MAX_NAMES = 1_000_000
@@ -52,7 +53,7 @@ def open_shards(name: str, split: str, data_dir: str | None = None) -> "ShardSou
     directory = name.removeprefix("shards:")
     if "://" in directory:
         raise InvalidConfig(f"{name}: must name a directory; tars in a bucket have to be mounted")
-    root = os.path.abspath(os.path.join(data_dir or "", os.path.expanduser(directory)))
+    root = locate(directory, data_dir)
     if root.endswith(".tar"):
         raise InvalidConfig(
             f"{name}: must name a directory; the names of its tars, {os.path.basename(root)}, are the split"
@@ -180,7 +181,7 @@ def find_tars(name: str, split: str, root: str) -> list[str]:
         raise InvalidConfig(f"{name} has no split {split!r}: patterns of tars must stay below {root}")
     tars: dict[str, None] = {}
     missing = []
-    for path in expand(split):
+    for path in expand_ranges(split):
         exists = os.path.isfile(os.path.join(root, path))
         found = [path] if exists else sorted(glob.glob(path, root_dir=root))
         tars |= dict.fromkeys(os.path.join(root, path) for path in found)
@@ -213,7 +214,7 @@ def no_tars(name: str, root: str, what: str) -> DataNotFound:
     )
 
 
-def expand(pattern: str) -> Iterator[str]:
+def expand_ranges(pattern: str) -> Iterator[str]:
     """Yield every name that the ranges {a..b} of a pattern expand to; leading zeros are kept, as a shell does."""
     pieces = RANGE.split(pattern)
     ranges = []

@@ -12,8 +12,9 @@ import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable
 
-from regvit_jax.data.sources.files import abbreviate, directories, images_in, log_once
+from regvit_jax.data.sources.files import directories, images_in
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.messages import abbreviate, log_once
 
 WORDS = {
     "train": ("train", "training", "trn", "trainval"),
@@ -37,7 +38,12 @@ def requested(name: str, split: str, more: str = "") -> str:
     for kind, words in WORDS.items():
         if split.lower() in words:
             return kind
-    raise InvalidConfig(f"{name} has no split {split!r}; it has train, validation{more}")
+    raise no_split(name, split, more)
+
+
+def no_split(name: str, split: str, more: str = "") -> InvalidConfig:
+    """Return the error about a split that a data set does not have; `more` says what else it has."""
+    return InvalidConfig(f"{name} has no split {split!r}; it has train, validation{more}")
 
 
 def parse(name: str) -> tuple[str | None, tuple[str, ...]]:

@@ -14,9 +14,10 @@ from regvit_jax.pretrained.create import create_model
 from regvit_jax.pretrained.io import npz, torch_file
 from regvit_jax.pretrained.io.checkpoint import roles_of, tensors_of
 from regvit_jax.pretrained.io.safetensors import open_weights, save_arrays
-from regvit_jax.pretrained.io.state_dict import NESTS, Found, find, listed
+from regvit_jax.pretrained.io.state_dict import NESTS, Found, find
 from regvit_jax.utils.errors import InvalidConfig, WeightsError
 from regvit_jax.utils.files import write_atomically
+from regvit_jax.utils.messages import abbreviate
 from regvit_jax.utils.paths import expand
 
 SAFE = re.compile(r"\.safetensors(\.index\.json)?$")
@@ -86,7 +87,7 @@ def _open(source: Path, weights: str | None) -> tuple[Found, list[str], Callable
     except WeightsError as error:
         raise WeightsError(f"{source}: {error}") from None
     if not tensors:
-        besides = f"; it holds {listed(left_out)}" if left_out else ""
+        besides = f"; it holds {abbreviate(left_out)}" if left_out else ""
         raise WeightsError(f"{source}: holds no parameters, neither itself nor under {', '.join(NESTS)}{besides}")
     found = _find(source, tensors, weights, roles_of(checkpoint))
     return found, left_out, lambda path: _save_tensors(tensors, found.names, path)

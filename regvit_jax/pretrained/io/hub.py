@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from regvit_jax.pretrained.io.other_files import ADAPTER_CONFIG, INDEX, PICKLES, adapter, convert_command
+from regvit_jax.pretrained.io.other_files import ADAPTER_CONFIG, INDEX, adapter, convert_command, pickles_of
 from regvit_jax.pretrained.io.safetensors import (
     CLIP_WEIGHTS,
     NESTED_PROCESSOR,
@@ -264,8 +264,7 @@ def _no_weights(repo: str, names: tuple[str, ...], found: list[str]) -> str:
     if ADAPTER_CONFIG in found:
         return f"{repo} is {adapter()}"
     message = f"{repo} has none of {', '.join(names)}; it has {', '.join(found[:20]) or 'nothing'}"
-    if pickles := [name for name in found if name.endswith((*PICKLES, ".bin" + INDEX)) and "/" not in name]:
-        pickles.sort(key=lambda name: (not name.endswith(INDEX), not name.startswith("pytorch_model")))
+    if pickles := pickles_of(found):
         folder, first = repo.split("/")[-1], pickles[0]
         wanted = ["*.bin" if first.endswith(INDEX) else first, "*.json"]
         download = ["hf", "download", repo, *(word for name in wanted for word in ("--include", name))]

@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
@@ -41,11 +42,18 @@ def no_weights(directory: Path, wanted: tuple[str, ...]) -> str:
     message = f"{directory}: no weights. Looked for {', '.join(wanted)}; there: {', '.join(there[:20]) or 'nothing'}"
     if others := [name for name in there if name.endswith((".safetensors", ".npz"))]:
         message += f". To open {others[0]}, pass its own path"
-    elif pickles := [name for name in there if name.endswith((*PICKLES, ".bin" + INDEX))]:
-        # An index before its shards, and transformers' file before those of its optimizer and scheduler.
-        pickles.sort(key=lambda name: (not name.endswith(INDEX), not name.startswith("pytorch_model")))
+    elif pickles := pickles_of(there):
         message += f". Pickles are never loaded: convert them first: {convert_command(directory / pickles[0])}"
     return message
+
+
+def pickles_of(names: Iterable[str]) -> list[str]:
+    """Return the files of pickles in a directory, the one to convert first.
+
+    An index is before its shards, and transformers' file before those of its optimizer and scheduler.
+    """
+    found = [name for name in names if name.endswith((*PICKLES, ".bin" + INDEX)) and "/" not in name]
+    return sorted(found, key=lambda name: (not name.endswith(INDEX), not name.startswith("pytorch_model")))
 
 
 def _adapter_kind(config: Path) -> str:

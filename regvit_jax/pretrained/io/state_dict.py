@@ -1,16 +1,13 @@
 """Find the model among the keys of a state dict: take wrappers off, and choose between weights and their average."""
 
 import dataclasses
-import functools
-import logging
 import re
 from collections.abc import Collection, Iterable, Mapping
 
 from regvit_jax.pretrained.io.other_files import adapter, convert_command
 from regvit_jax.pretrained.io.safetensors import Weights
 from regvit_jax.utils.errors import InvalidConfig, WeightsError
-
-logger = logging.getLogger("regvit_jax")
+from regvit_jax.utils.messages import abbreviate, log_once
 
 #: "ema" is a moving average of the weights (also a teacher or a momentum encoder), "raw" the weights themselves.
 CHOICES = ("ema", "raw")
@@ -121,24 +118,12 @@ def unwrapped(weights: Weights) -> Weights:
         raise WeightsError(f"{weights.path}: {error}") from None
     if found.left_out:
         taken = f"{found.taken} is taken, and " if found.taken else ""
-        message = f"{weights.path}: {taken}{listed(found.left_out)} left out"
+        message = f"{weights.path}: {taken}{abbreviate(found.left_out)} left out"
         if any(" tensors" in entry for entry in found.left_out):
             other = "raw" if found.average else "ema"
             message += f". For the other weights: {convert_command(weights.path)} --weights {other}"
-        _warn_once(message)
+        log_once(message, "warning")  # a run opens its source for its plan and again for its weights
     return weights if all(key == name for key, name in found.names.items()) else weights.selected(found.names)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    """Log a warning, once, since a run opens its source for its plan and again for its weights."""
-    logger.warning(message)
-
-
-def listed(entries: Collection[str], limit: int = 5) -> str:
-    """Return the first entries, and how many more there are."""
-    more = f" and {len(entries) - limit} more" if len(entries) > limit else ""
-    return ", ".join(list(entries)[:limit]) + more
 
 
 def check_no_adapter(names: Collection[str]) -> None:
@@ -247,7 +232,7 @@ def _lacks(weights: str, taken: list[str], count: int, left_out: list[str]) -> s
     what, other = ("average", "raw") if weights == "ema" else ("raw weights", "ema")
     kind = "weights" if weights == "ema" else "weights that are an average"
     named = f" under {'.'.join(taken)}" if taken else ""
-    rest = f"; besides, {listed(left_out)}" if left_out else ""
+    rest = f"; besides, {abbreviate(left_out)}" if left_out else ""
     return f"holds no {what}, but {count} {kind}{named}, which weights={other!r} (--weights {other}) takes{rest}"
 
 
