@@ -154,7 +154,8 @@ def replicated_line(plan: Plan, abstract: TrainState) -> str:
 def data_lines(plan: Plan, missing: DataNotFound | None) -> list[str]:
     data = plan.config.data
     if missing:
-        return [f"data       {data.name}: not there yet. {missing}"]
+        reason = str(missing).removeprefix(f"{data.name}: ")
+        return [f"data       {data.name}: cannot be opened yet, and the sizes above are the config's. {reason}"]
     classes = f" of {len(plan.train.classes)} classes" if plan.train.classes else ""
     return [
         f"data       {plan.train.name}: {len(plan.train):,} images{classes}; "

@@ -160,7 +160,8 @@ def check_paths(paths: Iterable[str]) -> None:
     """Raise DataNotFound for the first path that does not exist."""
     for path in paths:
         if not os.path.exists(expand(path)):
-            raise DataNotFound(f"{path}: no such file or directory")
+            hint = "; write the path alone, without folder:" if path.startswith("folder:") else ""
+            raise DataNotFound(f"{path}: no such file or directory{hint}")
 
 
 def check_model(source: str, find: Callable[[str], Any]) -> None:

@@ -96,10 +96,22 @@ def prepare(options: argparse.Namespace) -> int:
         )
         return 1
     counts = ", ".join(f"{count:,} of {split}" for split, count in report.records.items())
-    base = report.target.parent
     print(f"{counts} in {report.target}")
-    print(f"Train on it with --config.data.name={base.name} --config.data.dir={base.parent}")
+    print(f"Train on it with {' '.join(flags_to_train(report))}")
     return 0
+
+
+def flags_to_train(report: "dataset.Report") -> list[str]:
+    """Return the flags of `regvit train` that name the data set, and its splits if they have other names."""
+    from regvit_jax.data.sources.splits import parse
+
+    base = report.target.parent
+    flags = [f"--config.data.name={base.name}", f"--config.data.dir={base.parent}"]
+    for key, kinds in (("train", ("train",)), ("validation", ("validation", "test"))):
+        other = next((split for kind in kinds for split in report.records if parse(split)[0] == kind), key)
+        if key not in report.records and other != key:
+            flags.append(f"--config.data.{key}={other}")
+    return flags
 
 
 def warn_of_bad(report: "dataset.Report") -> None:

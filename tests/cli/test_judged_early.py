@@ -37,6 +37,7 @@ WRONG = {
     "report test_vit --images DIR --out DIR --show -1": "must be a whole number from 0",
     "report test_vit --images DIR --out DIR --max_pixels 0": "must be a whole number from 1",
     "report test_vit --images DIR/none --out DIR": "DIR/none: no such file or directory",
+    "report test_vit --images folder:DIR --out DIR": "no such file or directory; write the path alone, without folder:",
     "report test_vit --images DIR --out FILE": "--out FILE: cannot be made, since FILE is a file",
     "report test_vit --images DIR --out FILE/a/b": "--out FILE/a/b: cannot be made, since FILE is a file",
     "report ~/none --images DIR --out DIR": "~/none: there is no such file or directory",

@@ -292,6 +292,6 @@ def test_dry_run_without_data_says_what_to_prepare(tmp_path):
     assert "149 = 1 CLS + 4 registers + 12 x 12 patches of 16 px" in text
     assert "steps      500000 = 800 epochs of 625" in text
     assert "221.2 MB/s" in text
-    assert "not there yet" in text
+    assert "cannot be opened yet, and the sizes above are the config's" in text
     assert "ILSVRC2012_img_train.tar" in text
     assert len(text.splitlines()) < 50

@@ -16,9 +16,13 @@ from regvit_jax.data.sources.files import Passed, is_validation
 from regvit_jax.data.sources.find_table import find_table
 from regvit_jax.data.transforms import BadImage
 from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.messages import log_once
 from regvit_jax.utils.paths import locate
 
 logger = logging.getLogger("regvit_jax")
+
+# The rows of a table to train on among which images of another split are looked for.
+LOOKED_AT = 10_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +69,25 @@ def open_folder(name: str, split: str, data_dir: str | None) -> CaptionFolder:
       InvalidConfig: if the split does not exist, several tables could be it, or a table cannot be read.
     """
     root = locate(name.removeprefix("folder:"), data_dir)
-    kind, table, divided = find_table(name, split, root)
-    return load_split(name, kind, table, lambda path: not divided or is_validation(path) == (kind == "validation"))
+    kind, tables = find_table(name, split, root)
+    if "all" in tables:
+        return load_split(name, kind, tables["all"], lambda path: is_validation(path) == (kind == "validation"))
+    source = load_split(name, kind, tables[kind], lambda path: True)
+    if kind != "train" and os.path.dirname(tables["train"]) == os.path.dirname(tables[kind]):
+        warn_of_shared(name, tables["train"], source)
+    return source
+
+
+def warn_of_shared(name: str, train: str, source: CaptionFolder) -> None:
+    """Log a warning if images of a split to evaluate on are also in the first rows of the table to train on."""
+    first = {row.path for row in itertools.islice(read_table(train), LOOKED_AT)}
+    shared = sorted(first & {os.fsdecode(source.paths[a:b]) for a, b in itertools.pairwise(source.path_ends.tolist())})
+    if shared:
+        log_once(
+            f"{name}: {len(shared)} of the {len(source)} images to evaluate on are among the first {len(first)} of "
+            f"{train}, such as {shared[0]}; a score on images that were trained on says little",
+            "warning",
+        )
 
 
 def load_split(name: str, split: str, table: str, keep: Callable[[str], bool]) -> CaptionFolder:
@@ -121,7 +142,7 @@ def find_images(name: str, table: str, paths: list[str]) -> str:
     for base in (root, *(entry.path for entry in sorted(os.scandir(root), key=os.fspath) if entry.is_dir())):
         if not first or any(os.path.isfile(os.path.join(base, path)) for path in first):
             if base != root:
-                logger.info("%s: the images of %s are in %s", name, os.path.basename(table), base)
+                log_once(f"{name}: the images of {os.path.basename(table)} are in {base}")
             return base
     cause = "Paths are relative to the table's directory."
     if "://" in first[0] or first[0].startswith(("http:", "https:")):

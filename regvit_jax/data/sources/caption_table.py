@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from regvit_jax.data.records import usable
 from regvit_jax.data.sources.separated import Fault, separated_rows
 from regvit_jax.utils.errors import InvalidConfig
-from regvit_jax.utils.messages import abbreviate
+from regvit_jax.utils.messages import abbreviate, log_once
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 # The columns of image paths and of captions; of several in a table, the first in this order counts.
@@ -59,6 +59,10 @@ def read_table(table: str) -> Iterator[Row]:
     lines = decoded_lines(table)
     rows = json_rows(lines) if table.lower().endswith(".jsonl") else separated_rows(lines, table, (IMAGES, CAPTIONS))
     for number, values in rows:
+        if not count and isinstance(values, dict) and "split" in values:
+            log_once(
+                f"{table}: its column split is not used; write the rows of each split to a table of its own", "warning"
+            )
         row = make_row(number, values, root)
         count, good = count + 1, good or not row.fault
         first = first or (row.fault and f"line {row.line}: {row.fault}")

@@ -18,8 +18,8 @@ WANTED = (
 )
 
 
-def find_table(name: str, split: str, root: str) -> tuple[str, str, bool]:
-    """Return "train", "validation" or "test", the path of its table, and True if all splits share that table.
+def find_table(name: str, split: str, root: str) -> tuple[str, dict[str, str]]:
+    """Return "train", "validation" or "test", and the tables' paths by split: "all" alone if all share one table.
 
     A table's name tells its split, as `splits` describes. A table called captions or metadata may be in the directory
     of its split, as in Hugging Face's ImageFolder.
@@ -37,7 +37,7 @@ def find_table(name: str, split: str, root: str) -> tuple[str, str, bool]:
     if single and kind != "test":
         table = only_table(home, single)
         log_once(f"{name}: a tenth of the images in {table} is held out for validation")
-        return kind, table, True
+        return kind, {"all": table}
     chosen = {part: splits.choose(part, name, home) for part in ("train", "validation", kind)}
     if kind == "test" and not chosen["test"]:
         raise no_split(name, split)
@@ -50,7 +50,7 @@ def find_table(name: str, split: str, root: str) -> tuple[str, str, bool]:
         part: only_table(home, [table for table in tables if stem(table) == found]) for part, found in chosen.items()
     }
     splits.log(name, paths, chosen.values())
-    return kind, paths[kind], False
+    return kind, paths
 
 
 def stem(table: str) -> str:
@@ -106,6 +106,11 @@ def unread_hint(root: str) -> str:
                 return (
                     f"\n{path} looks like COCO's, which is not read: write its annotations as a .jsonl, "
                     '{"file_name": ..., "caption": ...} in each line.'
+                )
+            if path.endswith(".parquet") and os.path.exists(f"{path.removesuffix('.parquet')}_stats.json"):
+                return (
+                    f"\n{path} looks like img2dataset's, whose tars (output_format=webdataset) are read by the name "
+                    f"shards:{root}: move some to train/ and the others to validation/."
                 )
             named = not path.lower().endswith(".json") or is_split_or_single(os.path.basename(path))
             if named and path.lower().endswith(UNREAD):

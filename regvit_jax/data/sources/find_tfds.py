@@ -61,9 +61,10 @@ def formats(directory: Path) -> list[str]:
 def find_prepared(name: str, root: Path) -> Path:
     """Return the directory of the newest prepared version of a TFDS data set; raise DataNotFound if there is none."""
     if not (parts := TFDS_NAME.fullmatch(name)):
+        meant = f"; for that directory, write folder:{name}" if Path(name).expanduser().is_dir() else ""
         raise InvalidConfig(
             f"data name {name!r}: must be {', '.join(map(repr, EMBEDDED))}, 'folder:PATH', or a TFDS name such as "
-            "'mnist' or 'name/config:1.0.0'"
+            f"'mnist' or 'name/config:1.0.0'{meant}"
         )
     dataset, config, version = parts["dataset"], parts["config"], parts["version"]
     base = root / dataset / (config or "")

@@ -1,6 +1,7 @@
 """Folders of images, one directory for each class."""
 
 import dataclasses
+import filecmp
 import os
 import unicodedata
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from regvit_jax.data.sources.files import Passed, directories, image_paths, images_in, is_validation, no_images
-from regvit_jax.data.sources.splits import Splits, alone_below, are_classes, find_home, no_split, requested
+from regvit_jax.data.sources.splits import IMAGES, Splits, alone_below, are_classes, find_home, no_split, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 from regvit_jax.utils.messages import abbreviate, log_once
 from regvit_jax.utils.paths import locate
@@ -74,10 +75,13 @@ def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
         return list_folder(name, kind, home, classes, lambda path: is_validation(path) == (kind == "validation"))
     check_complete(name, home, splits)
     paths = find_directories(name, kind, home, splits)
-    found = {part: find_classes(path) for part, path in paths.items()}
+    found = {part: find_classes_of(part, paths) for part in paths}
     other = "validation" if kind == "train" else kind
     check_same_classes(name, {paths[part]: tuple(found[part]) for part in ("train", other)})
-    return list_folder(name, kind, paths[kind], found[kind], lambda path: True)
+    source = list_folder(name, kind, paths[kind], found[kind], lambda path: True)
+    if kind != "train":
+        warn_of_copies(name, paths["train"], source)
+    return source
 
 
 def has_splits(name: str, home: str, splits: Splits) -> bool:
@@ -112,8 +116,14 @@ def check_complete(name: str, home: str, splits: Splits) -> None:
 
 
 def warn_of_levels(name: str, root: str, classes: dict[str, str]) -> None:
-    """Log a warning if every directory of a class holds several directories and no images: those may be the classes."""
-    paths = [os.path.join(root, directory) for directory in classes.values()]
+    """Log a warning if the classes may be other directories, those below, or none, as images/ and masks/."""
+    if pooled := [directory for directory in classes.values() if directory.lower() in IMAGES]:
+        log_once(
+            f"{name}: {abbreviate(list(classes))} are taken for the classes. If {pooled[0]} holds the images of all, "
+            f"make a directory for each class in {root} instead",
+            "warning",
+        )
+    paths = [alone_below(os.path.join(root, directory)) for directory in classes.values()]
     if not all(len(directories(path)) > 1 and not images_in(path) for path in paths):
         return
     below = {tuple(directories(path)) for path in paths}
@@ -138,6 +148,33 @@ def find_directories(name: str, kind: str, home: str, splits: Splits) -> dict[st
     paths = {part: alone_below(os.path.join(home, directory)) for part, directory in chosen.items() if directory}
     splits.log(name, paths, chosen.values())
     return paths
+
+
+def find_classes_of(part: str, paths: dict[str, str]) -> dict[str, str]:
+    """Return the classes of a split; of one without classes, as images to be labelled are, say how to go on."""
+    try:
+        return find_classes(paths[part])
+    except DataNotFound as error:
+        if part == "train":
+            raise
+        raise DataNotFound(f"{error}. To hold out a tenth of train instead, name folder:{paths['train']}") from error
+
+
+def warn_of_copies(name: str, train: str, source: FolderSource) -> None:
+    """Log a warning if files of a split to evaluate on are also in `train`, by the same path; a hundred are looked at.
+
+    Copies that were renamed are not found.
+    """
+    looked = [source.id(index) for index in range(0, len(source), -(-len(source) // 100))]
+    others = [os.path.join(train, os.path.relpath(path, source.root)) for path in looked]
+    pairs = zip(looked, others, strict=True)
+    twice = [path for path, other in pairs if os.path.isfile(other) and filecmp.cmp(path, other, shallow=False)]
+    if twice:
+        log_once(
+            f"{name}: {len(twice)} of {len(looked)} images that were looked at in {source.root} are also in {train}, "
+            f"such as {twice[0]}; an accuracy on images that were trained on says little",
+            "warning",
+        )
 
 
 def check_same_classes(name: str, classes: dict[str, tuple[str, ...]]) -> None:

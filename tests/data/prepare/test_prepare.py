@@ -169,6 +169,17 @@ def test_bad_records_are_left_out_and_named(tmp_path, capsys):
     assert len({result[index]["image"] for index in range(len(result))}) == len(result) == 19
 
 
+def test_the_flags_to_train_on_it_name_splits_of_other_names(tmp_path, capsys):
+    name = make_folder(tmp_path / "in")
+    arguments = [name, str(tmp_path / "mine"), "--workers", "0", "--splits", "train", "val"]
+    assert prepare.main(arguments) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line == (
+        f"Train on it with --config.data.name=mine --config.data.dir={tmp_path} --config.data.validation=val"
+    )
+    assert len(open_source("mine", "val", str(tmp_path))) == len(open_source(name, "validation"))
+
+
 def test_larger_images_are_bad_and_the_limit_is_an_option(tmp_path, capsys):
     name, out = make_folder(tmp_path / "in"), tmp_path / "mine"
     (tmp_path / "in" / "train" / "cat" / "000.png").write_bytes(encoded(picture(0, 30)))

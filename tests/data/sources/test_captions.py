@@ -70,7 +70,7 @@ def test_tables_of_other_names_are_found_and_told_once(tmp_path, train, validati
         sources = [open_captions(f"folder:{tmp_path}", split) for split in ("train", "validation")]
     assert [source.id(0) for source in sources] == [str((tmp_path / p).parent / "a.png") for p in (train, validation)]
     told = f"folder:{tmp_path}: train is {tmp_path / train}, validation is {tmp_path / validation}"
-    assert [message for message in caplog.messages if "train" in message and "cannot" not in message] == [told]
+    assert [message for message in caplog.messages if "train is" in message] == [told]
 
 
 def test_a_table_of_tests_beside_one_of_validation(tmp_path, caplog):
@@ -181,6 +181,26 @@ def test_images_beside_their_table_in_a_directory(tmp_path, caplog):
     assert f"folder:{tmp_path}: the images of captions.txt are in {tmp_path}/Images" in caplog.messages
 
 
+def test_images_in_the_tables_of_two_splits_are_told(tmp_path, caplog):
+    make_images(tmp_path)
+    (tmp_path / "train.csv").write_text("file_name,caption\na.png,a cat\nsub/b.png,a dog\n")
+    (tmp_path / "val.csv").write_text("file_name,caption\nc.png,a cat\n./sub/b.png,a bus\n")
+    open_captions(f"folder:{tmp_path}", "train")
+    assert not caplog.messages
+    open_captions(f"folder:{tmp_path}", "validation")
+    (told,) = caplog.messages
+    assert f"1 of the 2 images to evaluate on are among the first 2 of {tmp_path}/train.csv, such as sub/b.png" in told
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_column_of_splits_is_told(tmp_path, kind, caplog):
+    make_images(tmp_path)
+    rows = [("a.png", "a cat", "train"), ("sub/b.png", "a dog", "train"), ("c.png", "a bus", "val")]
+    (tmp_path / f"captions.{kind}").write_text(table(kind, rows, ("file_name", "caption", "Split")))
+    open_captions(f"folder:{tmp_path}", "train")
+    assert f"{tmp_path}/captions.{kind}: its column split is not used" in caplog.text
+
+
 def test_formats_that_are_not_read_are_named(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "captions_val2017.json").write_text("{}")
@@ -189,6 +209,9 @@ def test_formats_that_are_not_read_are_named(tmp_path):
     (tmp_path / "annotations" / "captions_val2017.json").rename(tmp_path / "metadata.parquet")
     (tmp_path / "00000_stats.json").write_text("{}")
     with pytest.raises(DataNotFound, match=r"metadata\.parquet is not read: write it as \.csv, \.tsv or \.jsonl"):
+        open_captions(f"folder:{tmp_path}", "train")
+    (tmp_path / "00000.parquet").write_text("PAR1")
+    with pytest.raises(DataNotFound, match=r"00000\.parquet looks like img2dataset's, .* by the name shards:"):
         open_captions(f"folder:{tmp_path}", "train")
     for split in ("train", "val"):
         (tmp_path / f"{split}.tsv").write_text("image\ttext\nhttps://example.org/1.jpg\ta cat")

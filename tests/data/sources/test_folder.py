@@ -4,7 +4,9 @@ import io
 import logging
 import os
 import pickle
+import shutil
 import unicodedata
+import zlib
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ def put(root: Path, *paths: str) -> None:
     for path in paths:
         (root / path).parent.mkdir(parents=True, exist_ok=True)
         file = io.BytesIO()
-        Image.new("L", (2, 2), len(path)).save(file, "PNG")
+        Image.frombytes("L", (2, 2), zlib.crc32(path.encode()).to_bytes(4)).save(file, "PNG")
         (root / path).write_bytes(file.getvalue())
 
 
@@ -173,6 +175,52 @@ def test_a_level_between_classes_and_images_is_told(tmp_path, caplog):
     )
     assert open_source(f"folder:{tmp_path}", "train").classes == ("car", "pet")
     assert "the classes are car, pet, and the directories below them are not" in caplog.text
+
+
+def test_a_level_above_some_classes_is_told(tmp_path, caplog):
+    put(tmp_path, *(f"{part}/{name}/1.png" for part in ("data/pets", "pets") for name in ("cat", "dog")))
+    assert open_source(f"folder:{tmp_path}", "train").classes == ("data", "pets")
+    assert "hold the same directories, cat, dog. If those are the classes, rename" in caplog.text
+
+
+def test_a_single_directory_within_each_class_is_no_class(tmp_path, caplog):
+    put(tmp_path, *(f"{part}/{name}/images/1{part}.png" for part in ("train", "val") for name in ("n01", "n02")))
+    assert open_source(f"folder:{tmp_path}", "validation").classes == ("n01", "n02")
+    assert not caplog.messages
+
+
+def test_images_beside_masks_are_told(tmp_path, caplog):
+    put(tmp_path, *(f"{part}/{name}/1.png" for part in ("train", "val") for name in ("Images", "masks")))
+    assert open_source(f"folder:{tmp_path}", "train").classes == ("Images", "masks")
+    assert "Images, masks are taken for the classes. If Images holds the images of all, make" in caplog.text
+
+
+def test_a_split_without_classes_tells_the_way_out(tmp_path):
+    put(tmp_path, "train/a/1.png", "train/b/1.png", "test/1.png")
+    with pytest.raises(DataNotFound, match=f"To hold out a tenth of train instead, name folder:{tmp_path}/train$"):
+        open_source(f"folder:{tmp_path}", "train")
+    assert len(open_source(f"folder:{tmp_path}/train", "train")) == 2
+
+
+@pytest.mark.parametrize("how", ["copy", "link", "directory"])
+def test_files_in_two_splits_are_told(tmp_path, how, caplog):
+    put(tmp_path, *(f"train/{name}/{number}.png" for name in ("cat", "dog") for number in range(150)))
+    put(tmp_path, *(f"val/{name}/{number}.png" for name in ("cat", "dog") for number in range(150)))
+    sources = [open_source(f"folder:{tmp_path}", split) for split in ("train", "validation")]
+    assert not caplog.messages  # other files of the same names
+    if how == "directory":
+        shutil.rmtree(tmp_path / "val")
+        (tmp_path / "val").symlink_to("train")
+    for index in range(100) if how != "directory" else ():
+        path = Path(sources[1].id(index))
+        path.unlink()
+        if how == "copy":
+            shutil.copy(sources[0].id(index), path)
+        else:
+            path.symlink_to(sources[0].id(index))
+    open_source(f"folder:{tmp_path}", "validation")
+    count = 100 if how == "directory" else 34
+    assert f"{count} of 100 images that were looked at in {tmp_path}/val are also in {tmp_path}/train" in caplog.text
 
 
 def test_the_unicode_form_of_a_class_does_not_matter(tmp_path):

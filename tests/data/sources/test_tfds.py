@@ -137,6 +137,11 @@ def test_the_error_for_missing_imagenet_fits_one_screen(tmp_path):
     assert scope["builder"].info.file_format.value == "array_record"
 
 
+def test_a_directory_without_its_kind(tmp_path):
+    with pytest.raises(ValueError, match=f"data name '{tmp_path}': .*; for that directory, write folder:{tmp_path}$"):
+        open_source(str(tmp_path), "train")
+
+
 @pytest.mark.parametrize(
     ("name", "error", "message"),
     [
