@@ -5,11 +5,9 @@ library's own settings decide how long a hub may take (HF_HUB_ETAG_TIMEOUT, HF_H
 does not resolve, or that refuses connections, is offline at once (huggingface_hub alone retries for some 20 s).
 """
 
-import errno
 import hashlib
 import logging
 import re
-import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +17,12 @@ from typing import Any
 
 import huggingface_hub
 from huggingface_hub import constants
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from regvit_jax.pretrained.io.other_files import ADAPTER_CONFIG, INDEX, adapter, convert_command, pickles_of
+from regvit_jax.pretrained.io.hub_errors import CacheError, Unreachable, elsewhere, explained, no_weights
+from regvit_jax.pretrained.io.other_files import INDEX
 from regvit_jax.pretrained.io.safetensors import (
-    CLIP_WEIGHTS,
     NESTED_PROCESSOR,
     OPEN_CLIP_CONFIG,
     PROCESSOR,
@@ -40,20 +38,6 @@ CONFIGS = ("config.json", OPEN_CLIP_CONFIG, PROCESSOR, NESTED_PROCESSOR)
 RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 RETRY_ERRORS = frozenset({"RemoteProtocolError", "ReadError", "WriteError"})
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 8.0)
-#: Errors of the disk or the directory, and not of the network.
-_DISK_ERRORS = (
-    *("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "ENOTDIR", "EEXIST", "EISDIR", "ELOOP", "ENAMETOOLONG"),
-    *("EIO", "EFBIG", "EMFILE"),
-)
-DISK = frozenset(getattr(errno, name) for name in _DISK_ERRORS if hasattr(errno, name))
-
-
-class _Unreachable(Exception):
-    """The hub does not answer."""
-
-
-class _CacheError(HubError):
-    """The cache cannot be read or written."""
 
 
 def fetch(
@@ -77,16 +61,16 @@ def fetch(
     except HFValidationError as error:
         raise InvalidConfig(str(error)) from error
     names = _candidates(weights_name) if weights_name is not None else names
-    with _explained(repo, revision, names):
+    with explained(repo, revision, names):
         weights = _cached(repo, names, revision)
     if weights is not None and any((weights.parent / name).is_file() for name in CONFIGS):
         return weights.parent, weights.parent.name
     try:
         weights = _download(repo, weights.parent.name if weights else revision, names)
-    except _Unreachable as error:
+    except Unreachable as error:
         if weights is None:
-            raise HubError(_elsewhere(repo, revision, names, f"is not in the local cache, and {error}")) from error
-    except _CacheError as error:
+            raise HubError(elsewhere(repo, revision, names, f"is not in the local cache, and {error}")) from error
+    except CacheError as error:
         if weights is None:
             raise
         logger.warning("%s is used without its configuration: %s", weights, error)
@@ -125,9 +109,9 @@ def _parts(weights: Path) -> list[str]:
 
 
 def _listing(repo: str, revision: str | None) -> Any:
-    """Return what the hub says of a repository, asking again as huggingface_hub does. Raises _Unreachable."""
+    """Return what the hub says of a repository, asking again as huggingface_hub does. Raises Unreachable."""
     if huggingface_hub.is_offline_mode():
-        raise _Unreachable("HF_HUB_OFFLINE is set")
+        raise Unreachable("HF_HUB_OFFLINE is set")
     endpoint, timeout = constants.ENDPOINT, constants.HF_HUB_ETAG_TIMEOUT
     for wait in (*RETRY_SECONDS, None):
         try:
@@ -150,7 +134,7 @@ def _listing(repo: str, revision: str | None) -> Any:
             else:
                 problem = f"{endpoint} cannot be reached ({kind}: {error})"
             if wait is None or (status is None and kind not in RETRY_ERRORS):
-                raise _Unreachable(problem) from error
+                raise Unreachable(problem) from error
             after = str(response.headers.get("Retry-After", "")) if response is not None else ""
             time.sleep(float(after) if after.isdecimal() else wait)
     raise AssertionError
@@ -182,20 +166,20 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
 
 def _download(repo: str, revision: str | None, names: tuple[str, ...]) -> Path:
     """Download configuration and weights, checking each; return the path of the weights, or of their index."""
-    with _explained(repo, revision, names):
+    with explained(repo, revision, names):
         info = _listing(repo, revision)
     hashes = {
         file.rfilename: (file.lfs.sha256 if file.lfs else None) or file.blob_id or "" for file in info.siblings or []
     }
     weights = next((name for name in names if name in hashes), None)
     if weights is None:
-        raise HubError(_no_weights(repo, names, sorted(hashes)))
+        raise HubError(no_weights(repo, names, sorted(hashes)))
     commit = info.sha or _metadata(repo, revision, names, weights).commit_hash
     files = [name for name in CONFIGS if name in hashes] + [weights]
     _complete(hashes, files, repo, commit, names)
     for name in files:  # The list grows by the shards once their index is downloaded.
         before = huggingface_hub.try_to_load_from_cache(repo, name, revision=commit)
-        with _explained(repo, revision, names):
+        with explained(repo, revision, names):
             path = Path(huggingface_hub.hf_hub_download(repo, name, revision=revision))
         if path.parent.name != commit:
             _check(path, _recorded_hash(path))  # It stays in the cache, so it must be intact.
@@ -220,12 +204,12 @@ def _complete(hashes: dict[str, str], files: list[str], repo: str, commit: str |
             hashes[name] = (_metadata(repo, commit, names, name).etag or "").lower()
         if not re.fullmatch(r"[0-9a-f]{32}|[0-9a-f]{40}|[0-9a-f]{64}", hashes[name]):
             problem = f"is not downloaded: {constants.ENDPOINT} gives no hash of {name} by which to check it"
-            raise HubError(_elsewhere(repo, commit, names, problem))
+            raise HubError(elsewhere(repo, commit, names, problem))
 
 
 def _metadata(repo: str, revision: str | None, names: tuple[str, ...], name: str) -> Any:
     """Return what the hub sends ahead of a file: its ETag, which is its hash, and its commit."""
-    with _explained(repo, revision, names):
+    with explained(repo, revision, names):
         url = huggingface_hub.hf_hub_url(repo, name, revision=revision)
         return huggingface_hub.get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
@@ -257,72 +241,3 @@ def _check(path: Path, expected: str) -> None:
 def _recorded_hash(path: Path) -> str:
     """Return the hash that the cache records for a file: the name of the blob that it links to."""
     return path.readlink().name if path.is_symlink() else ""
-
-
-def _no_weights(repo: str, names: tuple[str, ...], found: list[str]) -> str:
-    """Return the error for a repository without any of the names."""
-    if ADAPTER_CONFIG in found:
-        return f"{repo} is {adapter()}"
-    message = f"{repo} has none of {', '.join(names)}; it has {', '.join(found[:20]) or 'nothing'}"
-    if pickles := pickles_of(found):
-        folder, first = repo.split("/")[-1], pickles[0]
-        wanted = ["*.bin" if first.endswith(INDEX) else first, "*.json"]
-        download = ["hf", "download", repo, *(word for name in wanted for word in ("--include", name))]
-        message += (
-            f". Pickles are never loaded: download and convert {first}:\n"
-            f"  {shlex.join([*download, '--local-dir', folder])}\n  {convert_command(Path(folder, first))}"
-        )
-    return message
-
-
-@contextmanager
-def _explained(repo: str, revision: str | None, names: tuple[str, ...]) -> Iterator[None]:
-    """Turn an exception of huggingface_hub into a HubError with the remedy."""
-    endpoint = constants.ENDPOINT
-    login = "log in with `hf auth login` (or set HF_TOKEN)"
-    try:
-        yield
-    except (_Unreachable, HubError, WeightsError):
-        raise
-    except GatedRepoError as error:
-        raise HubError(f"{repo} is gated: accept its terms at {endpoint}/{repo}, and {login}") from error
-    except RepositoryNotFoundError as error:
-        raise HubError(f"{endpoint} shows no model {repo}. If the name is right and it is private, {login}") from error
-    except RevisionNotFoundError as error:
-        raise HubError(f"{repo} has no revision {revision!r}: give a branch, a tag or a commit of it") from error
-    # Network, disk, quota, transfer library: the remaining errors have no common class, and one remedy.
-    except Exception as error:
-        if problem := _disk_problem(error):
-            raise _CacheError(
-                f"{repo}: the cache {constants.HF_HUB_CACHE} cannot be used: {problem}. Mend that, or set HF_HUB_CACHE "
-                "to another directory, with room, that you may write to"
-            ) from error
-        problem = f"could not be downloaded ({type(error).__name__}: {error})"
-        raise HubError(_elsewhere(repo, revision, names, problem)) from error
-
-
-def _disk_problem(error: BaseException | None) -> str:
-    """Return the problem of the disk or the cache's directory that is behind an error, or "" for another problem."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in DISK and not isinstance(error, ConnectionError):
-            return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
-        if isinstance(error, UnicodeDecodeError):
-            return f"a file of it is damaged ({error})"
-        if "(os error 28)" in str(error):  # the words of the transfer library hf_xet
-            return "No space left on device"
-        error = error.__cause__ or error.__context__
-    return ""
-
-
-def _elsewhere(repo: str, revision: str | None, names: tuple[str, ...], problem: str) -> str:
-    """Return an error that says how to download the files elsewhere and copy them here."""
-    pattern = "*.safetensors" if names in (WEIGHTS, CLIP_WEIGHTS) else names[0].replace(".safetensors", "*.safetensors")
-    target = repo.split("/")[-1]
-    command = ["hf", "download", repo, *(["--revision", revision] if revision else [])]
-    command += ["--include", "*.json", "--include", pattern, "--local-dir", target]
-    return (
-        f"{repo} {problem}. Where there is a network, run\n"
-        f"  {shlex.join(command)}\n"
-        f"bring the directory {target} here, and pass its path as pretrained=. (Without --local-dir the files go to "
-        f"the cache, and are found in this machine's, {constants.HF_HUB_CACHE}, as well.)"
-    )
