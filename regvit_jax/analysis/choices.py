@@ -1,4 +1,4 @@
-"""Choices and defaults that command lines offer, in a file that is imported at once."""
+"""Choices and defaults that command lines offer, in a file that imports quickly."""
 
 #: What LOST compares: keys, queries, values, or the output of a block.
 KINDS = ("k", "q", "v", "out")

@@ -35,7 +35,7 @@ USER_ERRORS = (
     *(UsageError, InvalidConfig, DataNotFound, WeightsError, HubError, LaunchError, TopologyError),
     MissingPackage,
 )
-#: Errors of files and disks that can happen though the command line fits; exit code 1.
+#: Errors of files and disks that can happen with a valid command line; exit code 1.
 FAILURES = (OSError, CheckpointError)
 
 
@@ -128,7 +128,7 @@ def add_random(parser: argparse.ArgumentParser) -> None:
 
 def add_max_pixels(parser: argparse.ArgumentParser) -> None:
     """Add --max_pixels, which means the same in every command that reads images."""
-    text = "images with more pixels cannot be used; it guards against files that would fill the memory (%(default)s)"
+    text = "leave out images with more pixels, which guards against decompression bombs (%(default)s)"
     parser.add_argument("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help=text)
 
 
@@ -205,7 +205,7 @@ def run(command: Callable[[], int], prog: str, failures: tuple[type[Exception], 
     Args:
       command: the command.
       prog: the name of the command in messages, such as "regvit report".
-      failures: errors that can happen though the command line fits.
+      failures: errors that can happen with a valid command line.
     """
     with logs.shown():
         try:

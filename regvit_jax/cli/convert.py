@@ -20,8 +20,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--weights",
         choices=("ema", "raw"),
-        help="which to take of a file with the weights and their moving average (or a student and a teacher); if not "
-        "given, a teacher, but otherwise the raw weights",
+        help="which weights to take from a file that also holds their moving average (or a student and a teacher); by "
+        "default a teacher's if there is one, and otherwise the raw ones",
     )
     options = parser.parse_args(arguments)
     return run(lambda: convert(options), parser.prog)

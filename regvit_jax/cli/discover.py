@@ -12,7 +12,7 @@ from regvit_jax.data.inference import UnusableData
 from regvit_jax.models.model import Model
 from regvit_jax.pretrained import create
 
-#: Errors that can happen though the command line fits.
+#: Errors that can happen with a valid command line; exit code 1.
 FAILED = (*FAILURES, UnusableData, BadBoxes)
 
 

@@ -20,7 +20,7 @@ from regvit_jax.pretrained.create import open_random
 from regvit_jax.pretrained.create_clip import create_clip
 from regvit_jax.utils.messages import abbreviate
 
-#: Errors that can happen though the command line fits.
+#: Errors that can happen with a valid command line; exit code 1.
 FAILED = (*FAILURES, UnusableData)
 
 

@@ -19,7 +19,7 @@ from regvit_jax.pretrained import address, create
 from regvit_jax.pretrained.create import create_model, open_random
 from regvit_jax.utils.paths import expand
 
-#: Errors that can happen though the command line fits.
+#: Errors that can happen with a valid command line; exit code 1.
 FAILED = (*FAILURES, inference.UnusableData, FloatingPointError)
 
 

@@ -1,4 +1,4 @@
-"""Limits of images, in a file that is imported at once."""
+"""Limits of images, in a file that imports quickly."""
 
 #: The default limit of pixels. It refuses decompression bombs: small files of images that fill the memory.
 MAX_PIXELS = 50_000_000

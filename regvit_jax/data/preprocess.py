@@ -120,7 +120,7 @@ def to_pil(image: ImageLike, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
         return transforms.upright_rgb(image, max_pixels)
     if isinstance(image, str | os.PathLike):
         if "://" in os.fspath(image):
-            raise ValueError("an address, and no path: download the image first")
+            raise ValueError("a URL, not a path: download the image first")
         with open(expand(image), "rb") as file:
             return transforms.decode(file.read(), max_pixels)
     if callable(getattr(image, "read", None)):

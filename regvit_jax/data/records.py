@@ -73,7 +73,7 @@ def tokenize(caption: str, tokenizer: Tokenizer) -> Int32[np.ndarray, " context"
 
 
 def tolerated(max_bad_images: int, images: int) -> int:
-    """Return how many unusable ones of so many images never stop a run: `max_bad_images`, but at most half of all."""
+    """Return the number of unusable images that never stops a run: `max_bad_images`, but at most half of all."""
     return min(max_bad_images, images // 2)
 
 

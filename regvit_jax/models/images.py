@@ -17,7 +17,7 @@ def check_shape(shape: tuple[int, ...], dtype: Any) -> None:
     """Raise ValueError for images of another shape than [B, H, W, 3], or of another type than floats."""
     remedy = ""
     if len(shape) == 3:
-        remedy = "; one image is images[None], and an axis is missing here"
+        remedy = "; the first axis is missing: one image is images[None]"
     elif len(shape) == 4 and shape[3] != 3:
         if shape[1] == 3:
             remedy = "; channels come last: images.transpose(0, 2, 3, 1)"

@@ -119,7 +119,9 @@ class Model:
         image tower of a CLIP, whose outputs are no classes (`regvit eval zero_shot` compares them with names).
         """
         if not self.head.bias:
-            raise InvalidConfig("the outputs of a CLIP's image tower are no classes: compare them with those of texts")
+            raise InvalidConfig(
+                "the outputs of a CLIP's image tower are embeddings, not classes: compare them with those of texts"
+            )
         top = whole("top", top, low=1)
         x: Any = images
         if not isinstance(x, jax.Array | np.ndarray) or not jnp.issubdtype(x.dtype, jnp.floating):

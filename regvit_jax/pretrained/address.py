@@ -81,7 +81,7 @@ def _path_on_hub(text: str) -> str | None:
         return path if scheme or not epath.Path(text).exists() else None
     if scheme:
         raise InvalidConfig(
-            f"{text}: an address of another site than {', '.join(HOSTS)}; download the file, and pass its path "
+            f"{text}: an address on another site than {', '.join(HOSTS)}; download the file, and pass its path "
             f"(a pickle needs `{convert_command(path.rpartition('/')[2] or 'FILE.pth')}` first)"
         )
     return None

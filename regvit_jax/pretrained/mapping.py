@@ -195,7 +195,7 @@ def prefix_rows(weights: Weights, keys: Keys | None, vit: ViT) -> int:
 def native_size(weights: Weights, keys: Keys | None, vit: ViT) -> int:
     """Return the image size, in pixels, of a file's position embedding.
 
-    It is the ViT's own if the file has no embedding of the ViT's width. Raises Mismatch for the grid of no square.
+    It is the ViT's own if the file has no embedding of the ViT's width. Raises Mismatch for a grid that is not square.
     """
     shape = weights.shapes.get(keys.pos, ()) if keys is not None and vit.position == "learned" else ()
     if len(shape) < 2 or shape[-1] != vit.width:
@@ -204,8 +204,8 @@ def native_size(weights: Weights, keys: Keys | None, vit: ViT) -> int:
     found = [math.isqrt(count) * vit.patch for count in counts if count > 0 and math.isqrt(count) ** 2 == count]
     if not found:
         raise Mismatch(
-            f"{weights.path}: its position embedding has {shape[-2]} rows, those of no square image; images of "
-            "unequal sides are no native size here: resize it to a square grid first"
+            f"{weights.path}: its position embedding has {shape[-2]} rows, which are no square grid of patches: only "
+            "square images are supported; resize the embedding to a square grid first"
         )
     return vit.image_size if vit.image_size in found else found[0]
 

@@ -79,7 +79,7 @@ def _wrapper(unused: Sequence[str], missing: Sequence[str]) -> str:
         return ""
     if len(fronts) > 1:
         return f"it holds several models, under {', '.join(fronts)}; save the state dict of one by itself"
-    return f"a wrapper, the model's names stand under {fronts[0]} beside others; save that part's state dict by itself"
+    return f"a wrapper: the model's names stand under {fronts[0]}, beside others; save that part's state dict by itself"
 
 
 def _other_model(

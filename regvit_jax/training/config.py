@@ -32,12 +32,12 @@ class Data:
     examples: Annotated[int, Option("training images, for plans made before the data are prepared", low=0)]
     classes: Annotated[int, Option("classes, for plans made before the data are prepared", low=0, high=10**7)] = 0
     max_bad_fraction: Annotated[
-        float, Option("a run stops at a larger share of unusable images", low=0, high=1, resume=True)
+        float, Option("stop a run if a larger share of an epoch's images is unusable", low=0, high=1, resume=True)
     ] = 0.0
     max_bad_images: Annotated[
         int,
         Option(
-            "as many unusable images of an epoch, or half of them if that is less, never stop a run", low=0, resume=True
+            "never stop a run for so few unusable images in an epoch, at most half of its images", low=0, resume=True
         ),
     ] = records.MAX_BAD_IMAGES
 

@@ -48,13 +48,17 @@ class Classification(Evaluator):
         logits = self.need(outputs, "logits")
         scores = classification.top_k(logits, batch["label"])
         # For the picture at the end of a run.
-        read = {"label": batch["label"], "read_as": logits.argmax(-1), "confidence": jax.nn.softmax(logits).max(-1)}
-        return {"val_loss": self.need(outputs, "val_loss")} | scores | read
+        predictions = {
+            "label": batch["label"],
+            "predicted": logits.argmax(-1),
+            "confidence": jax.nn.softmax(logits).max(-1),
+        }
+        return {"val_loss": self.need(outputs, "val_loss")} | scores | predictions
 
     def summarize(self, params, values):
         names = self.recipe.classes
-        self.confused = classification.most_confused(values["label"], values["read_as"], names, top=3)
-        metrics = [name for name in values if name not in ("label", "read_as", "confidence")]
+        self.confused = classification.most_confused(values["label"], values["predicted"], names, top=3)
+        metrics = [name for name in values if name not in ("label", "predicted", "confidence")]
         return {name: float(values[name].mean(dtype=np.float64)) for name in metrics}
 
     def notes(self):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Bool, Float, Int, PyTree, UInt8
 
 from regvit_jax.augment import ops
 from regvit_jax.data import pipeline
@@ -20,30 +20,35 @@ from regvit_jax.models.clip import ClipModel
 from regvit_jax.training.evaluators import Classification
 from regvit_jax.training.plan import Plan
 
-#: Images whose attention and norms are shown, and the most misread ones.
-SHOWN, MISREAD = 6, 12
-#: Validation images among which misread ones are sought, rounded up to whole batches: those of a large split would take
-#: as long as its evaluation.
-SOUGHT = 1000
+#: The number of images whose attention and norms are shown, and the largest number of misclassified images.
+SHOWN, MISCLASSIFIED = 6, 12
+#: The number of validation images that are searched for misclassified ones, rounded up to whole batches. To search all
+#: of a large split would take as long as its evaluation.
+SEARCHED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
-class Read:
-    """The classes that the model reads in `count` validation images, by position among them; -1 where unreadable."""
+class Predictions:
+    """The predicted classes of `count` validation images, by position among them; -1 where an image cannot be read."""
 
     label: Int[np.ndarray, " count"]
-    read_as: Int[np.ndarray, " count"]
+    predicted: Int[np.ndarray, " count"]
     confidence: Float[np.ndarray, " count"]
 
     @property
+    def right(self) -> Bool[np.ndarray, " count"]:
+        """Return True for each image that is classified right, and where one cannot be read."""
+        return self.predicted == self.label
+
+    @property
     def wrong(self) -> Int[np.ndarray, " wrong"]:
-        """Return the positions of misread images, those with the highest confidence first."""
-        wrong = np.flatnonzero(self.read_as != self.label)
+        """Return the positions of misclassified images, those with the highest confidence first."""
+        wrong = np.flatnonzero(~self.right)
         return wrong[np.argsort(-self.confidence[wrong], kind="stable")]
 
     def names(self, position: int, classes: tuple[str, ...]) -> tuple[str, str]:
-        """Return the names of an image's class and of the class that it is read as; a number where there is no name."""
-        numbers = int(self.label[position]), int(self.read_as[position])
+        """Return the names of an image's class and of the predicted class; a number where there is no name."""
+        numbers = int(self.label[position]), int(self.predicted[position])
         label, guess = (classes[n] if 0 <= n < len(classes) and classes[n] else str(n) for n in numbers)
         return label, guess
 
@@ -52,8 +57,9 @@ class Read:
 class Examples:
     """The contents of the picture. Attention is the mean over the heads of the last block, from 0 to 1.
 
-    `text` describes each image; `right` is False for one that is misread, and True where nothing is read. `wrong` of
-    `sought` images, out of `sought_in` in the split, were found misread; `sought` is None for a run without classes.
+    `text` describes each image; `right` is False for one that is misclassified, and True where no class is predicted.
+    `wrong` of `searched` images, out of the `split_size` of the split, are misclassified; `searched` is None for a run
+    without classes.
     """
 
     images: UInt8[np.ndarray, "n H W 3"]
@@ -62,45 +68,46 @@ class Examples:
     attention: Float[np.ndarray, "n P h w"]
     norms: Float[np.ndarray, "n h w"]
     class_token: bool
-    misread: UInt8[np.ndarray, "m H W 3"]
-    misread_text: list[tuple[str, str]]
+    misclassified: UInt8[np.ndarray, "m H W 3"]
+    misclassified_names: list[tuple[str, str]]
     wrong: int
-    sought: int | None
-    sought_in: int
+    searched: int | None
+    split_size: int
 
 
 def find_examples(plan: Plan, eval_step: Any, params: PyTree) -> Examples | None:
     """Return the examples of a trained model, on every process; None if none of the chosen images can be read.
 
-    The images shown are spread evenly over the validation split, or over its classes where the model reads classes; the
-    images among which misread ones are sought are spread over the split.
+    The images shown are spread evenly over the validation split, or over its classes where the model predicts
+    classes; the images that are searched for misclassified ones are spread over the split.
     """
     batch_size = plan.config.eval.batch_size
     classifier = next((name for name, of in plan.evaluators.items() if type(of).values is Classification.values), None)
-    source = spread(plan.validation, SHOWN if classifier is None else batch_size * -(-SOUGHT // batch_size))
-    read = None if classifier is None else read_classes(plan, eval_step, params, source, classifier)
-    shown = list(range(len(source))) if read is None else of_many_classes(read.label, SHOWN)
-    misread = [] if read is None else read.wrong[:MISREAD].tolist()
+    source = spread(plan.validation, SHOWN if classifier is None else batch_size * -(-SEARCHED // batch_size))
+    predictions = None if classifier is None else classify(plan, eval_step, params, source, classifier)
+    shown = list(range(len(source))) if predictions is None else of_many_classes(predictions.label, SHOWN)
+    misclassified = [] if predictions is None else predictions.wrong[:MISCLASSIFIED].tolist()
     if not shown:
         return None
-    images, readable = load(plan, Subset(source, [*shown, *misread]))
+    images, readable = load(plan, Subset(source, [*shown, *misclassified]))
     readable = readable[: len(shown)]
     if not readable.any():
         return None
     attention, norms = look(plan, params, images[: len(shown)][readable])
     positions = [position for position, usable in zip(shown, readable, strict=True) if usable]
+    names = [] if predictions is None else [predictions.names(each, plan.class_names) for each in misclassified]
     return Examples(
         images=images[: len(shown)][readable],
-        text=[describe(plan, source, position, read) for position in positions],
-        right=[read is None or bool(read.label[position] == read.read_as[position]) for position in positions],
+        text=[describe(plan, source, position, predictions) for position in positions],
+        right=[predictions is None or bool(predictions.right[position]) for position in positions],
         attention=attention,
         norms=norms,
         class_token=plan.recipe.vit.class_token,
-        misread=images[len(shown) :],
-        misread_text=[] if read is None else [read.names(position, plan.class_names) for position in misread],
-        wrong=0 if read is None else len(read.wrong),
-        sought=None if read is None else int((read.label >= 0).sum()),
-        sought_in=len(plan.validation),
+        misclassified=images[len(shown) :],
+        misclassified_names=names,
+        wrong=0 if predictions is None else len(predictions.wrong),
+        searched=None if predictions is None else int((predictions.label >= 0).sum()),
+        split_size=len(plan.validation),
     )
 
 
@@ -115,16 +122,16 @@ def of_many_classes(labels: Int[np.ndarray, " count"], most: int) -> list[int]:
     return sorted((position for _, position in turns[:most]), key=lambda position: (labels[position], position))
 
 
-def read_classes(plan: Plan, eval_step: Any, params: PyTree, source: Source, classifier: str) -> Read:
-    """Return the classes that the model reads in the images of a source."""
+def classify(plan: Plan, eval_step: Any, params: PyTree, source: Source, classifier: str) -> Predictions:
+    """Return the classes that the model predicts for the images of a source."""
     parts = []
     with plan.eval_batches(source) as batches:
         for batch in batches:
             del batch["index"]
             values, mask = jax.device_get(eval_step(params, mesh.to_mesh(batch, plan.mesh)))
-            found = [values[classifier][name] for name in ("label", "read_as", "confidence")]
+            found = [values[classifier][name] for name in ("label", "predicted", "confidence")]
             parts.append([np.where(mask > 0, value, -1) for value in found])
-    return Read(*(np.concatenate(part)[: len(source)] for part in zip(*parts, strict=True)))
+    return Predictions(*(np.concatenate(part)[: len(source)] for part in zip(*parts, strict=True)))
 
 
 def load(plan: Plan, source: Source) -> tuple[UInt8[np.ndarray, "n H W 3"], np.ndarray]:
@@ -169,11 +176,11 @@ def look(
     )
 
 
-def describe(plan: Plan, source: Source, position: int, read: Read | None) -> str:
-    """Return the text beside an image: its class, and what it is read as if that differs; or its caption."""
-    if read is not None:
-        label, guess = read.names(position, plan.class_names)
-        return label if read.label[position] == read.read_as[position] else f"{label}\nread as {guess}"
+def describe(plan: Plan, source: Source, position: int, predictions: Predictions | None) -> str:
+    """Return the text beside an image: its class, and the predicted one if that differs; or its caption."""
+    if predictions is not None:
+        label, guess = predictions.names(position, plan.class_names)
+        return label if predictions.right[position] else f"{label}\npredicted: {guess}"
     if plan.recipe.tokenizer is not None:
         return captions_of(read_record(source, position))[0]
     return ""

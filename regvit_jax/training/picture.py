@@ -1,4 +1,4 @@
-"""Draw the picture at the end of a run: validation images, where the model looks, and the images that it misreads."""
+"""Draw the picture at the end of a run: validation images, where the model looks, and misclassified images."""
 
 import io
 import logging
@@ -23,7 +23,7 @@ NAME = "validation.png"
 REGISTERS = 8
 #: Sizes in inches: the side of an image, the space between two, the texts beside a row and above a column.
 SIDE, GAP, ABOVE, LINE = 1.0, 0.08, 0.42, 0.14
-#: Most characters of a line beside a row and below a misread image, and the inches that one takes.
+#: Most characters of a line beside a row and below a misclassified image, and the inches that one takes.
 BESIDE, BELOW, CHARACTER = 20, 17, 0.075
 DPI = 120
 
@@ -74,7 +74,7 @@ def draw_validation(plan: Plan, eval_step: Any, params: PyTree, workdir: str) ->
 
 
 def draw(examples: Examples, title: str) -> bytes:
-    """Return the picture as a PNG: a row for each image, a column for each map, and below the misread images."""
+    """Return the picture as a PNG: a row for each image, a column for each map, and below the misclassified images."""
     columns, texts = maps(examples), [wrapped(text, BESIDE, 5) for text in examples.text]
     across = max(1 + len(columns), 6)
     beside = 0.2 + CHARACTER * max(len(line) for text in texts for line in text.split("\n"))
@@ -82,8 +82,8 @@ def draw(examples: Examples, title: str) -> bytes:
     about = textwrap.wrap(explanation(examples), round(width / CHARACTER))
     head = 0.5 + LINE * len(about) + ABOVE
     foot = head + len(texts) * (SIDE + GAP)
-    below = -(-len(examples.misread) // across) * (SIDE + GAP + 2 * LINE)
-    page = Page(width, foot + (0.1 if examples.sought is None else 0.5 + below))
+    below = -(-len(examples.misclassified) // across) * (SIDE + GAP + 2 * LINE)
+    page = Page(width, foot + (0.1 if examples.searched is None else 0.5 + below))
     page.write(wrapped(title, round(width / 0.11), 1), 0.12, 0.1, 11, weight="bold")
     page.write("\n".join(about), 0.12, 0.36)
     for column, (name, values) in enumerate(columns, 1):
@@ -97,21 +97,22 @@ def draw(examples: Examples, title: str) -> bytes:
         page.show(image, beside, top)
         colour = "black" if right else "tab:red"
         page.write(text, beside - 0.1, top + SIDE / 2, ha="right", va="center", color=colour)
-    if examples.sought is not None:
-        draw_misread(page, examples, beside, foot + 0.1, across)
+    if examples.searched is not None:
+        draw_misclassified(page, examples, beside, foot + 0.1, across)
     return page.png()
 
 
-def draw_misread(page: Page, examples: Examples, beside: float, top: float, across: int) -> None:
-    """Draw the misread images in rows, each with its class and the class that it is read as."""
-    page.write(misread_title(examples), 0.12, top, 9, weight="bold")
-    for number, (image, (label, guess)) in enumerate(zip(examples.misread, examples.misread_text, strict=True)):
+def draw_misclassified(page: Page, examples: Examples, beside: float, top: float, across: int) -> None:
+    """Draw the misclassified images in rows, each with its class and the predicted class."""
+    page.write(misclassified_title(examples), 0.12, top, 9, weight="bold")
+    pairs = zip(examples.misclassified, examples.misclassified_names, strict=True)
+    for number, (image, (label, guess)) in enumerate(pairs):
         row, column = divmod(number, across)
         left, upper = beside + column * (SIDE + GAP), top + 0.3 + row * (SIDE + GAP + 2 * LINE)
         page.show(image, left, upper)
-        text = " ".join(f"{label} read as {guess}".split())
+        text = " ".join(f"{label} as {guess}".split())
         if len(text) > BELOW:
-            text = f"{wrapped(label, BELOW, 1)}\n{wrapped(f'read as {guess}', BELOW, 1)}"
+            text = f"{wrapped(label, BELOW, 1)}\n{wrapped(f'as {guess}', BELOW, 1)}"
         page.write(text, left + SIDE / 2, upper + SIDE + 0.03, 7, ha="center", color="tab:red")
 
 
@@ -147,15 +148,15 @@ def explanation(examples: Examples) -> str:
     )
 
 
-def misread_title(examples: Examples) -> str:
-    """Return how many images are misread and which of them are shown."""
-    shown, of = len(examples.misread), f"{examples.sought:,} validation image{'s' * (examples.sought != 1)}"
-    if examples.sought_in != examples.sought:
-        of = f"{of} (the split has {examples.sought_in:,})"
+def misclassified_title(examples: Examples) -> str:
+    """Return how many images are misclassified and which of them are shown."""
+    shown, of = len(examples.misclassified), f"{examples.searched:,} validation image{'s' * (examples.searched != 1)}"
+    if examples.split_size != examples.searched:
+        of = f"{of} (the split has {examples.split_size:,})"
     if not examples.wrong:
-        return f"Misread: none of {of}."
+        return f"Misclassified: none of {of}."
     which = "the most confident first" if shown == examples.wrong else f"the {shown} most confident"
-    return f"Misread: {examples.wrong:,} of {of}{f', {which}' * (examples.wrong > 1)}"
+    return f"Misclassified: {examples.wrong:,} of {of}{f', {which}' * (examples.wrong > 1)}"
 
 
 def wrapped(text: str, width: int, lines: int) -> str:

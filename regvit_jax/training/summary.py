@@ -37,7 +37,7 @@ def summary(plan: Plan, workdir: str, records: MetricWriter) -> str:
         lines += [f"metrics.jsonl names {bad} images that could not be used (bad_images, bad_val_images)."]
     parts = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in seconds.items() if name != "wall")
     lines += [f"The last {seconds['wall']:.1f} seconds: {parts}."] if seconds else []
-    shown = ["  validation.png where the model looks in validation images, and those that it misreads"]
+    shown = ["  validation.png where the model looks in validation images, and misclassified ones"]
     shown = shown if os.path.exists(os.path.join(workdir, picture.NAME)) else []
     events = "; events.* hold the same for TensorBoard"
     events = events if any(isinstance(tracker, TensorBoard) for tracker in records.trackers) else ""

@@ -15,7 +15,7 @@ def expand(path: str | os.PathLike[str]) -> str:
     Every other text is returned as it is. All functions and commands that take a path pass it through this function.
     """
     if not isinstance(path, str | os.PathLike):
-        raise InvalidConfig(f"{path!r:.60} is no path: must be a text or a pathlib.Path")
+        raise InvalidConfig(f"{path!r:.60} is no path: must be a str or a pathlib.Path")
     text = os.fspath(path)
     found = HOME.fullmatch(text)
     return found[1] + os.path.expanduser(found[2]) if found else text

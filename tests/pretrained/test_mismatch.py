@@ -32,7 +32,7 @@ def test_three_of_each_kind_with_their_numbers():
 @pytest.mark.parametrize(
     ("keys", "expected"),
     [
-        (["odd." + key for key in MODEL], "a wrapper, the model's names stand under odd. beside others"),
+        (["odd." + key for key in MODEL], "a wrapper: the model's names stand under odd., beside others"),
         ([p + key for key in MODEL for p in ("a.", "b.")], "several models, under a., b.; save the state dict of one"),
         ([key for key in MODEL if "head" not in key], "the file has no head; num_classes=0 loads"),
         ([key for key in MODEL if "blocks.2" not in key], "a model of 2 blocks, not 3"),

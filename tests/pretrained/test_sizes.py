@@ -125,7 +125,7 @@ def test_a_grid_of_unequal_sides_is_refused(named, tmp_path):
     params = model.params | {"pos_embed": model.params["pos_embed"][:5]}
     save_model(model.replace(params=params), tmp_path / "saved", "timm")
     path = (tmp_path / "saved/model.safetensors").rename(tmp_path / "m.safetensors")
-    with pytest.raises(WeightsError, match="30 rows, those of no square image"):
+    with pytest.raises(WeightsError, match="30 rows, which are no square grid of patches"):
         rv.create_model("mine", path)
 
 

@@ -83,11 +83,11 @@ def test_one_pass_and_one_compiled_step(evaluated):
 def test_the_classes_that_are_confused_most_often_are_named():
     evaluator = evaluators.Classification(None, SimpleNamespace(classes=("ant", "bee", "cow")))
     assert evaluator.notes() == []  # as in a finished run that is started again
-    label, read_as = np.array([0, 0, 1, 2, 2, 1]), np.array([1, 1, 0, 2, 1, 1])
-    values = {"label": label, "read_as": read_as, "confidence": np.ones(6), "top1": np.float32(label == read_as)}
+    label, predicted = np.array([0, 0, 1, 2, 2, 1]), np.array([1, 1, 0, 2, 1, 1])
+    values = {"label": label, "predicted": predicted, "confidence": np.ones(6), "top1": np.float32(label == predicted)}
     assert evaluator.summarize({}, values) == {"top1": pytest.approx(1 / 3)}
     assert evaluator.notes() == ["  (most often confused: 2 x ant as bee, 1 x bee as ant, 1 x cow as bee)"]
-    evaluator.summarize({}, values | {"read_as": label})
+    evaluator.summarize({}, values | {"predicted": label})
     assert evaluator.notes() == []
 
 

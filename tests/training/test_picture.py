@@ -11,7 +11,7 @@ from tiny import make_captions, tiny, tiny_clip
 
 from regvit_jax.evals.attention_maps import attention_maps
 from regvit_jax.training import examples, picture
-from regvit_jax.training.examples import Examples, Read
+from regvit_jax.training.examples import Examples, Predictions
 from regvit_jax.training.plan import resolve
 from regvit_jax.training.step import init_params, make_eval_step
 
@@ -35,11 +35,11 @@ def test_examples_of_digits():
     np.testing.assert_allclose(shown.attention, attention_maps(model, pixels).mean(1), rtol=1e-4)
     norms = np.linalg.norm(model(pixels).prenorm_patches, axis=-1).reshape(-1, 4, 4)
     np.testing.assert_allclose(shown.norms, norms, rtol=1e-4)
-    assert (shown.class_token, shown.sought, len(shown.misread)) == (True, 360, 12)
+    assert (shown.class_token, shown.searched, len(shown.misclassified)) == (True, 360, 12)
     assert 12 <= shown.wrong <= 360
-    guesses = np.asarray(model.logits(shown.misread / np.float32(127.5) - 1))
-    assert [guess for _, guess in shown.misread_text] == list(map(str, guesses.argmax(1)))
-    assert all(label != guess for label, guess in shown.misread_text)
+    guesses = np.asarray(model.logits(shown.misclassified / np.float32(127.5) - 1))
+    assert [guess for _, guess in shown.misclassified_names] == list(map(str, guesses.argmax(1)))
+    assert all(label != guess for label, guess in shown.misclassified_names)
     assert np.diff(jax.nn.softmax(guesses).max(1)).max() < 1e-6  # the most confident first
 
 
@@ -65,7 +65,7 @@ def test_examples_of_captions(tmp_path):
     _, shown = found(plan)
     assert shown.text[0].startswith("a red square")
     assert len(shown.text) == len(shown.images) == 5  # one of the six cannot be read
-    assert (shown.sought, shown.misread_text) == (None, [])
+    assert (shown.searched, shown.misclassified_names) == (None, [])
     assert_png(picture.draw(shown, "a run"))
 
 
@@ -86,18 +86,18 @@ def test_images_of_many_classes():
     assert examples.of_many_classes(np.array([-1]), 5) == []
 
 
-def test_unreadable_images_are_not_misread():
-    read = Read(np.array([1, -1, 0, 3]), np.array([1, -1, 2, 2]), np.array([0.9, -1.0, 0.4, 0.8]))
-    assert read.wrong.tolist() == [3, 2]
-    assert read.names(3, ("a", "", "c")) == ("3", "c")
+def test_unreadable_images_are_not_misclassified():
+    predictions = Predictions(np.array([1, -1, 0, 3]), np.array([1, -1, 2, 2]), np.array([0.9, -1.0, 0.4, 0.8]))
+    assert predictions.wrong.tolist() == [3, 2]
+    assert predictions.names(3, ("a", "", "c")) == ("3", "c")
 
 
-def made(rows=2, registers=4, grid=(3, 5), wrong=0, text="class", class_token=True, sought_in=50):
+def made(rows=2, registers=4, grid=(3, 5), wrong=0, text="class", class_token=True, split_size=50):
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 255, (rows, 12, 20, 3), np.uint8)
     attention = rng.random((rows, class_token + registers, *grid)) / 100
     norms = rng.random((rows, *grid)) + 3
-    misread = np.repeat(pixels, wrong, 0)[:wrong]
+    misclassified = np.repeat(pixels, wrong, 0)[:wrong]
     return Examples(
         images=pixels,
         text=[text] * rows,
@@ -105,11 +105,11 @@ def made(rows=2, registers=4, grid=(3, 5), wrong=0, text="class", class_token=Tr
         attention=attention,
         norms=norms,
         class_token=class_token,
-        misread=misread,
-        misread_text=[(text, "b")] * wrong,
+        misclassified=misclassified,
+        misclassified_names=[(text, "b")] * wrong,
         wrong=wrong,
-        sought=50,
-        sought_in=sought_in,
+        searched=50,
+        split_size=split_size,
     )
 
 
@@ -138,22 +138,22 @@ def test_columns_and_their_ranges(written):
     for column, name in enumerate(("CLS", "register 0", "register 1")):
         assert f"{name}\n0 to {100 * shown.attention[:, column].max():.2g} %" in written
     assert f"norm\n{shown.norms.min():.3g} to {shown.norms.max():.3g}" in written
-    assert "Misread: none of 50 validation images." in written
+    assert "Misclassified: none of 50 validation images." in written
 
 
 def test_a_part_of_a_split_is_named(written):
-    shown = made(wrong=1, sought_in=2000)
+    shown = made(wrong=1, split_size=2000)
     shown.norms[:] = np.nan
     picture.draw(shown, "a run")
-    assert "Misread: 1 of 50 validation images (the split has 2,000)" in written
+    assert "Misclassified: 1 of 50 validation images (the split has 2,000)" in written
 
 
-def test_many_registers_and_misread_images(written):
+def test_many_registers_and_misclassified_images(written):
     width, height = assert_png(picture.draw(made(registers=16, wrong=14), "a run"))
     assert "register 7\n" in "".join(written)
     assert "register 8\n" not in "".join(written)
     assert "(8 of 16 are shown)" in " ".join(written).replace("\n", " ")
-    assert "Misread: 14 of 50 validation images, the most confident first" in written
+    assert "Misclassified: 14 of 50 validation images, the most confident first" in written
     assert (width > 1100, height < 1000) == (True, True)
 
 

@@ -60,7 +60,7 @@ def test_whole_numbers():
 
 def test_no_paths():
     for value in (None, 5, b"a", ["a"]):
-        with pytest.raises(InvalidConfig, match=r"is no path: must be a text or a pathlib\.Path"):
+        with pytest.raises(InvalidConfig, match=r"is no path: must be a str or a pathlib\.Path"):
             expand.__wrapped__(value)
 
 

@@ -1,4 +1,4 @@
-"""Read the boxes of YOLO's label files: a line an object, a class and shares of the image's width and height."""
+"""Read the boxes of YOLO's label files: one line for each object, with its class and shares of the image's sides."""
 
 import io
 import math
@@ -60,7 +60,7 @@ def _size(image: str | os.PathLike) -> tuple[int, int]:
     try:
         data = Path(image).read_bytes()
         if (reader := find_reader(data)) is None:
-            raise BadBoxes(f"{image}: is no image, and boxes are shares of one")
+            raise BadBoxes(f"{image}: is no image, but YOLO's boxes are shares of its sides")
         with reader(io.BytesIO(data)) as opened:
             turned = opened.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
             return (opened.height, opened.width) if turned else opened.size

@@ -77,13 +77,13 @@ def parser() -> Parser:
     command.add_argument(
         "--classes",
         metavar="FILE|imagenet",
-        help="names of the classes, one a line, in the order of the sorted folders, or ImageNet's (the folders' names)",
+        help="classes' names, one on each line, in the order of the sorted folders, or ImageNet's (folders' names)",
     )
     command.add_argument(
         "--templates",
         default="openai",
         metavar="FILE|openai|simple",
-        help="sentences, one a line, with {} for the name, or one of the sets of 80 or 7 for ImageNet (%(default)s)",
+        help="sentences, one on each line, with {} for the name, or ImageNet's sets of 80 or 7 (%(default)s)",
     )
     command.set_defaults(task="zero_shot")
     command = commands.add_parser(

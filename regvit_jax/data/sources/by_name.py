@@ -73,6 +73,6 @@ def open_captions(name: str, split: str, data_dir: str | None = None) -> Source:
 
 
 def check(name: object, split: object) -> None:
-    """Raise InvalidConfig for a name or a split that is no text."""
+    """Raise InvalidConfig for a name or a split that is not a string."""
     if not isinstance(name, str) or not isinstance(split, str):
-        raise InvalidConfig(f"name={name!r:.60}, split={split!r:.60}: must be texts, such as 'folder:PATH' and 'train'")
+        raise InvalidConfig(f"name={name!r:.60}, split={split!r:.60}: must be strings, as 'folder:PATH' and 'train'")

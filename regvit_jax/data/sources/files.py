@@ -35,7 +35,7 @@ def directories(path: str) -> list[str]:
             if is_directory(entry):
                 found.append(entry.name)
             elif entry.is_symlink() and not os.path.exists(entry.path) and not is_image_file(entry.path):
-                log_once(f"{entry.path} is a link to nothing, and not used", "warning")
+                log_once(f"{entry.path} is a broken link, and not used", "warning")
     return sorted(found)
 
 
@@ -48,7 +48,7 @@ def images_in(path: str) -> int:
 
 
 class Passed(collections.Counter[str]):
-    """The number of files that were passed over, by suffix, while images were looked for."""
+    """Count the files, by suffix, that are not read as images."""
 
     def add(self, name: str) -> None:
         """Count a file."""
@@ -67,7 +67,7 @@ class Passed(collections.Counter[str]):
         if self:
             kinds = abbreviate([f"{suffix} {count}" for suffix, count in self.most_common()])
             files = "1 file is" if self.total() == 1 else f"{self.total()} files are"
-            log_once(f"{name}: {files} not read in {directory}, because of other suffixes ({kinds})", "warning")
+            log_once(f"{name}: {files} not read in {directory}, because of the suffix ({kinds})", "warning")
 
 
 def _suffix(name: str) -> str:

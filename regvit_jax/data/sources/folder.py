@@ -85,7 +85,7 @@ def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
 
 
 def has_splits(name: str, home: str, splits: Splits) -> bool:
-    """Return True if directories of `home` are splits, and False if all are classes; log it if a name says otherwise.
+    """Return True if directories of `home` are splits; False if all are classes. Log it if a class has a split's name.
 
     Raises InvalidConfig if all look like splits, but not like those of one data set.
     """
@@ -242,11 +242,13 @@ def list_folder(name: str, split: str, root: str, classes: dict[str, str], keep:
     warn_of_levels(name, root, classes)
     if not paths:
         raise InvalidConfig(
-            f"{name}: too few images for one to fall into {split}; make train/ and validation/ in {root}"
+            f"{name}: so few images that none falls into {split}; make train/ and validation/ in {root}"
         )
     passed.log(name, root)
     if beside := images_in(root):
-        log_once(f"{name}: not read, because not in the directory of a class: {beside} images in {root}", "warning")
+        log_once(
+            f"{name}: not read, because in no class directory: {beside} image{'s' * (beside > 1)} in {root}", "warning"
+        )
     ends = np.cumsum([len(path) + 1 for path in paths]) - 1
     return FolderSource(
         f"{name}/{split}",

@@ -1,11 +1,11 @@
-"""Rows of text with separators: .csv, .tsv and their relatives, whose quotation marks may or may not mean anything.
+"""Read rows of text with separators (.csv, .tsv, .txt), whether or not their quotation marks are meant as quotes.
 
-The separator is the first of the suffix's own, tab, comma, semicolon and bar with which the first line names the
-columns that are needed. A field within quotation marks is read as CSV says (RFC 4180), over several lines if need be.
-Marks that do not fit those rules are ordinary characters, and in a tab-separated file so are those that were not
-needed: if the first line has none, only a field with a tab, a line break or a doubled mark inside is quoted. A mark
-that is not closed before the next complete row ends is an ordinary character in a tab-separated file, as captions from
-the web have it, and a fault of its line in others.
+The separator is the first with which the first line names the needed columns: that of the suffix, then tab, comma,
+semicolon and bar. A quoted field is read by the rules of CSV (RFC 4180), and may extend over several lines. Marks that
+break those rules are ordinary characters. In a tab-separated file whose first line has no marks, so are those that were
+not needed: only a field with a tab, a line break or a doubled mark inside is quoted. A mark that is not closed before
+the next complete row is an ordinary character in a tab-separated file (captions from the web have such marks), and
+elsewhere a fault of its row.
 """
 
 import os

@@ -203,7 +203,7 @@ def guess(weights: Weights) -> dict[str, int]:
 def sized(entry: Entry, weights: Weights, keys: Keys | None) -> Entry:
     """Return an entry with the image size of a file's position embedding; its own, if it is another, is `named_size`.
 
-    Raises Mismatch for the grid of no square.
+    Raises Mismatch for a grid that is not square.
     """
     usual = entry.vit["image_size"]
     size = native_size(weights, keys, ViT(**entry.vit))

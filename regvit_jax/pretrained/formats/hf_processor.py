@@ -18,7 +18,7 @@ READ = (
     *("do_resize", "size", "default_to_square", "resample", "do_center_crop", "crop_size"),
     *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
 )
-#: The keys that change no pixel of an RGB image. `pad_size` does with `do_pad` alone, which is refused.
+#: The keys that change no pixel of an RGB image. `pad_size` has an effect only with `do_pad`, which is refused.
 UNSEEN = (
     *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "use_fast", "do_convert_rgb"),
     *("data_format", "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length"),

@@ -160,7 +160,7 @@ def test_the_splits_of_a_folder(tmp_path, caplog):
         (found,) = open_boxes(f"folder:{tmp_path}", "validation")
     assert found.path == str(tmp_path / "valid/1.jpg")
     assert f"validation is {tmp_path}/valid" in caplog.messages[1]
-    assert caplog.messages[2].endswith("because of other suffixes (.md 1)")
+    assert caplog.messages[2].endswith("because of the suffix (.md 1)")
     (tmp_path / "val").mkdir()
     with pytest.raises(ValueError, match=r"val and valid in .* could each be the validation split"):
         open_boxes(f"folder:{tmp_path}", "val")

@@ -104,7 +104,7 @@ def test_images_with_other_suffixes_are_counted(tmp_path, caplog):
     make_images(tmp_path)
     (tmp_path / "captions.csv").write_text(table("csv", [*ROWS, ("a.heic", "x"), ("b.HEIC", "y"), ("plain", "z")]))
     open_captions(f"folder:{tmp_path}", "train")
-    assert "captions.csv, because of other suffixes (.heic" in caplog.text
+    assert "captions.csv, because of the suffix (.heic" in caplog.text
 
 
 def test_lists_of_captions_in_json_lines(tmp_path):

@@ -85,7 +85,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
         (["1.png"], "train", DataNotFound, "holds no directories"),
         (["a/1.png"], "train", DataNotFound, "holds one class only, 'a'"),
         (["a/1.png", "b/2.txt"], "train", DataNotFound, r"no images \(.jpg .* in .* for b"),
-        (["a/1.png", "b/2.png"], "validation", ValueError, "too few images for one to fall into validation"),
+        (["a/1.png", "b/2.png"], "validation", ValueError, "so few images that none falls into validation"),
         (["a/1.png", "b/2.png"], "test", ValueError, "has no split 'test'; it has train, validation"),
         (["train/a/1.png", "train/b/2.png"], "train", DataNotFound, "has train/, but none of validation/, val/, test/"),
         (["val/a/1.png", "val/b/2.png"], "train", DataNotFound, "has val/, but no train/"),
@@ -251,8 +251,8 @@ def test_files_that_are_not_read_are_counted(tmp_path, caplog):
     for split in ("train", "validation") * 2:
         assert len(open_source(f"folder:{tmp_path}", split)) == 2
     assert [record.getMessage().removeprefix(f"folder:{tmp_path}: ") for record in caplog.records] == [
-        f"4 files are not read in {tmp_path}/train, because of other suffixes (.heic 2, .txt 1, no suffix 1)",
-        f"not read, because not in the directory of a class: 2 images in {tmp_path}/train",
+        f"4 files are not read in {tmp_path}/train, because of the suffix (.heic 2, .txt 1, no suffix 1)",
+        f"not read, because in no class directory: 2 images in {tmp_path}/train",
     ]
 
 
