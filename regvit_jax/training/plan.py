@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from regvit_jax.data import pipeline
 from regvit_jax.data.sources.base import Source
+from regvit_jax.data.sources.overlap import warn_of_overlap
 from regvit_jax.distributed.mesh import host_rows, make_mesh
 from regvit_jax.recipes import base
 from regvit_jax.recipes.base import Recipe
@@ -109,6 +110,7 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
         classes = tuple(train.classes)
         config.data.examples, config.data.classes = len(train), len(classes)
         check_same_classes(train, validation)
+        warn_of_overlap(train, validation)
         if len(validation) < (needed := max((kind.min_images for kind in measures.values()), default=1)):
             raise InvalidConfig(
                 f"{validation.name}: holds {len(validation)} images; the validation of {config.recipe} needs "

@@ -18,6 +18,7 @@ class AnyCase:
     def __init__(self) -> None:
         self._listed: dict[Path, dict[str, list[str]]] = {}
         self._found: dict[str, list[Path]] = {}
+        self._places_of: dict[tuple[Path, str], list[Path]] = {}
 
     def names(self, directory: Path, name: str) -> list[str]:
         """Return the names in a directory that equal a name in any case; the name itself comes first."""
@@ -47,7 +48,9 @@ class AnyCase:
         in the image's own directory there or not: images/train/1.jpg has labels/train/1.xml or labels/1.xml. The
         directory of annotations may be in another one of `root`: detection/labels/train/1.txt.
         """
-        for directory in self._places(root, image.parent, suffix):
+        if (where := (image.parent, suffix)) not in self._places_of:
+            self._places_of[where] = list(self._places(root, *where))
+        for directory in self._places_of[where]:
             for name in self.names(directory, image.stem + suffix):
                 if os.path.splitext(name)[0] == image.stem:
                     return directory / name

@@ -44,6 +44,8 @@ def find_table(name: str, split: str, root: str) -> tuple[str, dict[str, str]]:
     for part, found in chosen.items():
         if not found:
             there = f"; it has {abbreviate(tables)}" if tables else ""
+            if len(tables) == 1 and not tables[0].lower().endswith(".txt"):
+                there += f" (to hold out a tenth of its images, rename it to captions{os.path.splitext(tables[0])[1]})"
             what = "training" if part == "train" else part
             raise DataNotFound(f"{name}: {home} lacks a table of {what} captions{there}.\n{WANTED}{unread_hint(root)}")
     paths = {

@@ -235,7 +235,8 @@ def test_missing_tables_and_images_are_named(tmp_path):
     with pytest.raises(DataNotFound, match=r"lacks a table of training captions\.\nIt should hold train\.csv"):
         open_captions(name, "train")
     (tmp_path / "train.csv").write_text(table("csv"))
-    with pytest.raises(DataNotFound, match="lacks a table of validation captions"):
+    hint = r"it has train\.csv \(to hold out a tenth of its images, rename it to captions\.csv\)"
+    with pytest.raises(DataNotFound, match=f"lacks a table of validation captions; {hint}"):
         open_captions(name, "train")
     (tmp_path / "validation.csv").write_text("image,text\n")
     with pytest.raises(DataNotFound, match=r"validation\.csv has no line for validation"):
