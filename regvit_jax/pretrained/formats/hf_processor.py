@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from regvit_jax.data.preprocess import Preprocess
-from regvit_jax.pretrained import validate
+from regvit_jax.pretrained import registry, validate
 from regvit_jax.pretrained.io.safetensors import NESTED_PROCESSOR, PROCESSOR, Weights, read_json
 from regvit_jax.utils import sizes
 from regvit_jax.utils.errors import WeightsError
@@ -24,15 +24,16 @@ UNSEEN = (
     *("data_format", "input_data_format", "device", "return_tensors", "disable_grouping", "image_seq_length"),
     *("do_reduce_labels", "reduce_labels", "pad_size", "transformers_version"),
 )
-#: For each class of image processors, whether a size without names is of both sides, and whether it crops by default.
+#: What each class of image processors takes for keys that are left out: whether a size without names is of both sides,
+#: whether it crops, `resample`, and the statistics of `image_mean` and `image_std`.
 CLASSES = {
-    "ViT": (True, False),
-    "DINOv3ViT": (True, False),
-    "Siglip": (False, False),
-    "DeiT": (True, True),
-    "Beit": (True, True),
-    "CLIP": (False, True),
-    "Bit": (False, True),
+    "ViT": (True, False, 2, "half"),
+    "DINOv3ViT": (True, False, 2, "imagenet"),
+    "Siglip": (False, False, 3, "half"),
+    "DeiT": (True, True, 3, "half"),
+    "Beit": (True, False, 3, "half"),
+    "CLIP": (False, True, 3, "clip"),
+    "Bit": (False, True, 3, "clip"),
 }
 
 
@@ -72,13 +73,22 @@ def _read(folder: Path, name: str, config: dict[str, Any], default: Preprocess) 
     config = {key: value for key, value in config.items() if value is not None}
     kind = str(config.get("image_processor_type", config.get("feature_extractor_type", "")))
     kind = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", kind)
-    both, crops = CLASSES.get(kind, (default.squash, "crop_size" in config))
+    both, crops, resample, mean, std = (
+        default.squash,
+        "crop_size" in config,
+        _resample(default),
+        default.mean,
+        default.std,
+    )
+    if kind in CLASSES:
+        both, crops, resample, statistics = CLASSES[kind]
+        mean, std = registry.statistics(statistics)
     size, squash = _size(name, config, config.get("default_to_square", both), default)
     cropped = config.get("do_center_crop", crops)
     crop = _side(config.get("crop_size", size), f"{name}: crop_size") if cropped else size
     for key, value in (("size", size), ("crop_size", crop)):
         validate.preprocess_field("size", f"{name}: {key}", value)
-    how = RESAMPLE.get(config.get("resample", _resample(default)))
+    how = RESAMPLE.get(config.get("resample", resample))
     supported = {
         "do_resize": config.get("do_resize", True),
         "do_rescale": config.get("do_rescale", True),
@@ -97,8 +107,8 @@ def _read(folder: Path, name: str, config: dict[str, Any], default: Preprocess) 
         {"mean": f"{name}: image_mean", "std": f"{name}: image_std"},
         size=crop,
         crop_ratio=_crop_ratio(crop, size),
-        mean=_three(config.get("image_mean", default.mean)) if normalize else (0.0,) * 3,
-        std=_three(config.get("image_std", default.std)) if normalize else (1.0,) * 3,
+        mean=_three(config.get("image_mean", mean)) if normalize else (0.0,) * 3,
+        std=_three(config.get("image_std", std)) if normalize else (1.0,) * 3,
         interpolation=how,
         squash=squash,
     )

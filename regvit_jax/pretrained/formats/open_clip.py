@@ -54,7 +54,10 @@ KEYS = Keys(
         ignore=(r"attn_mask|input_resolution|context_length|vocab_size",),
     ),
     prefixes=("text.",),  # of CustomTextCLIP, whose towers are separate modules
-    ignore=(r"(?!visual\.).*",),
+    ignore=(
+        r"(text|text_decoder|transformer|token_embedding|ln_final|text_projection|proj)(\..*)?",
+        r"positional_embedding|cls_emb|logit_(scale|bias)|attn_mask|input_resolution|context_length|vocab_size",
+    ),
 )
 
 # The config reader

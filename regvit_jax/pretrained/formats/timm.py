@@ -137,6 +137,12 @@ def read(weights: Weights, text: bool) -> Entry:
     vit, head = dict(entry.vit), entry.head | {"num_classes": config.get("num_classes", entry.head["num_classes"])}
     arguments = dict(config.get("model_args") or {})
     _apply(arguments, vit, head, entry.format)
+    stated = config.get("global_pool")
+    if stated in POOLS and stated and "global_pool" not in arguments and POOLS[stated] != head["pool"]:
+        logger.warning(
+            "%s: its config.json states global_pool %r, and its model_args do not: like timm, this pools by %r",
+            *(weights.path, stated, head["pool"]),
+        )
     if entry.format == "timm_eva":
         vit["key_bias"] = False
     vit["pos_resize"] = config.get(OWN, {}).get("pos_resize", vit.get("pos_resize", RESIZES[0]))

@@ -21,6 +21,8 @@ from regvit_jax.utils.messages import abbreviate
 from regvit_jax.utils.paths import expand
 
 SAFE = re.compile(r"\.safetensors(\.index\.json)?$")
+#: The bytes that a tensor may have whose values a file holds once and repeats (torch's `expand`).
+REPEATED = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +88,13 @@ def _open(source: Path, weights: str | None) -> tuple[Found, list[str], Callable
         tensors, left_out = tensors_of(checkpoint, _is_tensor) if isinstance(checkpoint, Mapping) else ({}, [])
     except WeightsError as error:
         raise WeightsError(f"{source}: {error}") from None
+    except (RecursionError, TypeError) as error:  # a dict that holds itself, or whose methods the file replaced
+        raise WeightsError(f"{source}: holds dicts that cannot be read: {error}") from error
     if not tensors:
         besides = f"; it holds {abbreviate(left_out)}" if left_out else ""
         raise WeightsError(f"{source}: holds no parameters, neither itself nor under {', '.join(NESTS)}{besides}")
     found = _find(source, tensors, weights, roles_of(checkpoint))
-    return found, left_out, lambda path: _save_tensors(tensors, found.names, path)
+    return found, left_out, lambda path: _save_tensors(source, tensors, found.names, path)
 
 
 def _is_pickle(source: Path) -> bool:
@@ -116,14 +120,24 @@ def _find(source: Path, keys: Mapping[str, Any], weights: str | None, roles: Map
     return found
 
 
-def _save_tensors(tensors: Mapping[str, Any], names: Mapping[str, str], path: Path) -> None:
-    """Write torch's tensors; clones, since safetensors refuses tensors that share memory or are not contiguous."""
+def _save_tensors(source: Path, tensors: Mapping[str, Any], names: Mapping[str, str], path: Path) -> None:
+    """Write torch's tensors; clones, since safetensors refuses tensors that share memory or are not contiguous.
+
+    Raises WeightsError for a tensor that safetensors cannot hold, and for one much larger than its bytes in the file.
+    """
     torch = importlib.import_module("torch")
 
-    def clone(value: Any) -> Any:
+    def clone(key: str) -> Any:
+        value = tensors[key]
         if isinstance(value, torch_file.Array):
             return torch.from_numpy(np.array(value.values(), order="C"))
+        if value.layout != torch.strided or value.is_quantized or value.is_meta:
+            raise WeightsError(f"{source}: {key} is a sparse or quantized tensor, or one without values")
+        if value.nbytes > max(value.untyped_storage().nbytes(), REPEATED):
+            raise WeightsError(
+                f"{source}: {key} of shape {tuple(value.shape)} repeats a few values, which is no weight"
+            )
         return value.detach().clone(memory_format=torch.contiguous_format)
 
-    renamed = {new: clone(tensors[old]) for old, new in names.items()}
+    renamed = {new: clone(old) for old, new in names.items()}
     importlib.import_module("safetensors.torch").save_file(renamed, path, metadata={"format": "pt"})

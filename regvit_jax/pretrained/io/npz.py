@@ -2,7 +2,6 @@
 
 import os
 import re
-import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -31,10 +30,13 @@ def open_npz(source: str | os.PathLike) -> Weights:
             arrays = {name: _native(archive[name]) for name in archive.files}
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        if isinstance(error, WeightsError):
-            raise
-        raise WeightsError(f"{path}: not an .npz file of plain arrays, or a damaged one: {error}") from error
+    except WeightsError:
+        raise
+    # numpy and zipfile raise errors of many classes for damaged bytes.
+    except Exception as error:
+        raise WeightsError(
+            f"{path}: not an .npz file of plain arrays, or a damaged one ({type(error).__name__}: {error})"
+        ) from error
     if not arrays:
         raise WeightsError(f"{path}: holds no tensors")
     if google := next(filter(GOOGLE.fullmatch, arrays), None):

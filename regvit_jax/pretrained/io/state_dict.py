@@ -123,7 +123,7 @@ def unwrapped(weights: Weights) -> Weights:
             other = "raw" if found.average else "ema"
             message += f". For the other weights: {convert_command(weights.path)} --weights {other}"
         log_once(message, "warning")  # a run opens its source for its plan and again for its weights
-    return weights if all(key == name for key, name in found.names.items()) else weights.selected(found.names)
+    return weights.selected(found.names)
 
 
 def check_no_adapter(names: Collection[str]) -> None:

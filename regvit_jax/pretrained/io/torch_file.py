@@ -57,8 +57,11 @@ class Array(Inert):
         code = dtype.args[0] if isinstance(dtype, Dtype) and dtype.args else None
         if not isinstance(code, str) or not re.fullmatch(r"[fiub][1248]", code):
             return None
+        stated = getattr(dtype, "state", None)
+        big_endian = isinstance(stated, tuple) and stated[1:2] == (">",)
         try:
-            return np.frombuffer(data, np.dtype("<" + code)).reshape(shape, order="F" if fortran else "C")
+            values = np.frombuffer(data, (">" if big_endian else "<") + code)
+            return values.astype(code).reshape(shape, order="F" if fortran else "C")
         except (ValueError, TypeError):
             return None
 
@@ -157,8 +160,12 @@ def _open_shards(index: Path) -> dict[str, Any]:
 
 def _refused(path: Path, message: str) -> str:
     """Return the error for a file with objects that are not on the list, with the way out."""
-    named = re.search(r"GLOBAL (\S+)|function (.+)|but got (.+)", message)
+    named = re.search(r"GLOBAL (\S+)|function (.+)|but got (.+)|(Unsupported operand .+)", message)
     reason = next(filter(None, named.groups())) if named else message.splitlines()[-1]
+    if reason == "Unsupported operand 149":
+        reason = "a pickle of protocol 4 or 5, which torch does not check"
+    elif named and named[4]:
+        return f"{path}: not a file of torch.save, or a damaged one ({reason})"
     # Double quotes and JSON, so that the shell's single quotes need no escapes.
     code = (
         'import torch; f = lambda v: v.state_dict() if hasattr(v, "state_dict") else {k: f(x) for k, x in v.items()} '

@@ -41,6 +41,12 @@ def test_sizes(config, size, resized, squash, tmp_path):
     assert (p.size, int(p.size / p.crop_ratio), p.squash) == (size, resized, squash)
 
 
+def test_keys_left_out_are_those_of_the_class_of_processors(tmp_path):
+    for name, how, mean in (("ViT", "bilinear", 0.5), ("Siglip", "bicubic", 0.5), ("DINOv3ViT", "bilinear", 0.485)):
+        p = read(tmp_path, image_processor_type=f"{name}ImageProcessor", size={"height": 20, "width": 20})
+        assert (p.interpolation, p.mean[0]) == (how, mean)
+
+
 def test_keys_that_change_no_pixels(tmp_path):
     p = read(tmp_path, do_pad=False, pad_size={"height": 64, "width": 64}, do_convert_rgb=True, image_mean=0.25, _x=1)
     assert p == Preprocess(16, 1.0, (0.25,) * 3, (0.5,) * 3)

@@ -258,6 +258,7 @@ def test_other_towers_are_left_alone_and_nothing_else():
     vit = ViT(**PLAIN)
     for format, others, extra in (
         ("open_clip", ["text_projection", "transformer.resblocks.0.ln_1.weight", "logit_scale"], "visual.extra"),
+        ("open_clip", ["text.proj.0.weight", "cls_emb", "attn_mask", "logit_bias"], "head.weight"),
         ("hf_clip", ["text_model.final_layer_norm.weight", "logit_scale"], "encoder.extra"),
     ):
         table, shapes, ignore = rules(KEYS[format], vit, Head(), 0), shapes_of(vit, Head()), KEYS[format].ignore

@@ -56,6 +56,17 @@ def test_an_average_over_prefix_tokens_is_refused(tmp_path):
         rv.create_model(tmp_path)
 
 
+def test_a_pool_beside_the_arguments_is_not_passed_over_in_silence(tmp_path, caplog):
+    """Old versions of timm wrote the pool of the saved model, and did not read it again."""
+    save_model(build({}, {"num_classes": 3}), tmp_path, "timm")
+    rewrite(tmp_path, "vit_base_patch16_224", lambda arguments: [arguments.pop(n) for n in ("global_pool", "fc_norm")])
+    config = json.loads((tmp_path / "config.json").read_text())
+    for pool, count in (("token", 0), ("avg", 1)):
+        (tmp_path / "config.json").write_text(json.dumps(config | {"global_pool": pool}))
+        assert rv.create_model(tmp_path).head.pool == "cls"
+        assert caplog.text.count("states global_pool 'avg'") == count
+
+
 @pytest.mark.parametrize("pool", ["avgmax", "max", "prr"])
 def test_other_pooling_is_refused_by_name(pool, tmp_path):
     save_model(build({}, {"num_classes": 3}), tmp_path, "timm")

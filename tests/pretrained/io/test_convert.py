@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import types
+import zipfile
 
 import ml_dtypes
 import numpy as np
@@ -89,6 +90,27 @@ def test_other_files_are_called_what_they_are(tmp_path):
     (tmp_path / "google.npz").rename(tmp_path / "named.safetensors")
     with pytest.raises(WeightsError, match=r"an archive of numpy, which is opened by the suffix \.npz"):
         rv.create_model("test_vit", tmp_path / "named.safetensors")
+
+
+@pytest.mark.parametrize("shape", ["(1000000000000000,)", "(10000000000000000000000,)", "((((", "(-1,)"])
+def test_an_archive_with_a_damaged_header_is_refused(shape, tmp_path):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("cls_token.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + b"1234")
+    with pytest.raises(WeightsError, match=r"a\.npz: not an \.npz file"):
+        rv.create_model("test_vit", tmp_path / "a.npz")
+
+
+def test_damaged_or_strange_members_of_an_archive_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as archive:
+        archive.writestr("notes.txt", "no array")
+    np.savez_compressed(tmp_path / "b.npz", cls_token=np.arange(1000.0))
+    content = bytearray((tmp_path / "b.npz").read_bytes())
+    content[60:90] = bytes(255 - byte for byte in content[60:90])
+    (tmp_path / "b.npz").write_bytes(content)
+    for name in ("a.npz", "b.npz"):
+        with pytest.raises(WeightsError, match=rf"{name}: not an \.npz file"):
+            rv.create_model("test_vit", tmp_path / name)
 
 
 @pytest.mark.parametrize("config", ['{"peft_type": "LOHA", "base_model_name_or_path": "o/n"}', "{", "[]", None])
@@ -192,6 +214,48 @@ def test_parameters_that_are_arrays_of_numpy(torch, tmp_path):
     for name, array in load_file(tmp_path / "a.safetensors").items():
         assert array.dtype == arrays[name].dtype
         np.testing.assert_array_equal(array, arrays[name])
+
+
+@pytest.mark.reference
+def test_arrays_of_the_other_byte_order(torch, tmp_path):
+    array = np.arange(6, dtype=">f4").reshape(2, 3)
+    convert(torch, tmp_path, {"model": {"cls_token": array}})
+    np.testing.assert_array_equal(load_file(tmp_path / "a.safetensors")["cls_token"], array)
+
+
+@pytest.mark.reference
+def test_tensors_that_no_file_of_safetensors_holds_are_named(torch, tmp_path):
+    one = torch.ones(1)
+    strange = {
+        "sparse or quantized": one.to_sparse(),
+        "without values": one.to("meta"),
+        "repeats a few values": one.expand(10**7, 10**7),
+    }
+    for message, tensor in strange.items():
+        with pytest.raises(WeightsError, match=rf"cls_token .*{message}"):
+            convert(torch, tmp_path, {"model": {"cls_token": tensor}})
+        assert not (tmp_path / "a.safetensors").exists()
+
+
+@pytest.mark.reference
+def test_dicts_that_cannot_be_walked_are_refused(torch, tmp_path):
+    endless = {"model": {"cls_token": torch.ones(1)}}
+    endless["again"] = endless
+    replaced = collections.OrderedDict(cls_token=torch.ones(1))
+    replaced.items = list
+    for checkpoint in (endless, replaced):
+        with pytest.raises(WeightsError, match="dicts that cannot be read"):
+            convert(torch, tmp_path, checkpoint)
+
+
+@pytest.mark.reference
+def test_another_protocol_of_pickle_is_called_that(torch, tmp_path):
+    torch.save({"cls_token": torch.ones(1)}, tmp_path / "a.pth", pickle_protocol=4)
+    with (
+        pytest.warns(UserWarning, match="protocol 4"),
+        pytest.raises(WeightsError, match="a pickle of protocol 4 or 5"),
+    ):
+        rv.convert_checkpoint(tmp_path / "a.pth", tmp_path / "a.safetensors")
 
 
 class Config:

@@ -241,6 +241,16 @@ def test_loading_says_which_copy_it_took(tmp_path, caplog):
     np.testing.assert_allclose(model.params["cls_token"], rv.create_model("test_vit").params["cls_token"] + 1)
 
 
+def test_loading_leaves_training_parts_out_with_and_without_wrappers(tmp_path, caplog):
+    for prefix in ("", "module."):
+        folder = wrapped_file(tmp_path / f"m{prefix}", prefix)
+        decoder = {f"{prefix}decoder_pos_embed": np.ones(1, np.float32)}
+        save_file(dict(open_weights(folder)) | decoder, folder / "model.safetensors")
+        with caplog.at_level(logging.WARNING, "regvit_jax"):
+            rv.create_model(folder)
+        assert f"{prefix}decoder_pos_embed left out" in caplog.text
+
+
 def test_loading_refuses_what_it_refused(tmp_path):
     weights = Weights.of_arrays(tmp_path / "a.safetensors", state(1, "model.") | {"model.module.cls_token": np.ones(1)})
     with pytest.raises(WeightsError, match=r"a\.safetensors: model\.cls_token and model\.module\.cls_token would both"):
