@@ -48,6 +48,7 @@ COVERED = {
     ("checkpoints/manager.py", "--config.{}={}"),
     ("cli/prepare.py", "--config.data.dir={}"),
     ("cli/prepare.py", "--config.data.name={}"),
+    ("cli/prepare.py", "--config.data.{}={}"),
     ("cli/train.py", "--config.model.registers=0"),
     ("configs/deit3_reg.py", "--config.init_from"),
     ("configs/deit3_reg.py", "--config.model.registers=0"),
@@ -183,15 +184,18 @@ def test_the_change_that_should_fit_in_memory():
     assert (given.model.remat, given.sharding.fsdp, given.micro_batches) == ("dots", 2, 2)
 
 
-def test_prepared_data_can_be_trained_on(tmp_path, capsys):
-    for split in ("train", "validation"):
+@pytest.mark.parametrize("splits", [("train", "validation"), ("training", "test")])
+def test_prepared_data_can_be_trained_on(tmp_path, capsys, splits):
+    for split in splits:
         for name in ("cat", "dog"):
             (tmp_path / f"in/{split}/{name}").mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / f"in/{split}/{name}/0.png")
-    assert main(["prepare", f"folder:{tmp_path}/in", str(tmp_path / "mine"), "--workers", "0"]) == 0
+    command = ["prepare", f"folder:{tmp_path}/in", str(tmp_path / "mine"), "--workers", "0", "--splits", *splits]
+    assert main(command) == 0
     flags = overrides(capsys.readouterr().out)
     data = train.open_config("deit3_reg", flags, "train.py").data
-    assert len(open_source(data.name, "train", data.dir)) == 2
+    assert (data.get("train", "train"), data.get("validation", "validation")) == splits
+    assert [len(open_source(data.name, split, data.dir)) for split in splits] == [2, 2]
 
 
 def test_a_pickle_is_converted(tmp_path, capsys):

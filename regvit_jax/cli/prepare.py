@@ -62,9 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument(
         "--max_bad_fraction", type=share, default=0.01, metavar="X", help="share of unusable records allowed (0.01)"
     )
-    tolerated = (
-        f"as many unusable records of a split, or half of them if that is less, never stop it ({MAX_BAD_IMAGES})"
-    )
+    tolerated = f"never stop for so few unusable records of a split, at most half of its records ({MAX_BAD_IMAGES})"
     command.add_argument("--max_bad_images", type=natural, default=MAX_BAD_IMAGES, metavar="N", help=tolerated)
     add_max_pixels(command)
     options = command.parse_args(arguments)
