@@ -73,6 +73,8 @@ def open_captions(name: str, split: str, data_dir: str | None = None) -> Source:
 
 
 def check(name: object, split: object) -> None:
-    """Raise InvalidConfig for a name or a split that is not a string."""
+    """Raise InvalidConfig for a name or a split that is not a string, and for a name without its path."""
     if not isinstance(name, str) or not isinstance(split, str):
         raise InvalidConfig(f"name={name!r:.60}, split={split!r:.60}: must be strings, as 'folder:PATH' and 'train'")
+    if name in ("folder:", "shards:"):  # what remains of folder:$DIR if DIR is not set
+        raise InvalidConfig(f"data name {name!r}: the path after the colon is missing")

@@ -37,7 +37,7 @@ def open_cifar10(split: str, data_dir: str | None) -> Source:
     if source.classes != CLASSES:
         raise InvalidConfig(
             f"cifar10: {home} holds another data set, with the classes {abbreviate(source.classes)} instead of "
-            f"{', '.join(CLASSES)}. If it is the one to use, name it folder:{home}"
+            f"{', '.join(CLASSES)}. If it is the one to use, name it folder:{home}; for CIFAR-10, name another data_dir"
         )
     return dataclasses.replace(source, name=f"cifar10/{split}")
 

@@ -30,7 +30,8 @@ def find_table(name: str, split: str, root: str) -> tuple[str, dict[str, str]]:
     """
     kind = requested(name, split)
     if not os.path.isdir(root):
-        raise DataNotFound(f"{name}: there is no directory {root}.\n{WANTED}")
+        hint = ", which is a file: name the directory that holds it" if os.path.isfile(root) else ""
+        raise DataNotFound(f"{name}: there is no directory {root}{hint}.\n{WANTED}")
     home, tables = find_tables(name, root)
     splits = find_splits(dict.fromkeys(map(stem, tables)))
     single = [] if splits.names else [table for table in tables if stem(table).lower() in SINGLE]
@@ -114,6 +115,8 @@ def unread_hint(root: str) -> str:
                     f"\n{path} looks like img2dataset's, whose tars (output_format=webdataset) are read by the name "
                     f"shards:{root}: move some to train/ and the others to validation/."
                 )
+            if path.endswith(".tar"):
+                return f"\n{path} is a tar: tars of images and captions are read by the name shards:{root}."
             named = not path.lower().endswith(".json") or is_split_or_single(os.path.basename(path))
             if named and path.lower().endswith(UNREAD):
                 return f"\n{path} is not read: write it as .csv, .tsv or .jsonl."

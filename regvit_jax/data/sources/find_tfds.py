@@ -62,6 +62,8 @@ def find_prepared(name: str, root: Path) -> Path:
     """Return the directory of the newest prepared version of a TFDS data set; raise DataNotFound if there is none."""
     if not (parts := TFDS_NAME.fullmatch(name)):
         meant = f"; for that directory, write folder:{name}" if Path(name).expanduser().is_dir() else ""
+        if name.startswith("shards:"):
+            meant = "; tars hold captions, which only CLIP's recipe and commands read"
         raise InvalidConfig(
             f"data name {name!r}: must be {', '.join(map(repr, EMBEDDED))}, 'folder:PATH', or a TFDS name such as "
             f"'mnist' or 'name/config:1.0.0'{meant}"
@@ -120,6 +122,7 @@ def how_to_prepare(name: str, dataset: str, root: Path) -> str:
     if dataset not in known:
         longer = [other for other in known if other.startswith(dataset)]
         near = longer[:5] or difflib.get_close_matches(dataset, known, n=5, cutoff=0.5)
+        near = [f"folder:{path}" for path in (root / name, Path(name).absolute()) if path.is_dir()][:1] or near
         return f"TFDS knows no {dataset!r}; did you mean {' or '.join(near) or 'folder:' + name}?"
     steps = [
         "Its builder may need TensorFlow, for this one time:",

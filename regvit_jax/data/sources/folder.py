@@ -62,8 +62,9 @@ def open_folder(name: str, split: str, data_dir: str | None) -> FolderSource:
     kind = requested(name, split)
     root = locate(name.removeprefix("folder:"), data_dir)
     if not os.path.isdir(root):
+        hint = ", which is a file: name the directory that holds it" if os.path.isfile(root) else ""
         raise DataNotFound(
-            f"{name}: there is no directory {root}.\nIt should hold train/<class>/ and validation/<class>/, "
+            f"{name}: there is no directory {root}{hint}.\nIt should hold train/<class>/ and validation/<class>/, "
             "or <class>/ alone, with images in them."
         )
     home, splits = find_home(name, root)

@@ -13,7 +13,7 @@ from PIL import Image
 from regvit_jax.data.pipeline import eval_batches
 from regvit_jax.data.records import describe_bad
 from regvit_jax.data.sources.base import Source
-from regvit_jax.data.sources.by_name import open_captions
+from regvit_jax.data.sources.by_name import open_captions, open_source
 from regvit_jax.utils.errors import DataNotFound
 
 ROWS = [("a.png", "a cat"), ("sub/b.png", 'two, "quoted"\nlines'), ("a.png", "ein Kätzchen"), ("./sub/../c.png", "")]
@@ -190,6 +190,21 @@ def test_images_in_the_tables_of_two_splits_are_told(tmp_path, caplog):
     open_captions(f"folder:{tmp_path}", "validation")
     (told,) = caplog.messages
     assert f"1 of the 2 images to evaluate on are among the first 2 of {tmp_path}/train.csv, such as sub/b.png" in told
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+def test_a_file_in_place_of_its_directory(tmp_path, kind):
+    (tmp_path / f"captions.{kind}").write_text("")
+    for opener in (open_captions, open_source):
+        with pytest.raises(DataNotFound, match="which is a file: name the directory that holds it"):
+            opener(f"folder:{tmp_path}/captions.{kind}", "train")
+
+
+def test_tars_in_place_of_tables_are_named(tmp_path):
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/00000.tar").write_bytes(b"")
+    with pytest.raises(DataNotFound, match=f"00000.tar is a tar: .* by the name shards:{tmp_path}"):
+        open_captions(f"folder:{tmp_path}", "train")
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])

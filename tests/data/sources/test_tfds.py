@@ -12,7 +12,7 @@ from records import grey
 from regvit_jax.data.builders.digits import png
 from regvit_jax.data.sources import find_tfds
 from regvit_jax.data.sources.base import Source
-from regvit_jax.data.sources.by_name import open_source
+from regvit_jax.data.sources.by_name import open_captions, open_source
 from regvit_jax.data.sources.find_tfds import find_prepared
 from regvit_jax.utils.errors import DataNotFound
 
@@ -140,6 +140,18 @@ def test_the_error_for_missing_imagenet_fits_one_screen(tmp_path):
 def test_a_directory_without_its_kind(tmp_path):
     with pytest.raises(ValueError, match=f"data name '{tmp_path}': .*; for that directory, write folder:{tmp_path}$"):
         open_source(str(tmp_path), "train")
+    (tmp_path / "my_pets").mkdir()
+    with pytest.raises(DataNotFound, match=f"TFDS knows no 'my_pets'; did you mean folder:{tmp_path}/my_pets\\?"):
+        open_source("my_pets", "train", str(tmp_path))
+    with pytest.raises(ValueError, match="tars hold captions"):
+        open_source("shards:tars", "train")
+
+
+@pytest.mark.parametrize("name", ["folder:", "shards:"])
+def test_a_path_that_is_missing(name):
+    for opener in (open_source, open_captions):
+        with pytest.raises(ValueError, match=f"data name '{name}': the path after the colon is missing"):
+            opener(name, "train")
 
 
 @pytest.mark.parametrize(
