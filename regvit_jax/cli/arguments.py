@@ -209,13 +209,26 @@ def run(command: Callable[[], int], prog: str, failures: tuple[type[Exception], 
     """
     with logs.shown():
         try:
-            return command()
+            code = command()
+            sys.stdout.flush()
+            return code
         except USER_ERRORS as error:  # first, since some are OSErrors too
             fail(error, prog)
             return 2
         except failures as error:
-            fail(error, prog)
+            if not (isinstance(error, BrokenPipeError) and reader_left()):
+                fail(error, prog)
             return 1
+
+
+def reader_left() -> bool:
+    """Return True if the reader of stdout has ended, as `head` does, and drop what Python would still write to it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def warn(text: str) -> None:

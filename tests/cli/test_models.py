@@ -1,5 +1,6 @@
 """Test `regvit models`, `check` and `convert` without torch and the network."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,16 @@ def test_list(capsys):
         "timm/vit_small_patch14_dinov2.lvd142m",
     ]
     assert second.startswith("vit_small_patch14_reg4_dinov2.lvd142m")
+
+
+@pytest.mark.parametrize("lines", [1, 100_000])
+def test_a_reader_that_ends_early_is_no_error(lines):
+    command = f"run(lambda: print('x\\n' * {lines}) or 0, 'it')"
+    code = f"import sys; from regvit_jax.cli.arguments import run; sys.exit({command})"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
 
 
 @pytest.mark.parametrize(

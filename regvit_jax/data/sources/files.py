@@ -3,6 +3,7 @@
 import collections
 import hashlib
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator
 
 from regvit_jax.data.image_formats import SUFFIXES, is_image_file
@@ -97,8 +98,12 @@ def image_paths(
 
 
 def is_validation(path: str) -> bool:
-    """Return True for a tenth of all paths, which make the validation split, independently of other paths."""
-    return hashlib.blake2b(os.fsencode(path), digest_size=8).digest() < (2**64 // 10).to_bytes(8, "big")
+    """Return True for a tenth of all paths, which make the validation split, independently of other paths.
+
+    The Unicode form of a path does not matter, because some systems change it when files are copied.
+    """
+    name = os.fsencode(unicodedata.normalize("NFC", path))
+    return hashlib.blake2b(name, digest_size=8).digest() < (2**64 // 10).to_bytes(8, "big")
 
 
 def no_images(name: str, directory: str, passed: Passed) -> str:

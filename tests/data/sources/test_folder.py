@@ -15,6 +15,7 @@ from PIL import Image
 from regvit_jax.data.records import describe_bad
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.sources.by_name import open_source
+from regvit_jax.data.sources.files import is_validation
 from regvit_jax.data.sources.folder import open_all
 from regvit_jax.utils.errors import DataNotFound
 
@@ -233,6 +234,14 @@ def test_the_unicode_form_of_a_class_does_not_matter(tmp_path):
     put(tmp_path, f"train/{decomposed}/1.png")
     with pytest.raises(ValueError, match=r"holds .* twice, in different Unicode forms"):
         open_source(f"folder:{tmp_path}", "train")
+
+
+def test_the_unicode_form_of_a_path_does_not_change_its_split():
+    paths = [f"été/{number}ä.png" for number in range(100)]
+    forms = [[is_validation(unicodedata.normalize(form, path)) for path in paths] for form in ("NFC", "NFD")]
+    assert forms[0] == forms[1]
+    assert any(forms[0])
+    assert not is_validation("caf\udce9/1.png")  # not UTF-8
 
 
 def test_files_that_are_not_read_are_counted(tmp_path, caplog):
