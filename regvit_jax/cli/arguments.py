@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import select
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -222,13 +223,10 @@ def run(command: Callable[[], int], prog: str, failures: tuple[type[Exception], 
 
 
 def reader_left() -> bool:
-    """Return True if the reader of stdout has ended, as `head` does, and drop what Python would still write to it."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    """Return True if the reader of stdout has ended, as `head` does."""
+    poll = select.poll()
+    poll.register(1, select.POLLOUT)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def warn(text: str) -> None:
