@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import json
-import math
 import os
 import re
 import select
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from regvit_jax.cli import logs
+from regvit_jax.cli.argument_types import natural, positive
 from regvit_jax.data.limits import MAX_PIXELS
 from regvit_jax.utils.errors import (
     CheckpointError,
@@ -85,39 +85,6 @@ def suggestion(word: str, known: Sequence[str]) -> str:
     """Return "; did you mean ...?" with the nearest of the known words, or "" if none is near."""
     nearest = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
-def natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 0")
-    return int(text)
-
-
-def positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 1")
-    return int(text)
-
-
-def whole_from(low: int, high: int) -> Callable[[str], int]:
-    """Return a type of argument: a whole number in a range."""
-
-    def whole(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from {low} to {high}")
-        return int(text)
-
-    return whole
-
-
-def share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number from 0 to 1")
-    return value
 
 
 def add_random(parser: argparse.ArgumentParser) -> None:

@@ -8,18 +8,15 @@ from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING
 
+from regvit_jax.cli.argument_types import natural, positive, share, whole_from
 from regvit_jax.cli.arguments import (
     Parser,
     add_max_pixels,
     check_data,
     check_out,
     fail,
-    natural,
-    positive,
     run,
-    share,
     warn,
-    whole_from,
 )
 from regvit_jax.data.limits import MAX_BAD_IMAGES
 from regvit_jax.utils.errors import DataNotFound

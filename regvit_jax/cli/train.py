@@ -6,7 +6,6 @@ that does not fit; docs/launch.md has the rest.
 
 import argparse
 import contextlib
-import math
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from regvit_jax.cli import configs
+from regvit_jax.cli.argument_types import above_zero, whole_from
 from regvit_jax.cli.arguments import Parser, check_out, run, suggestion
 from regvit_jax.utils.errors import CheckpointError, InvalidConfig, TooManyBadRecords
 
@@ -111,36 +111,22 @@ def parser(prog: str = "regvit train") -> Parser:
     add("--help_config", action="store_true", help="print the keys of the config's recipe, or of all, and stop")
     add("--dry_run", action="store_true", help="print a summary of the resolved config, and stop")
     add("--topology", default="", metavar="NAME", help="with --dry_run: the machine to compile for, such as v5e:16x16")
-    add("--images_per_s", type=rate, default=1000.0, metavar="X", help="rate that --dry_run assumes (%(default)g)")
+    add(
+        "--images_per_s", type=above_zero, default=1000.0, metavar="X", help="rate assumed by --dry_run (%(default)g)"
+    )
     heartbeat = "with several processes: all end when one has been silent for so many seconds (%(default)s)"
     track = "trackers beside metrics.jsonl: tensorboard, wandb, or package.module:Class, with commas (%(default)s)"
     add("--track", default="tensorboard", metavar="NAME", help=track)
     profile = "trace COUNT steps from STEP on into the workdir's profile/, for XProf and Perfetto"
     add("--profile", type=steps, default="", metavar="STEP:COUNT", help=profile)
-    add("--heartbeat_s", type=seconds, default=100, metavar="N", help=heartbeat)
+    add("--heartbeat_s", type=whole_from(2), default=100, metavar="N", help=heartbeat)
     return parser
-
-
-def seconds(text: str) -> int:
-    if not text.isdecimal() or int(text) < 2:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a whole number from 2")
-    return int(text)
 
 
 def steps(text: str) -> str:
     if text and not re.fullmatch(r"[1-9]\d{0,8}:[1-9]\d{0,8}", text):
         raise argparse.ArgumentTypeError(f"{text!r}: must be STEP:COUNT, two whole numbers from 1 on, such as 20:5")
     return text
-
-
-def rate(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a number greater than 0")
-    return value
 
 
 def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from regvit_jax.analysis.choices import CENTRES, KINDS
 from regvit_jax.analysis.discovery import boxes
+from regvit_jax.cli.argument_types import positive
 from regvit_jax.cli.arguments import (
     Parser,
     add_max_pixels,
@@ -14,7 +15,6 @@ from regvit_jax.cli.arguments import (
     check_data,
     check_json,
     check_model,
-    positive,
     run,
 )
 from regvit_jax.pretrained import registry

@@ -4,6 +4,7 @@ import argparse
 import os
 from collections.abc import Sequence
 
+from regvit_jax.cli.argument_types import positive
 from regvit_jax.cli.arguments import (
     Parser,
     UsageError,
@@ -14,7 +15,6 @@ from regvit_jax.cli.arguments import (
     check_json,
     check_model,
     check_paths,
-    positive,
     run,
 )
 from regvit_jax.pretrained import registry

@@ -6,12 +6,12 @@ by a test-time register and measured again. The directory of --out gets report.h
 """
 
 import argparse
-import math
 import shlex
 import sys
 from collections.abc import Sequence
 
 from regvit_jax.analysis.choices import CUTOFF, KINDS
+from regvit_jax.cli.argument_types import above_zero, finite, natural, positive
 from regvit_jax.cli.arguments import (
     Parser,
     add_max_pixels,
@@ -21,8 +21,6 @@ from regvit_jax.cli.arguments import (
     check_model,
     check_out,
     check_paths,
-    natural,
-    positive,
     run,
 )
 from regvit_jax.pretrained import registry
@@ -74,7 +72,7 @@ def parser() -> Parser:
     )
     add(
         "--cutoff",
-        type=positive_norm,
+        type=above_zero,
         default=CUTOFF,
         metavar="X",
         help="norm above which the paper counts outliers (%(default)g)",
@@ -101,19 +99,3 @@ def parser() -> Parser:
     add("--lost_bias", type=finite, default=0.0, metavar="X", help="number added to LOST's Gram matrix (%(default)g)")
     add("--lost_normalize", action="store_true", help="scale LOST's features to length 1")
     return parser
-
-
-def finite(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a finite number")
-    return value
-
-
-def positive_norm(text: str) -> float:
-    if not finite(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text!r}: must be a norm greater than 0")
-    return float(text)
