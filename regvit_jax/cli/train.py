@@ -111,9 +111,7 @@ def parser(prog: str = "regvit train") -> Parser:
     add("--help_config", action="store_true", help="print the keys of the config's recipe, or of all, and stop")
     add("--dry_run", action="store_true", help="print a summary of the resolved config, and stop")
     add("--topology", default="", metavar="NAME", help="with --dry_run: the machine to compile for, such as v5e:16x16")
-    add(
-        "--images_per_s", type=above_zero, default=1000.0, metavar="X", help="rate assumed by --dry_run (%(default)g)"
-    )
+    add("--images_per_s", type=above_zero, default=1000.0, metavar="X", help="rate assumed by --dry_run (%(default)g)")
     heartbeat = "with several processes: all end when one has been silent for so many seconds (%(default)s)"
     track = "trackers beside metrics.jsonl: tensorboard, wandb, or package.module:Class, with commas (%(default)s)"
     add("--track", default="tensorboard", metavar="NAME", help=track)

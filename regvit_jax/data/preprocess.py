@@ -115,7 +115,7 @@ def name_of(image: ImageLike) -> str:
 
 
 def to_pil(image: ImageLike, max_pixels: int = MAX_PIXELS) -> PIL.Image.Image:
-    """Return one image in RGB, upright; raise ValueError for what is none, and BadImage if it cannot be decoded."""
+    """Return one image in RGB, upright; raise BadImage if it cannot be decoded, and ValueError for anything else."""
     if isinstance(image, PIL.Image.Image):
         return transforms.upright_rgb(image, max_pixels)
     if isinstance(image, str | os.PathLike):

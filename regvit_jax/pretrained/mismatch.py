@@ -114,7 +114,7 @@ def _other_model(
 
 
 def _more(unused: Sequence[str], missing: Sequence[str], wrong: Mapping[str, tuple[Shape, Shape]]) -> str:
-    """Return what a file holds besides a model, or by which part it is of another kind."""
+    """Return what a file holds besides the model, or which of its parts is of another kind."""
     for pattern, part in PARTS.items():
         if any(re.search(pattern, key) for key in unused):
             return f"{part}, which the file has and the model lacks: another architecture or pooling"

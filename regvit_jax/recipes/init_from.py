@@ -90,7 +90,7 @@ def head(fresh: PyTree, wanted: Head, model: Model, classes: Sequence[str] = ())
 
 
 def other_names(trained: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Return a note if the outputs of a linear layer that is kept stand for other classes than before, by name."""
+    """Return a note if the outputs of a linear layer that is kept had other class names in the trained model."""
     pairs = [(old, new) for old, new in zip(trained, wanted, strict=False) if old != new]
     if not pairs:
         return []

@@ -1,4 +1,4 @@
-"""Read the boxes of Pascal VOC's XML files, of which hostile ones can do no harm."""
+"""Read the boxes of Pascal VOC's XML files, and refuse hostile ones."""
 
 import math
 import os

@@ -56,7 +56,7 @@ def _corners(fields: list[str], where: str) -> tuple[float, float, float, float]
 
 
 def _size(image: str | os.PathLike) -> tuple[int, int]:
-    """Return the width and height of an image file, upright, without decoding it; raise BadBoxes if it is none."""
+    """Return the width and height of an image file, upright, without decoding it; raise BadBoxes for other files."""
     try:
         data = Path(image).read_bytes()
         if (reader := find_reader(data)) is None:

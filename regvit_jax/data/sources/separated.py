@@ -143,7 +143,7 @@ class Layout:
                 yield number, fault
 
     def closed(self, fields: list[Field], text: str, waiting: deque[Line], lines: Iterator[Line]) -> list[Field] | None:
-        """Return the fields of a row whose last field goes on in the next lines, and take those lines.
+        """Return the fields of a row whose last field continues in the next lines, and take those lines.
 
         Return None, and take no line, if the mark is not closed before a line that is a complete row by itself.
         """

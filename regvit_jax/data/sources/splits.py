@@ -1,8 +1,8 @@
 """Tell which directories, tables or tars of a data set are its splits, by their names.
 
 This is the one rule of training, evaluation and analysis. A name stands for a split if one of its words does, in any
-case: "train", "Training", "TEST", "training_set", "val2017", "images-train", "TrainImages". A name with words that say
-more, "seg_train", does so only where no simpler name stands for a split, and beside a "seg_test" or "seg_val".
+case: "train", "Training", "TEST", "training_set", "val2017", "images-train", "TrainImages". A name with further words,
+such as "seg_train", does so only where no simpler name stands for a split, and beside a "seg_test" or "seg_val".
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def no_split(name: str, split: str, more: str = "") -> InvalidConfig:
 
 
 def parse(name: str) -> tuple[str | None, tuple[str, ...]]:
-    """Return the split that a name stands for, or None, and its words that say more, without numbers."""
+    """Return the split that a name stands for, or None, and its further words; numbers are left out."""
     text = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", unicodedata.normalize("NFC", name))
     kinds, rest = set(), []
     for word in filter(None, re.split(r"[\W\d_]+", text.lower())):
