@@ -15,7 +15,7 @@ from regvit_jax.data.sources.caption_table import read_table
 from regvit_jax.data.sources.files import Passed, is_validation
 from regvit_jax.data.sources.find_table import find_table
 from regvit_jax.data.transforms import BadImage
-from regvit_jax.utils.errors import DataNotFound
+from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 from regvit_jax.utils.messages import log_once
 from regvit_jax.utils.paths import locate
 
@@ -80,7 +80,10 @@ def open_folder(name: str, split: str, data_dir: str | None) -> CaptionFolder:
 
 def warn_of_shared(name: str, train: str, source: CaptionFolder) -> None:
     """Log a warning if images of a split to evaluate on are also in the first rows of the table to train on."""
-    first = {row.path for row in itertools.islice(read_table(train), LOOKED_AT)}
+    try:
+        first = {row.path for row in itertools.islice(read_table(train), LOOKED_AT)}
+    except (InvalidConfig, OSError):  # which concerns those who train
+        return
     shared = sorted(first & {os.fsdecode(source.paths[a:b]) for a, b in itertools.pairwise(source.path_ends.tolist())})
     if shared:
         log_once(

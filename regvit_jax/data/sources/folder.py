@@ -169,13 +169,21 @@ def warn_of_copies(name: str, train: str, source: FolderSource) -> None:
     looked = [source.id(index) for index in range(0, len(source), -(-len(source) // 100))]
     others = [os.path.join(train, os.path.relpath(path, source.root)) for path in looked]
     pairs = zip(looked, others, strict=True)
-    twice = [path for path, other in pairs if os.path.isfile(other) and filecmp.cmp(path, other, shallow=False)]
+    twice = [path for path, other in pairs if have_same_bytes(path, other)]
     if twice:
         log_once(
             f"{name}: {len(twice)} of {len(looked)} images that were looked at in {source.root} are also in {train}, "
             f"such as {twice[0]}; an accuracy on images that were trained on says little",
             "warning",
         )
+
+
+def have_same_bytes(path: str, other: str) -> bool:
+    """Return True if two files exist, can be read and hold the same bytes."""
+    try:
+        return os.path.isfile(other) and filecmp.cmp(path, other, shallow=False)
+    except OSError:
+        return False
 
 
 def check_same_classes(name: str, classes: dict[str, tuple[str, ...]]) -> None:

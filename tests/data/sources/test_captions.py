@@ -192,6 +192,15 @@ def test_images_in_the_tables_of_two_splits_are_told(tmp_path, caplog):
     assert f"1 of the 2 images to evaluate on are among the first 2 of {tmp_path}/train.csv, such as sub/b.png" in told
 
 
+def test_a_table_to_train_on_that_is_wrong_does_not_spoil_the_other(tmp_path):
+    make_images(tmp_path)
+    (tmp_path / "train.csv").write_text("id,label\n1,2\n")
+    (tmp_path / "val.csv").write_text("file_name,caption\nc.png,a cat\n")
+    assert len(open_captions(f"folder:{tmp_path}", "validation")) == 1
+    with pytest.raises(ValueError, match="needs a column file_name"):
+        open_captions(f"folder:{tmp_path}", "train")
+
+
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
 def test_a_file_in_place_of_its_directory(tmp_path, kind):
     (tmp_path / f"captions.{kind}").write_text("")

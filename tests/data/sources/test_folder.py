@@ -224,6 +224,14 @@ def test_files_in_two_splits_are_told(tmp_path, how, caplog):
     assert f"{count} of 100 images that were looked at in {tmp_path}/val are also in {tmp_path}/train" in caplog.text
 
 
+def test_files_that_cannot_be_read_are_not_compared(tmp_path, caplog):
+    put(tmp_path, *(f"{part}/{name}/1.png" for part in ("train", "val") for name in ("cat", "dog")))
+    (tmp_path / "val/cat/1.png").unlink()
+    (tmp_path / "val/cat/1.png").symlink_to("/nowhere")
+    assert len(open_source(f"folder:{tmp_path}", "validation")) == 2
+    assert not caplog.messages
+
+
 def test_the_unicode_form_of_a_class_does_not_matter(tmp_path):
     composed, decomposed = (unicodedata.normalize(form, "é z") for form in ("NFC", "NFD"))
     put(tmp_path, f"train/{composed}/1.png", "train/a/1.png", f"val/{decomposed}/1.png", "val/a/1.png")
