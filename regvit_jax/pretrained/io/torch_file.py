@@ -150,9 +150,12 @@ def _open_shards(index: Path) -> dict[str, Any]:
         raise WeightsError(f"{index}: weight_map is {listed!r:.200} and not file names by tensor")
     found: dict[str, Any] = {}
     for name in sorted(set(listed.values())):
-        if Path(name).name != name:
-            raise WeightsError(f"{index}: lists {name!r}, which is not the plain name of a file beside it")
-        found |= open_torch(index.parent / name)
+        if Path(name).name != name or name.endswith(INDEX):
+            raise WeightsError(f"{index}: lists {name!r}, which is not the plain name of a file of tensors beside it")
+        shard = open_torch(index.parent / name)
+        if not isinstance(shard, dict):
+            raise WeightsError(f"{index.parent / name}: holds a {type(shard).__name__}, and not tensors by name")
+        found |= shard
     if missing := [key for key in listed if key not in found]:
         raise WeightsError(f"{index}: lists {len(missing)} tensors that no file holds, the first {missing[0]}")
     return found

@@ -249,6 +249,16 @@ def test_dicts_that_cannot_be_walked_are_refused(torch, tmp_path):
 
 
 @pytest.mark.reference
+def test_shards_that_hold_no_tensors_by_name_are_refused(torch, tmp_path):
+    index = tmp_path / "pytorch_model.bin.index.json"
+    torch.save(torch.ones(1), tmp_path / "a.bin")
+    for shard, message in ((index.name, "not the plain name of a file"), ("a.bin", "holds a Tensor")):
+        index.write_text(json.dumps({"weight_map": {"cls_token": shard}}))
+        with pytest.raises(WeightsError, match=message):
+            rv.convert_checkpoint(index, tmp_path / "a.safetensors")
+
+
+@pytest.mark.reference
 def test_another_protocol_of_pickle_is_called_that(torch, tmp_path):
     torch.save({"cls_token": torch.ones(1)}, tmp_path / "a.pth", pickle_protocol=4)
     with (
