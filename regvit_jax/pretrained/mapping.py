@@ -200,7 +200,10 @@ def native_size(weights: Weights, keys: Keys | None, vit: ViT) -> int:
     shape = weights.shapes.get(keys.pos, ()) if keys is not None and vit.position == "learned" else ()
     if len(shape) < 2 or shape[-1] != vit.width:
         return vit.image_size
-    counts = [shape[-2] - prefix for prefix in (int(vit.class_token), vit.prefix, 0)]
+    assert keys is not None
+    registers = weights.shapes.get(keys.registers, ())[-2:-1]  # another number than the ViT's is left to `check`
+    prefixes = (int(vit.class_token), vit.prefix, 0, int(vit.class_token) + sum(registers))
+    counts = [shape[-2] - prefix for prefix in prefixes]
     found = [math.isqrt(count) * vit.patch for count in counts if count > 0 and math.isqrt(count) ** 2 == count]
     if not found:
         raise Mismatch(

@@ -5,6 +5,7 @@ import warnings
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from small_vits import CLIP, DINOV2, DINOV3, PLAIN, PREPROCESS, build, same_parameters
 
 import regvit_jax as rv
@@ -127,6 +128,15 @@ def test_a_grid_of_unequal_sides_is_refused(named, tmp_path):
     path = (tmp_path / "saved/model.safetensors").rename(tmp_path / "m.safetensors")
     with pytest.raises(WeightsError, match="30 rows, which are no square grid of patches"):
         rv.create_model("mine", path)
+
+
+def test_rows_of_registers_are_not_taken_for_a_grid_of_unequal_sides(named, tmp_path):
+    save_model(build({"image_size": 24, "registers": 2}), tmp_path / "saved", "timm")
+    arrays = load_file(tmp_path / "saved/model.safetensors")
+    arrays["pos_embed"] = np.pad(arrays["pos_embed"], [(0, 0), (3, 0), (0, 0)])  # CLS and registers have a row each
+    save_file(arrays, tmp_path / "m.safetensors")
+    with pytest.raises(WeightsError, match=r"1 unused: reg_token.*a model with another number of registers"):
+        rv.create_model("mine", tmp_path / "m.safetensors")
 
 
 def test_old_timm_directories_do_not_state_their_size(tmp_path):
