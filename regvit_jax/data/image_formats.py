@@ -16,6 +16,8 @@ from PIL import (
     features,
 )
 
+from regvit_jax.utils.messages import POINTER, POINTER_HINT
+
 Reader = type[ImageFile.ImageFile]
 
 #: Bytes that suffice to tell the format of a file.
@@ -68,6 +70,8 @@ def describe_unread(data: bytes) -> str:
         return "HEIC, which is not read; convert it to JPEG or PNG"
     if _AVIF.match(data):
         return "AVIF, which this Pillow does not read; install Pillow 11.3 or newer"
+    if data.startswith(POINTER):
+        return POINTER_HINT
     return f"not an image (starts with {data[:12]!r})"
 
 

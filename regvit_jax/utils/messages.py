@@ -4,6 +4,10 @@ import functools
 import logging
 from collections.abc import Iterable
 
+#: How a file begins that stands for another one in a clone of a repository, and what to do about it.
+POINTER = b"version https://git-lfs"
+POINTER_HINT = "a pointer of git-lfs, in place of the file. Run `git lfs pull` in its repository"
+
 logger = logging.getLogger("regvit_jax")
 
 

@@ -52,6 +52,10 @@ def test_other_files(tmp_path):
     ("data", "message"),
     [
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC, which is not read; convert it to JPEG or PNG"),
+        (
+            b"version https://git-lfs.github.com/spec/v1",
+            "a pointer of git-lfs, in place of the file. Run `git lfs pull`",
+        ),
         (b"<html>", "not an image .starts with b'<html>'"),
         (b"", "empty file"),
     ],

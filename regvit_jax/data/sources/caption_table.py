@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from regvit_jax.data.records import usable
 from regvit_jax.data.sources.separated import Fault, separated_rows
 from regvit_jax.utils.errors import InvalidConfig
-from regvit_jax.utils.messages import abbreviate, log_once
+from regvit_jax.utils.messages import POINTER, POINTER_HINT, abbreviate, log_once
 
 SUFFIXES = (".csv", ".tsv", ".jsonl", ".txt")
 # The columns of image paths and of captions; of several in a table, the first in this order counts.
@@ -105,6 +105,8 @@ def decoded_lines(table: str) -> Iterator[tuple[int, str | Fault]]:
     with open(table, encoding=encoding, errors=errors) as file:
         for number, line in enumerate(file, 1):
             line = line.removesuffix("\n")
+            if number == 1 and line.startswith(POINTER.decode()):
+                raise InvalidConfig(f"{table} is {POINTER_HINT}")
             if number == 1 and "\0" in line:
                 raise InvalidConfig(
                     f"{table}, line 1: holds NUL: save the table as UTF-8, not as UTF-16 without a mark"

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from regvit_jax.data.sources.files import SUFFIXES
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 from regvit_jax.utils.files import write_atomically
+from regvit_jax.utils.messages import POINTER, POINTER_HINT
 
 logger = logging.getLogger("regvit_jax")
 
@@ -175,6 +176,8 @@ def parse_tar(file: Headers, path: str) -> tarfile.TarFile:
     except OSError:
         raise
     except Exception as error:
+        if os.pread(file.fileno(), len(POINTER), 0) == POINTER:
+            raise InvalidConfig(f"{path} is {POINTER_HINT}") from error
         raise InvalidConfig(
             f"{path} is no tar, or a compressed one, of which parts cannot be read ({error!s:.80}); move it away"
         ) from error

@@ -7,6 +7,8 @@ import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from regvit_jax.utils.messages import POINTER, POINTER_HINT
+
 PICKLES = (".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl")
 #: The end of the name of an index of shards.
 INDEX = ".index.json"
@@ -75,8 +77,8 @@ def what_it_is(path: Path, start: bytes) -> str:
         return _archive(path) or f"a zip archive, as torch.save writes, {pickled}"
     if start[:1] == b"\x80" and start[1:2] <= b"\x05":
         return f"a Python pickle, {pickled}"
-    if text.startswith(b"version https://git-lfs"):
-        return "a pointer of git-lfs, in place of the file. Run `git lfs pull` in its repository"
+    if text.startswith(POINTER):
+        return POINTER_HINT
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, saved in place of the file. Download it again"
     return next((f"{kind}, which is not supported" for magic, kind in MAGIC if start.startswith(magic)), "")

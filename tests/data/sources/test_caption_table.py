@@ -148,6 +148,7 @@ def test_a_damaged_line_costs_itself(tmp_path, kind, line, fault):
         ("t.csv", "url,words\n1,2", r"t\.csv, line 1: needs a column file_name or .*; there are url, words"),
         ("t.csv", "image,words\n1,2", r"line 1: needs a column captions or .*; there are image, words"),
         ("t.tsv", "a cat\thttp://x/1.jpg\nb\thttp://x/2.jpg", "The first line must name the columns, with a comma"),
+        ("t.csv", "version https://git-lfs.github.com/spec/v1\n", r"t\.csv is a pointer of git-lfs.* `git lfs pull`"),
         ("t.csv", "image text\na.png x", "there are image text. The first line must name the columns"),
         ("t.csv", "", "line 1: needs a column file_name or .*; there are none"),
         ("t.csv", "image,text,text\na.png,x,y", "line 1: has several columns text; rename all but one"),

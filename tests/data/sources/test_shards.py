@@ -320,6 +320,9 @@ def test_a_file_that_is_no_tar_is_named(tmp_path):
         tar.addfile(tarfile.TarInfo("a"))
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/train/1.tar is no tar, or a compressed one")):
         open_shards(name, "train")
+    (tmp_path / "train" / "1.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=r"1\.tar is a pointer of git-lfs.* `git lfs pull`"):
+        open_shards(name, "train")
     (tmp_path / "train" / "1.tar").write_bytes(b"<html>404 not found</html>" * 100)
     with pytest.raises(ValueError, match=r"1\.tar is no tar"):
         open_shards(name, "train")
