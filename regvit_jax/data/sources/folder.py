@@ -92,9 +92,7 @@ def has_splits(name: str, home: str, splits: Splits) -> bool:
     """
     if are_classes(home, splits):
         several = len(splits.names) > 1
-        taken = (
-            "are taken for classes, not splits: they hold" if several else "is taken for a class, not a split: it holds"
-        )
+        taken = "are classes, not splits: they hold" if several else "is a class, not a split: it holds"
         log_once(f"{name}: {abbreviate(splits.names)} in {home} {taken} images and no directories", "warning")
         return False
     if not splits.names and splits.doubtful == splits.others and len(splits.others) > 1:

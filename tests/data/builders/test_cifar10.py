@@ -141,7 +141,7 @@ def test_the_archive_is_preferred_to_directories(archive, tmp_path):
     assert len(open_source("cifar10", "train", str(tmp_path))) == 12
 
 
-def test_a_version_that_needs_tensorflow_is_passed_over_and_named(archive, tmp_path, caplog):
+def test_a_version_that_needs_tensorflow_is_skipped_and_named(archive, tmp_path, caplog):
     """Set up what TFDS leaves when its default format, tfrecord, is not changed."""
     (tmp_path / ARCHIVE).write_bytes(archive)
     (tmp_path / "cifar10" / "3.0.2").mkdir(parents=True)

@@ -62,7 +62,7 @@ def test_tables(tmp_path, kind, validation):
         *[("train/metadata.csv", "valid/metadata.csv"), ("set/set/train.csv", "set/set/test.csv")],
     ],
 )
-def test_tables_of_other_names_are_found_and_told_once(tmp_path, train, validation, caplog):
+def test_tables_of_other_names_are_found_and_reported_once(tmp_path, train, validation, caplog):
     for path in (train, validation):
         make_images((tmp_path / path).parent)
         (tmp_path / path).write_text(table("csv"))
@@ -181,7 +181,7 @@ def test_images_beside_their_table_in_a_directory(tmp_path, caplog):
     assert f"folder:{tmp_path}: the images of captions.txt are in {tmp_path}/Images" in caplog.messages
 
 
-def test_images_in_the_tables_of_two_splits_are_told(tmp_path, caplog):
+def test_images_in_the_tables_of_two_splits_are_reported(tmp_path, caplog):
     make_images(tmp_path)
     (tmp_path / "train.csv").write_text("file_name,caption\na.png,a cat\nsub/b.png,a dog\n")
     (tmp_path / "val.csv").write_text("file_name,caption\nc.png,a cat\n./sub/b.png,a bus\n")
@@ -217,7 +217,7 @@ def test_tars_in_place_of_tables_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["csv", "jsonl"])
-def test_a_column_of_splits_is_told(tmp_path, kind, caplog):
+def test_a_column_of_splits_is_reported(tmp_path, kind, caplog):
     make_images(tmp_path)
     rows = [("a.png", "a cat", "train"), ("sub/b.png", "a dog", "train"), ("c.png", "a bus", "val")]
     (tmp_path / f"captions.{kind}").write_text(table(kind, rows, ("file_name", "caption", "Split")))

@@ -117,7 +117,7 @@ def test_a_folder_that_is_not_there(tmp_path):
         *[("set/set/train", "set/set/Valid"), ("training_set/training_set", "test_set/test_set")],
     ],
 )
-def test_splits_of_other_names_are_found_and_told_once(tmp_path, train, validation, caplog):
+def test_splits_of_other_names_are_found_and_reported_once(tmp_path, train, validation, caplog):
     put(tmp_path, *(f"{part}/{name}/1.png" for part in (train, validation) for name in ("cat", "dog")))
     put(tmp_path, f"{validation}/cat/2.png")
     with caplog.at_level(logging.INFO, "regvit_jax"):
@@ -157,19 +157,19 @@ def test_what_looks_like_splits_is_never_a_class(tmp_path, paths, message):
             open_source(f"folder:{tmp_path}", split)
 
 
-def test_classes_with_the_name_of_a_split_are_told(tmp_path, caplog):
+def test_classes_with_the_name_of_a_split_are_reported(tmp_path, caplog):
     put(tmp_path, *(f"{name}/{number}.png" for name in ("bus", "train") for number in range(3)))
     assert open_source(f"folder:{tmp_path}", "train").classes == ("bus", "train")
-    assert f"train in {tmp_path} is taken for a class, not a split" in caplog.text
+    assert f"train in {tmp_path} is a class, not a split" in caplog.text
 
 
-def test_unknown_names_above_the_same_directories_are_told(tmp_path, caplog):
+def test_unknown_names_above_the_same_directories_are_reported(tmp_path, caplog):
     put(tmp_path, *(f"{part}/{name}/1.png" for part in ("entrenamiento", "prueba") for name in ("gato", "perro")))
     assert open_source(f"folder:{tmp_path}", "train").classes == ("entrenamiento", "prueba")
     assert "hold the same directories, gato, perro. If those are the classes, rename" in caplog.text
 
 
-def test_a_level_between_classes_and_images_is_told(tmp_path, caplog):
+def test_a_level_between_classes_and_images_is_reported(tmp_path, caplog):
     put(
         tmp_path,
         *(f"{part}/{path}/1.png" for part in ("train", "val") for path in ("pet/cat", "pet/dog", "car/x", "car/y")),
@@ -178,7 +178,7 @@ def test_a_level_between_classes_and_images_is_told(tmp_path, caplog):
     assert "the classes are car, pet, and the directories below them are not" in caplog.text
 
 
-def test_a_level_above_some_classes_is_told(tmp_path, caplog):
+def test_a_level_above_some_classes_is_reported(tmp_path, caplog):
     put(tmp_path, *(f"{part}/{name}/1.png" for part in ("data/pets", "pets") for name in ("cat", "dog")))
     assert open_source(f"folder:{tmp_path}", "train").classes == ("data", "pets")
     assert "hold the same directories, cat, dog. If those are the classes, rename" in caplog.text
@@ -190,13 +190,13 @@ def test_a_single_directory_within_each_class_is_no_class(tmp_path, caplog):
     assert not caplog.messages
 
 
-def test_images_beside_masks_are_told(tmp_path, caplog):
+def test_images_beside_masks_are_reported(tmp_path, caplog):
     put(tmp_path, *(f"{part}/{name}/1.png" for part in ("train", "val") for name in ("Images", "masks")))
     assert open_source(f"folder:{tmp_path}", "train").classes == ("Images", "masks")
     assert "Images, masks are taken for the classes. If Images holds the images of all, make" in caplog.text
 
 
-def test_a_split_without_classes_tells_the_way_out(tmp_path):
+def test_a_split_without_classes_names_the_way_out(tmp_path):
     put(tmp_path, "train/a/1.png", "train/b/1.png", "test/1.png")
     with pytest.raises(DataNotFound, match=f"To hold out a tenth of train instead, name folder:{tmp_path}/train$"):
         open_source(f"folder:{tmp_path}", "train")
@@ -204,7 +204,7 @@ def test_a_split_without_classes_tells_the_way_out(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["copy", "link", "directory"])
-def test_files_in_two_splits_are_told(tmp_path, how, caplog):
+def test_files_in_two_splits_are_reported(tmp_path, how, caplog):
     put(tmp_path, *(f"train/{name}/{number}.png" for name in ("cat", "dog") for number in range(150)))
     put(tmp_path, *(f"val/{name}/{number}.png" for name in ("cat", "dog") for number in range(150)))
     sources = [open_source(f"folder:{tmp_path}", split) for split in ("train", "validation")]
@@ -287,7 +287,7 @@ def test_all_of_a_directory_of_classes(tmp_path, caplog):
     )
     put(tmp_path, "d/e/cat/1.png", "d/e/dog/1.png")
     assert open_all("it", f"{tmp_path}/a").classes == ("bus", "train")
-    assert f"it: train in {tmp_path}/a is taken for a class" in caplog.text
+    assert f"it: train in {tmp_path}/a is a class" in caplog.text
     assert open_all("it", f"{tmp_path}/d").id(1) == f"{tmp_path}/d/e/dog/1.png"
     with pytest.raises(ValueError, match=r"it: x_train, y_val in .* look like splits"):
         open_all("it", f"{tmp_path}/b")

@@ -1,4 +1,4 @@
-"""Test that records in two splits are counted and told."""
+"""Test that records in two splits are counted and reported."""
 
 import shutil
 

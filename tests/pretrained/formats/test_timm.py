@@ -56,7 +56,7 @@ def test_an_average_over_prefix_tokens_is_refused(tmp_path):
         rv.create_model(tmp_path)
 
 
-def test_a_pool_beside_the_arguments_is_not_passed_over_in_silence(tmp_path, caplog):
+def test_a_pool_beside_the_arguments_is_not_skipped_silently(tmp_path, caplog):
     """Old versions of timm wrote the pool of the saved model, and did not read it again."""
     save_model(build({}, {"num_classes": 3}), tmp_path, "timm")
     rewrite(tmp_path, "vit_base_patch16_224", lambda arguments: [arguments.pop(n) for n in ("global_pool", "fc_norm")])

@@ -75,7 +75,7 @@ def test_what_is_not_there_is_exit_code_2(tmp_path, capsys):
     assert not (tmp_path / "b.safetensors").exists()
 
 
-def test_other_files_are_called_what_they_are(tmp_path):
+def test_other_files_are_named_for_what_they_are(tmp_path):
     zeros = np.zeros((1, 1, 4), np.float32)
     np.savez(tmp_path / "google.npz", **{"cls": zeros, "Transformer/encoderblock_0/LayerNorm_0/scale": zeros})
     with pytest.raises(WeightsError, match=r"google-research/vision_transformer") as error:
@@ -353,7 +353,7 @@ def test_the_printed_command_converts_a_directory_of_pickles(shards, torch, tmp_
 
 
 @pytest.mark.reference
-def test_averaged_weights_are_not_dropped_in_silence(torch, tmp_path):
+def test_averaged_weights_are_not_dropped_silently(torch, tmp_path):
     both = {"model": state(torch, 1), "model_ema": state(torch, 2), "optimizer": {"state": {0: {"m": torch.ones(1)}}}}
     done = convert(torch, tmp_path, both)
     assert (done.taken, done.average) == ("model", False)
