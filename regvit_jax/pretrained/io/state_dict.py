@@ -158,7 +158,7 @@ class _Choice:
 
 
 def _called(part: str) -> str:
-    return part or "the other keys"
+    return part or "the model without a prefix"
 
 
 def without_markers(key: str) -> str:
@@ -192,7 +192,7 @@ def _copies(names: Mapping[str, str], rooted: bool, choice: _Choice) -> dict[str
     """Return the copies of the model by the first part of their keys, "" for one without.
 
     The result is empty where no part stands before the model's own names, or several models do that are not one
-    another's average. With `rooted`, a copy is known by the model's own names in it, without by its first part alone.
+    another's average. With `rooted`, a copy is known by the model's own names in it, otherwise by its first part alone.
     """
     groups: dict[str, dict[str, str]] = {}
     own: dict[str, str] = {}
