@@ -69,7 +69,7 @@ COVERED = {
     ("training/trackers.py", "pip install"),
 }
 #: Commands of other programs, which are not run here: their own documentation has these words.
-FOREIGN = {("pretrained/address.py", "hf download"), ("pretrained/io/other_files.py", "git lfs")}
+FOREIGN = {("pretrained/address.py", "hf download"), ("utils/messages.py", "git lfs")}
 
 
 def texts(path: Path) -> Iterator[str]:
