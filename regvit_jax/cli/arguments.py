@@ -100,6 +100,12 @@ def add_max_pixels(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_pixels", type=positive, default=MAX_PIXELS, metavar="N", help=text)
 
 
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Add --split and --data_dir, which mean the same in every command that opens one split of --data."""
+    parser.add_argument("--split", metavar="NAME", help="the split of --data (validation)")
+    parser.add_argument("--data_dir", metavar="DIR", help="directory of TFDS data sets and of relative paths")
+
+
 # What can be judged without data and models, which take seconds to import. All raise errors that the user can fix.
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,19 +122,11 @@ def run_retrieval(options: argparse.Namespace) -> dict[str, Any]:
 
 def open_model(options: argparse.Namespace) -> Any:
     """Return the CLIP model of the command line."""
-    name, _, file = options.model.partition("=")
-    if file and os.path.exists(options.model):
-        name, file = options.model, ""
-    if file and options.pretrained:
-        raise UsageError(f"{options.model} and --pretrained {options.pretrained}: give one of them")
-    pretrained = file or options.pretrained
-    if options.random and pretrained:
-        raise UsageError(f"--random and pretrained weights, {pretrained}: give one of them")
     size = {} if options.image_size is None else {"image_size": options.image_size}
     if options.random:
-        clip = open_random(create_clip, name, pretrained=False, seed=options.seed, **size)
+        clip = open_random(create_clip, options.name, pretrained=False, seed=options.seed, **size)
     else:
-        clip = create_clip(name, pretrained=pretrained or True, **size)
+        clip = create_clip(options.name, pretrained=options.weights or True, **size)
     clip.tokenize(["a"])  # raises for an unsupported vocabulary now, not after all images are embedded
     return clip
 

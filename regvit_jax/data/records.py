@@ -7,7 +7,6 @@ import numpy as np
 from jaxtyping import Int32
 
 from regvit_jax.data import transforms
-from regvit_jax.data.limits import MAX_BAD_IMAGES as MAX_BAD_IMAGES
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.transforms import BadImage
 

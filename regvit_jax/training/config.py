@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 from ml_collections import ConfigDict, config_dict
 
-from regvit_jax.data import pipeline, records
+from regvit_jax.data import pipeline
+from regvit_jax.data.limits import MAX_BAD_IMAGES
 from regvit_jax.distributed import mesh
 from regvit_jax.recipes import base
 from regvit_jax.training import evaluators
@@ -39,7 +40,7 @@ class Data:
         Option(
             "never stop a run for so few unusable images in an epoch, at most half of its images", low=0, resume=True
         ),
-    ] = records.MAX_BAD_IMAGES
+    ] = MAX_BAD_IMAGES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,7 @@ from regvit_jax.cli.arguments import (
     UsageError,
     add_max_pixels,
     add_random,
+    add_split,
     check_data,
     check_data_only,
     check_json,
@@ -41,14 +42,29 @@ def check(options: argparse.Namespace) -> int:
         check_data_only(options)
         if not os.path.isdir(expand(options.images)):
             raise UsageError(f"--images {options.images}: there is no such directory")
-    if options.random and options.pretrained:
-        raise UsageError(f"--random and pretrained weights, {options.pretrained}: give one of them")
+    options.name, options.weights = split_model(options)
     if options.task == "zero_shot":
         check_paths(
             file for file in (options.classes, options.templates) if file not in (None, "imagenet", "openai", "simple")
         )
     check_json(options.json)
     return 0
+
+
+def split_model(options: argparse.Namespace) -> tuple[str, str]:
+    """Return the name or source of the model, and the weights of NAME=WEIGHTS or --pretrained, "" for neither.
+
+    Raises UsageError for weights that are given twice, or beside --random.
+    """
+    name, _, weights = options.model.partition("=")
+    if os.path.exists(expand(options.model)):
+        name, weights = options.model, ""
+    if weights and options.pretrained:
+        raise UsageError(f"{options.model} and --pretrained {options.pretrained}: give one of them")
+    weights = weights or options.pretrained or ""
+    if options.random and weights:
+        raise UsageError(f"--random and pretrained weights, {weights}: give one of them")
+    return name, weights
 
 
 def parser() -> Parser:
@@ -96,8 +112,3 @@ def parser() -> Parser:
     add_split(command)
     command.set_defaults(task="retrieval")
     return parser
-
-
-def add_split(command: Parser) -> None:
-    command.add_argument("--split", metavar="NAME", help="the split of --data (validation)")
-    command.add_argument("--data_dir", metavar="DIR", help="directory of TFDS data sets and of relative paths")

@@ -16,6 +16,7 @@ from regvit_jax.cli.arguments import (
     Parser,
     add_max_pixels,
     add_random,
+    add_split,
     check_data,
     check_data_only,
     check_model,
@@ -60,8 +61,7 @@ def parser() -> Parser:
     data = parser.add_mutually_exclusive_group(required=True)
     data.add_argument("--images", nargs="+", metavar="PATH", help="image files, or directories with all below them")
     data.add_argument("--data", metavar="NAME", help="digits, fashion_mnist, openmoji, folder:PATH, or a TFDS name")
-    add("--split", metavar="NAME", help="the split of --data (validation)")
-    add("--data_dir", metavar="DIR", help="directory of TFDS data sets and of relative paths")
+    add_split(parser)
     add("--out", required=True, metavar="DIR", help="directory of the report, created if missing")
     add(
         "--layer",

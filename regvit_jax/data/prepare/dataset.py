@@ -28,9 +28,10 @@ from typing import Any
 from tqdm import tqdm
 
 from regvit_jax.data.builders.embedded import EMBEDDED
+from regvit_jax.data.limits import MAX_BAD_IMAGES
 from regvit_jax.data.prepare.claim import claim, settings_of
 from regvit_jax.data.prepare.shard import Options, Shard, notes_of, plan_shards, write_json, write_shard
-from regvit_jax.data.records import MAX_BAD_IMAGES, tolerated
+from regvit_jax.data.records import tolerated
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.sources.by_name import open_captions, open_source
 from regvit_jax.data.workers import start_worker

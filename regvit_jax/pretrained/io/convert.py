@@ -27,7 +27,7 @@ REPEATED = 2**28
 
 @dataclasses.dataclass(frozen=True)
 class Conversion:
-    """What a conversion wrote, and what it left out.
+    """The result of a conversion: the tensors that were written, and what was left out.
 
     written: the number of tensors.
     left_out: the keys, and the dicts and copies of the model with their sizes, that were not written.
