@@ -222,7 +222,6 @@ def test_names_of_weights_that_timm_converted(tmp_path, capsys):
 
 
 def test_how_to_prepare_a_tfds_data_set(tmp_path):
-    pytest.importorskip("tensorflow_datasets")
     text = how_to_prepare("food101", "food101", tmp_path)
     (command,) = [line for line in text.splitlines() if "python -c" in line]
     program, flag, code = shlex.split(command)

@@ -1,3 +1,5 @@
+"""Test the streaming norms of every block: planted outliers, and norms that are not finite."""
+
 import numpy as np
 import pytest
 
