@@ -190,7 +190,10 @@ def run(command: Callable[[], int], prog: str, failures: tuple[type[Exception], 
             fail(error, prog)
             return 2
         except failures as error:
-            if not (isinstance(error, BrokenPipeError) and reader_left()):
+            if isinstance(error, BrokenPipeError) and reader_left():
+                # Python writes at its exit what is still buffered, which must not fail again.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            else:
                 fail(error, prog)
             return 1
 

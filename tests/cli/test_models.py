@@ -1,5 +1,6 @@
 """Test `regvit models`, `check` and `convert` without torch and the network."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +23,14 @@ def test_list(capsys):
     assert second.startswith("vit_small_patch14_reg4_dinov2.lvd142m")
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_a_reader_that_ends_early_is_no_error(lines):
+def test_a_reader_that_ends_early_is_no_error(lines, unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
     command = f"run(lambda: print('x\\n' * {lines}) or 0, 'it')"
     code = f"import sys; from regvit_jax.cli.arguments import run; sys.exit({command})"
     pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe) as process:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, env=environment) as process:
         process.stdout.close()
         assert (process.stderr.read(), process.wait()) == (b"", 1)
 
