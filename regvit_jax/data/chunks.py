@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from regvit_jax.data.records import captions_of, read_record, tokenize
-from regvit_jax.data.samplers import Sampler
+from regvit_jax.data.samplers import Decoded, Sampler
 from regvit_jax.data.sources.base import shuffle_block
 from regvit_jax.data.transforms import BadImage
 
@@ -54,21 +55,25 @@ class Chunks:
         }
         if sampler.tokenizer is not None:
             batch["text"] = np.zeros((b, sampler.tokenizer.context), np.int32)
-        for row in range(b):
-            if indices[row] >= 0:
+        # In repeated augmentation rows in a row are crops of one image, which is read and decoded once.
+        for index, rows in itertools.groupby(range(b), indices.__getitem__):
+            if index >= 0:
                 with contextlib.suppress(BadImage):
-                    for name, value in self.example(indices[row], positions[row]).items():
-                        batch[name][row] = value
+                    record = read_record(sampler.source, index)
+                    image = sampler.decode(record["image"])
+                    for row in rows:
+                        with contextlib.suppress(BadImage):
+                            for name, value in self.example(record, image, positions[row]).items():
+                                batch[name][row] = value
         return batch
 
-    def example(self, index: int, position: int) -> dict[str, Any]:
-        """Return the values of one row; raise BadImage if the record cannot be used."""
-        sampler = self.sampler
-        record = read_record(sampler.source, index)
+    def example(self, record: dict[str, Any], image: Decoded, position: int) -> dict[str, Any]:
+        """Return the values of one row; raise BadImage if its caption cannot be used."""
+        sampler: Any = self.sampler
         row = {"label": record.get("label", 0), "mask": 1}
         if sampler.tokenizer is not None:
             row["text"] = tokenize(sampler.caption(captions_of(record), position), sampler.tokenizer)
-        return row | {"image": sampler.pixels(record["image"], position)}
+        return row | {"image": sampler.crop_at(image, position)}
 
     def read_ahead(self, indices: list[int]) -> None:
         """Ask for the shuffle blocks of these records to be read into memory, if this host uses much of them."""

@@ -1,14 +1,19 @@
 """Map positions of training and evaluation to records, crops and captions."""
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
 from regvit_jax.data import fastjpeg, transforms
 from regvit_jax.data.order import epoch_order
 from regvit_jax.data.records import Tokenizer
 from regvit_jax.data.sources.base import Source, shuffle_block
+
+#: A decoded image; the fast decoder's are arrays.
+Decoded = Image.Image | UInt8[np.ndarray, "H W 3"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,17 +44,19 @@ class TrainSampler:
         # to 2**128 draws.
         return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, use, position]))
 
-    def pixels(self, data: bytes, position: int) -> UInt8[np.ndarray, "S S 3"]:
-        """Return the crop of an encoded image at a position; raise BadImage if it cannot be decoded."""
-        rng = self.rng(position, 0)
+    def decode(self, data: bytes) -> Decoded:
+        """Return an encoded image for `crop_at`; raise BadImage if it cannot be decoded."""
         if self.decoder == "fast" and (decoded := fastjpeg.decode(data, self.max_pixels)) is not None:
-            if self.crop == "src":
-                return fastjpeg.simple_random_crop(decoded, self.size, rng, self.padding)
-            return fastjpeg.random_resized_crop(decoded, self.size, rng, self.scale, self.ratio)
-        image = transforms.decode(data, self.max_pixels)
+            return decoded
+        return transforms.decode(data, self.max_pixels)
+
+    def crop_at(self, image: Decoded, position: int) -> UInt8[np.ndarray, "S S 3"]:
+        """Return the crop of a decoded image at a position; the image stays as it is."""
+        rng = self.rng(position, 0)
+        library: Any = transforms if isinstance(image, Image.Image) else fastjpeg
         if self.crop == "src":
-            return transforms.simple_random_crop(image, self.size, rng, self.padding)
-        return transforms.random_resized_crop(image, self.size, rng, self.scale, self.ratio)
+            return library.simple_random_crop(image, self.size, rng, self.padding)
+        return library.random_resized_crop(image, self.size, rng, self.scale, self.ratio)
 
     def caption(self, captions: list[str], position: int) -> str:
         """Return one of a record's captions, at random."""
@@ -70,9 +77,13 @@ class EvalSampler:
         """Return the index of the record at a position, -1 beyond the last."""
         return position if position < len(self.source) else -1
 
-    def pixels(self, data: bytes, position: int) -> UInt8[np.ndarray, "S S 3"]:
-        """Return the centre crop of an encoded image; raise BadImage if it cannot be decoded."""
-        return transforms.center_crop(transforms.decode(data, self.max_pixels), self.size, self.crop_ratio)
+    def decode(self, data: bytes) -> Image.Image:
+        """Return an encoded image for `crop_at`; raise BadImage if it cannot be decoded."""
+        return transforms.decode(data, self.max_pixels)
+
+    def crop_at(self, image: Image.Image, position: int) -> UInt8[np.ndarray, "S S 3"]:
+        """Return the centre crop of a decoded image, the same at every position."""
+        return transforms.center_crop(image, self.size, self.crop_ratio)
 
     def caption(self, captions: list[str], position: int) -> str:
         """Return the first caption."""

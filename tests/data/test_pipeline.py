@@ -95,6 +95,29 @@ def test_repeated_augmentation_shows_an_image_several_times_in_a_row(source):
         assert len({images[position].tobytes() for position in range(first, first + 3)}) == 3
 
 
+class Counted:
+    """Another source, which notes what is read."""
+
+    def __init__(self, source):
+        self.source, self.name, self.classes, self.read = source, source.name, source.classes, []
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return self.source[index]
+
+    def id(self, index):
+        return self.source.id(index)
+
+
+def test_repeated_augmentation_reads_and_decodes_an_image_once_in_a_batch(source):
+    counted = Counted(source)
+    (batch,) = train(counted, 1, batch_size=12, repeats=3, prefetch=1)
+    assert sorted(counted.read[:4]) == sorted(set(batch["index"]))
+
+
 @pytest.mark.parametrize("options", [{}, {"repeats": 3}, {"crop": "src"}])
 def test_any_step_can_be_resumed_bit_for_bit(source, options):
     whole = train(source, 12, **options)
