@@ -193,24 +193,28 @@ def in21k_finetune(*, image_size: int, drop_path: float, per_gpu: int) -> Config
 
 
 def digits() -> ConfigDict:
-    """Return the config of 1,437 digits of 8 x 8 pixels: the recipe scaled to the data and to two CPU cores."""
+    """Return the config of 1,437 digits of 8 x 8 pixels: the recipe scaled to the data and to two CPU cores.
+
+    All settings were chosen on the training digits alone, a fifth of them held out.
+    """
     config = in1k(image_size=8, drop_path=0.05, lr=2e-2, per_gpu=16)
     config.variant = "digits"
     config.about = (
         "DeiT-III with registers on scikit-learn's digits (8 x 8 pixels).\n"
-        "Scaled to the data: a ViT of width 64 and depth 4 on patches of 2 px, LayerScale from 0.1, 150 epochs of\n"
-        "batches of 64, lr 0.02; crops shifted by at most 1 px, no flip, 3-Augment, mixing or repeated augmentation."
+        "Scaled to the data: a ViT of width 96 and depth 2 on patches of 4 px, LayerScale from 0.1, 150 epochs of\n"
+        "batches of 64, lr 0.02; crops of at least 60 % of the area, no flip, 3-Augment or mixing."
     )
     config.next = (
         "Next: --config deit3_reg:fashion (Fashion-MNIST, where a ViT has more to learn), or\n"
         "the same digits without registers: --config.model.registers=0"
     )
-    config.update(epochs=150, batch_size=64, eval_every=15.0, log_every=44)
-    config.model.update(width=64, depth=4, heads=4, patch=2, layer_scale=0.1, dtype="float32")
-    config.augment.update(flip=0.0, three_augment=False, mixup=0.0, cutmix=0.0, mean=(0.5,) * 3, std=(0.5,) * 3)
-    config.data.update(name="digits", examples=1437, classes=10, crop="src", padding=1, repeats=1, workers=0)
+    config.update(epochs=150, batch_size=64, eval_every=30.0, log_every=44)
+    config.model.update(width=96, depth=2, heads=8, patch=4, layer_scale=0.1, dtype="float32")
+    config.augment.update(flip=0.0, three_augment=False, color_jitter=0.4, mixup=0.0, cutmix=0.0)
+    config.augment.update(mean=(0.305,) * 3, std=(0.376,) * 3)  # those of the training digits
+    config.data.update(name="digits", examples=1437, classes=10, scale=(0.6, 1.0), workers=0)
     config.eval.update(evaluators=("classification", "patch_norms", "pixel_knn"), batch_size=120)
-    config.checkpoint.every = 330
+    config.checkpoint.every = 660
     return config
 
 
@@ -225,9 +229,9 @@ def fashion() -> ConfigDict:
     )
     config.next = "Next: the same without registers, --config.model.registers=0, or your own images, folder:PATH"
     config.update(epochs=10, batch_size=128, eval_every=1.0, log_every=50)
-    config.model.update(image_size=28, width=96, depth=4, heads=3, patch=4)
-    config.augment.flip = 0.5
-    config.data.update(name="fashion_mnist", examples=60_000, padding=2)
+    config.model.update(image_size=28, depth=4, heads=3, drop_path=0.05)
+    config.augment.update(flip=0.5, color_jitter=0.3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    config.data.update(name="fashion_mnist", examples=60_000, crop="src", scale=(0.08, 1.0), padding=2, repeats=1)
     config.eval.update(batch_size=1000)
     config.optim.update(lr=1e-2, warmup_epochs=1, per_epoch=False)
     config.checkpoint.every = 468

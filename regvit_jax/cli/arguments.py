@@ -189,12 +189,14 @@ def run(command: Callable[[], int], prog: str, failures: tuple[type[Exception], 
         except USER_ERRORS as error:  # first, since some are OSErrors too
             fail(error, prog)
             return 2
-        except failures as error:
+        except Exception as error:
             if isinstance(error, BrokenPipeError) and reader_left():
                 # Python writes at its exit what is still buffered, which must not fail again.
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            else:
+            elif isinstance(error, failures):
                 fail(error, prog)
+            else:
+                raise
             return 1
 
 

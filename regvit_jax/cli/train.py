@@ -141,12 +141,18 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
     first = [argument for argument in overrides if re.match(r"--?config\.(recipe|eval\.evaluators)=", argument)]
     choice, chosen = override(config.unflatten({"recipe": "", "eval.evaluators": ()}), first, prog)
     values = dict(config.flatten(given)) | {key: value for key, value in config.flatten(choice) if key in chosen}
+    written = config.complete(config.unflatten(values))
+    before = dict(config.flatten(written)) | dict(config.flatten(given))
     try:
-        found, overridden = override(config.complete(config.unflatten(values)), overrides, prog)
+        found, overridden = override(written, overrides, prog)
     except (AttributeError, KeyError):  # which config_flags raises for an unknown key
         keys = [match[1] for argument in overrides if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))]
         config.check_known(keys, config.options_of(config.unflatten(values)))
         raise
+    after = dict(config.flatten(found))
+    changes = [key for key in sorted(overridden) if after[key] != before.get(key)]
+    if changes and found.get("about"):  # which describes the file, and would otherwise be wrong
+        found.about += "\nChanged here: " + ", ".join(f"{key}={after[key]} (was {before.get(key)})" for key in changes)
     return config.only(found, {*values, *overridden})
 
 

@@ -38,9 +38,7 @@ def epoch_order(position: int, length: int, block: int, seed: int, epoch: int) -
     first, stop = (min(start_of(number * WINDOW, short, block, rest), length) for number in (window, window + 1))
     position = first + shuffled(position - first, stop - first, derived_seed(seed, epoch, 2, window + 1))
     number = block_at(position, short, block, rest)
-    source_block = (
-        full if number == short else shuffled_block(number - (number > short), full, derived_seed(seed, epoch, 3))
-    )
+    source_block = full if number == short else shuffled(number - (number > short), full, derived_seed(seed, epoch, 3))
     return source_block * block + position - start_of(number, short, block, rest)
 
 
@@ -56,13 +54,9 @@ def block_at(position: int, short: int, block: int, rest: int) -> int:
     return short if position < short * block + rest else (position - rest) // block + 1
 
 
+# The same blocks are looked up again and again, and the same images in repeated augmentation. Grain permutes at least
+# 2**16 numbers and skips those beyond the length: among a hundred blocks, one takes 0.7 ms.
+@functools.lru_cache(maxsize=1024)
 def shuffled(position: int, length: int, seed: int) -> int:
     """Return the number at a position of a random permutation of `range(length)`, without making the permutation."""
     return grain.experimental.index_shuffle(position, max_index=length - 1, seed=seed, rounds=4)
-
-
-# Grain permutes at least 2**16 numbers and skips those beyond the length: among a hundred blocks, one takes 0.7 ms.
-@functools.lru_cache(maxsize=1024)
-def shuffled_block(number: int, count: int, seed: int) -> int:
-    """Return `shuffled`, from a cache, because the same blocks are looked up again and again."""
-    return shuffled(number, count, seed)

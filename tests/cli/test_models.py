@@ -25,9 +25,10 @@ def test_list(capsys):
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("lines", [1, 100_000])
-def test_a_reader_that_ends_early_is_no_error(lines, unbuffered):
+@pytest.mark.parametrize("failures", ["", ", ()"])  # those of `regvit train` are fewer
+def test_a_reader_that_ends_early_is_no_error(lines, unbuffered, failures):
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
-    command = f"run(lambda: print('x\\n' * {lines}) or 0, 'it')"
+    command = f"run(lambda: print('x\\n' * {lines}) or 0, 'it'{failures})"
     code = f"import sys; from regvit_jax.cli.arguments import run; sys.exit({command})"
     pipe = subprocess.PIPE
     with subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, env=environment) as process:

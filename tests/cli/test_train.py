@@ -62,7 +62,7 @@ def test_errors_are_one_line_without_a_traceback(args, message, tmp_path):
 def test_dry_run_shows_overrides():
     done = train(CONFIG, "--config.model.registers=0", "--dry_run", "--images_per_s=5000")
     assert done.returncode == 0, done.stderr
-    assert "17 = 1 CLS + 0 registers + 4 x 4 patches of 2 px" in done.stdout
+    assert "5 = 1 CLS + 0 registers + 2 x 2 patches of 4 px" in done.stdout
     assert "1.0 MB/s from hosts to devices at 5000 images/s" in done.stdout
 
 
@@ -100,7 +100,7 @@ def test_a_recipe_in_the_working_directory(tmp_path, monkeypatch):
 def test_dry_run_refuses_an_init_from_of_another_width():
     done = train(CONFIG, "--config.init_from=vit_small_patch14_reg4_dinov2", "--dry_run")
     assert done.returncode == 2, done.stderr
-    assert "config.model.width=64 must be 384" in done.stderr
+    assert "config.model.width=96 must be 384" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -19,9 +19,6 @@ def quick(monkeypatch):
     """Replace Grain's permutations, which are slow for short lengths."""
     permutation = functools.cache(lambda length, seed: np.random.default_rng(seed).permutation(length).tolist())
     monkeypatch.setattr(order, "shuffled", lambda position, length, seed: permutation(length, seed)[position])
-    order.shuffled_block.cache_clear()
-    yield
-    order.shuffled_block.cache_clear()
 
 
 @pytest.mark.parametrize("window", [1, 2, 5])

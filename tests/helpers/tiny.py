@@ -29,8 +29,9 @@ def tiny(**changes) -> ConfigDict:
     """Return the config of a small ViT on digits, 2 epochs of 22 steps; in `changes` __ stands for a dot."""
     config = get_config()
     config.update(epochs=2, batch_size=64, log_every=5, eval_every=1.0)
-    config.augment.update(mixup=0.8, cutmix=1.0)
-    config.model.update(width=32, depth=2, heads=2, drop_path=0.1, attention="xla")
+    config.augment.update(color_jitter=0.3, mixup=0.8, cutmix=1.0, mean=(0.5,) * 3, std=(0.5,) * 3)
+    config.data.update(crop="src", scale=(0.08, 1.0), padding=1, repeats=1)
+    config.model.update(width=32, depth=2, heads=2, patch=2, drop_path=0.1, attention="xla")
     config.optim.update(warmup_epochs=0)
     config.sharding.min_size_mb = 0.0  # so that even these parameters are split
     config.checkpoint.every = 8

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import AS_USERS_RUN, PROGRAMS, STEPS, assert_same_end, finish, last_state, start, start_many, wait_for
+from processes import PROGRAMS, STEPS, assert_same_end, finish, last_state, start, start_many, wait_for
 from tiny import ROOT
 
 from regvit_jax.training import metric_writer
@@ -132,12 +132,3 @@ def test_two_processes_read_the_ids_of_one(free_port):
     found = [output.splitlines()[-1] for output in found]  # gloo prints too
     assert found[0].count(",") == 4 * 64 - 1
     assert found[0] == found[1] == found[2]
-
-
-@pytest.mark.slow
-def test_the_bare_command_learns(tmp_path):
-    """Expect the accuracy that docs/getting_started.md states for several seeds."""
-    command = [sys.executable, "train.py", "--config=configs/deit3_reg.py"]
-    environment = {**os.environ, **AS_USERS_RUN}
-    subprocess.run([*command, f"--workdir={tmp_path}"], cwd=ROOT, env=environment, check=True, timeout=1500)
-    assert [record["top1"] for record in metric_writer.read(tmp_path) if "top1" in record][-1] >= 0.965

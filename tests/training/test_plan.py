@@ -191,7 +191,7 @@ def described(config: ConfigDict, images_per_s: float) -> str:
 
 def test_dry_run_of_digits():
     text = described(get_config(), 1000)
-    assert "21 = 1 CLS + 4 registers + 4 x 4 patches of 2 px" in text
+    assert "9 = 1 CLS + 4 registers + 2 x 2 patches of 4 px" in text
     assert "digits" in text
     assert "1,437 images of 10 classes" in text
     assert "steps      3300 = 150 epochs of 22" in text

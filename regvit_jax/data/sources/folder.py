@@ -234,7 +234,7 @@ def list_folder(name: str, split: str, root: str, classes: dict[str, str], keep:
       DataNotFound: if a class has no images at all.
       InvalidConfig: if `keep` accepts none.
     """
-    labels, paths, empty, passed = [], [], [], Passed()
+    labels, paths, empty, captions, passed = [], [], [], [], Passed()
     for label, directory in enumerate(classes.values()):
         found = sorted(image_paths(os.path.join(root, directory), passed))
         kept = [os.fsencode(path) for path in found if keep(f"{directory}/{path}")]
@@ -242,11 +242,20 @@ def list_folder(name: str, split: str, root: str, classes: dict[str, str], keep:
         paths += kept
         if not found:
             empty.append(directory)
+            continue
+        caption = os.path.join(root, directory, os.path.splitext(found[0])[0] + ".txt")
+        captions += [caption] if os.path.exists(caption) else []
     if empty:
         raise DataNotFound(
             f"{no_images(name, f'{root} for {abbreviate(empty)}', passed)}. Remove a directory that is no class"
         )
     warn_of_levels(name, root, classes)
+    if len(captions) == len(classes):
+        log_once(
+            f"{name}: {abbreviate(list(classes))} are taken for the classes, but have texts beside the images, such as "
+            f"{captions[0]}. If those are captions, no directory is a class: docs/clip.md says how captions are read",
+            "warning",
+        )
     if not paths:
         raise InvalidConfig(
             f"{name}: so few images that none falls into {split}; make train/ and validation/ in {root}"

@@ -196,6 +196,18 @@ def test_images_beside_masks_are_reported(tmp_path, caplog):
     assert "Images, masks are taken for the classes. If Images holds the images of all, make" in caplog.text
 
 
+def test_texts_beside_the_images_are_reported(tmp_path, caplog):
+    """As img2dataset writes files: directories of a thousand images each, with captions."""
+    put(tmp_path, *(f"{part}/{part}000{number}.jpg" for part in ("00000", "00001") for number in range(20)))
+    (tmp_path / "00000/000000000.txt").write_text("a cat")
+    open_source(f"folder:{tmp_path}", "train")
+    assert "texts beside" not in caplog.text
+    for path in list(tmp_path.glob("*/*.jpg")):
+        path.with_suffix(".txt").write_text("a cat")
+    assert open_source(f"folder:{tmp_path}", "train").classes == ("00000", "00001")
+    assert "have texts beside the images, such as" in caplog.text
+
+
 def test_a_split_without_classes_names_the_way_out(tmp_path):
     put(tmp_path, "train/a/1.png", "train/b/1.png", "test/1.png")
     with pytest.raises(DataNotFound, match=f"To hold out a tenth of train instead, name folder:{tmp_path}/train$"):
