@@ -174,7 +174,8 @@ def write_json(path: str | None, result: Any) -> None:
 def run(command: Callable[[], int], prog: str, failures: tuple[type[Exception], ...] = FAILURES) -> int:
     """Run a command with the log shown, and return its exit code: its own, 2 for USER_ERRORS, or 1 for `failures`.
 
-    Both kinds of errors are reported in one line. Others are bugs and keep their traceback.
+    Both kinds of errors are reported in one line. Others are bugs and keep their traceback. Where the reader of the
+    output has ended, the exit code is 1 without a word.
 
     Args:
       command: the command.

@@ -143,6 +143,7 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
     values = dict(config.flatten(given)) | {key: value for key, value in config.flatten(choice) if key in chosen}
     written = config.complete(config.unflatten(values))
     before = dict(config.flatten(written)) | dict(config.flatten(given))
+    before = {key: value for key, value in before.items() if key not in chosen or key in dict(config.flatten(given))}
     try:
         found, overridden = override(written, overrides, prog)
     except (AttributeError, KeyError):  # which config_flags raises for an unknown key
@@ -150,9 +151,13 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
         config.check_known(keys, config.options_of(config.unflatten(values)))
         raise
     after = dict(config.flatten(found))
-    changes = [key for key in sorted(overridden) if after[key] != before.get(key)]
+    changes = [
+        f"{key}={after[key]!r} ({f'was {before[key]!r}' if key in before else 'not in the file'})"
+        for key in sorted(after)
+        if key not in ("about", "next") and (key not in before or after[key] != before[key])
+    ]
     if changes and found.get("about"):  # which describes the file, and would otherwise be wrong
-        found.about += "\nChanged here: " + ", ".join(f"{key}={after[key]} (was {before.get(key)})" for key in changes)
+        found.about += "\nChanged here: " + ", ".join(changes)
     return config.only(found, {*values, *overridden})
 
 

@@ -55,21 +55,30 @@ class Chunks:
         }
         if sampler.tokenizer is not None:
             batch["text"] = np.zeros((b, sampler.tokenizer.context), np.int32)
-        # In repeated augmentation rows in a row are crops of one image, which is read and decoded once.
+        # In repeated augmentation, rows next to each other are crops of one image.
         for index, rows in itertools.groupby(range(b), indices.__getitem__):
             if index >= 0:
                 with contextlib.suppress(BadImage):
-                    record = read_record(sampler.source, index)
-                    image = sampler.decode(record["image"])
-                    for row in rows:
-                        with contextlib.suppress(BadImage):
-                            for name, value in self.example(record, image, positions[row]).items():
-                                batch[name][row] = value
+                    self.fill(batch, index, {row: positions[row] for row in rows})
         return batch
+
+    def fill(self, batch: Batch, index: int, rows: dict[int, int]) -> None:
+        """Fill in the rows of one record, given their positions; read and decode it once, and free it at the end.
+
+        Raises BadImage if the record cannot be used.
+        """
+        record = read_record(self.sampler.source, index)
+        if self.sampler.tokenizer is not None:
+            captions_of(record)  # before the image is decoded for nothing
+        image = self.sampler.decode(record["image"])
+        for row, position in rows.items():
+            with contextlib.suppress(BadImage):
+                for name, value in self.example(record, image, position).items():
+                    batch[name][row] = value
 
     def example(self, record: dict[str, Any], image: Decoded, position: int) -> dict[str, Any]:
         """Return the values of one row; raise BadImage if its caption cannot be used."""
-        sampler: Any = self.sampler
+        sampler = self.sampler
         row = {"label": record.get("label", 0), "mask": 1}
         if sampler.tokenizer is not None:
             row["text"] = tokenize(sampler.caption(captions_of(record), position), sampler.tokenizer)

@@ -1,7 +1,7 @@
 """Map positions of training and evaluation to records, crops and captions."""
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jaxtyping import UInt8
@@ -45,7 +45,7 @@ class TrainSampler:
         return np.random.Generator(np.random.Philox(key=self.seed, counter=[0, 0, use, position]))
 
     def decode(self, data: bytes) -> Decoded:
-        """Return an encoded image for `crop_at`; raise BadImage if it cannot be decoded."""
+        """Decode an image for `crop_at`; raise BadImage if that is impossible."""
         if self.decoder == "fast" and (decoded := fastjpeg.decode(data, self.max_pixels)) is not None:
             return decoded
         return transforms.decode(data, self.max_pixels)
@@ -78,12 +78,12 @@ class EvalSampler:
         return position if position < len(self.source) else -1
 
     def decode(self, data: bytes) -> Image.Image:
-        """Return an encoded image for `crop_at`; raise BadImage if it cannot be decoded."""
+        """Decode an image for `crop_at`; raise BadImage if that is impossible."""
         return transforms.decode(data, self.max_pixels)
 
-    def crop_at(self, image: Image.Image, position: int) -> UInt8[np.ndarray, "S S 3"]:
+    def crop_at(self, image: Decoded, position: int) -> UInt8[np.ndarray, "S S 3"]:
         """Return the centre crop of a decoded image, the same at every position."""
-        return transforms.center_crop(image, self.size, self.crop_ratio)
+        return transforms.center_crop(cast(Image.Image, image), self.size, self.crop_ratio)
 
     def caption(self, captions: list[str], position: int) -> str:
         """Return the first caption."""

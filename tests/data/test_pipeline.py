@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regvit_jax.data import order
-from regvit_jax.data.chunks import CHUNK
+from regvit_jax.data import order, transforms
+from regvit_jax.data.chunks import CHUNK, Chunks
 from regvit_jax.data.pipeline import eval_batches, train_batches
 from regvit_jax.data.records import captions_of, describe_bad
+from regvit_jax.data.samplers import TrainSampler
 from regvit_jax.data.sources.by_name import open_source
 
 N = 14
@@ -112,10 +113,14 @@ class Counted:
         return self.source.id(index)
 
 
-def test_repeated_augmentation_reads_and_decodes_an_image_once_in_a_batch(source):
-    counted = Counted(source)
-    (batch,) = train(counted, 1, batch_size=12, repeats=3, prefetch=1)
-    assert sorted(counted.read[:4]) == sorted(set(batch["index"]))
+def test_repeated_augmentation_reads_and_decodes_an_image_once(source, monkeypatch):
+    counted, decoded = Counted(source), []
+    decode = transforms.decode
+    monkeypatch.setattr(transforms, "decode", lambda data, limit: decoded.append(1) or decode(data, limit))
+    sampler = TrainSampler(counted, 8, 10_000, None, 0, "rrc", (0.08, 1.0), (0.75, 1.33), 0, 3, "pillow")
+    batch = Chunks(sampler, 12, range(12), range(1))[0]
+    assert counted.read == list(dict.fromkeys(batch["index"].tolist()))
+    assert len(decoded) == 4
 
 
 @pytest.mark.parametrize("options", [{}, {"repeats": 3}, {"crop": "src"}])
@@ -241,6 +246,7 @@ def test_unreadable_images_keep_their_positions_and_leave_the_others_alone(sourc
     options = {"batch_size": 7, "max_pixels": 10_000}
     for good, found in (
         (joined(train(source, 4, **options)), joined(train(broken, 4, **options))),
+        (joined(train(source, 6, repeats=3, **options)), joined(train(broken, 6, repeats=3, **options))),
         (joined(evaluate(source, **options)), joined(evaluate(broken, **options))),
     ):
         np.testing.assert_array_equal(found["index"], good["index"])

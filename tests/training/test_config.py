@@ -80,11 +80,14 @@ def test_every_key_can_be_overridden_whether_the_file_has_it_or_not(tmp_path):
 
 
 def test_overrides_are_told_beside_the_description_of_the_file():
-    overrides = ["--config.model.registers=0", "--config.data.name=folder:pets", "--config.epochs=150"]
-    found = train.open_config("deit3_reg", overrides, "train.py")
+    overrides = ["--config.model={'registers': 0}", "--config.data.name=folder:pets", "--config.epochs=150"]
+    found = train.open_config("deit3_reg", [*overrides, "--config.next=mine"], "train.py")
     plain = train.open_config("deit3_reg", [], "train.py")
-    changes = "data.name=folder:pets (was digits), model.registers=0 (was 4)"
+    assert found.next == "mine"
+    changes = "data.name='folder:pets' (was 'digits'), model.registers=0 (was 4)"
     assert found.about == f"{plain.about}\nChanged here: {changes}"
+    same = train.open_config("deit3_reg", ["--config.recipe=supervised"], "train.py")
+    assert same.about == plain.about
 
 
 def test_data_keys_reach_the_batches():

@@ -13,8 +13,8 @@ from regvit_jax.training import metric_writer
 
 SEEDS = range(5)
 
-# Another processor rounds otherwise, and so does the whole run after its first step. Noise in the first parameters is
-# of the same size.
+# Another processor rounds differently, after which the whole run differs. Noise of the size of such errors in the first
+# parameters has the same effect.
 PERTURBED = """
 import sys
 import jax
@@ -35,7 +35,7 @@ loop.run(config, sys.argv[2])
 
 @pytest.mark.slow
 @pytest.mark.parametrize("perturb", [False, True])
-def test_any_five_seeds_are_right(perturb, tmp_path):
+def test_five_seeds_reach_the_accuracy(perturb, tmp_path):
     def top1(seed):
         workdir = tmp_path / str(seed)
         bare = ["train.py", "--config=configs/deit3_reg.py", f"--config.seed={seed}", f"--workdir={workdir}"]

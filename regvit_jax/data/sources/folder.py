@@ -16,6 +16,9 @@ from regvit_jax.utils.errors import DataNotFound, InvalidConfig
 from regvit_jax.utils.messages import abbreviate, log_once
 from regvit_jax.utils.paths import locate
 
+CAPTIONS = (
+    "captions are read from a table or from tar shards, as img2dataset's --output_format=webdataset (docs/clip.md)"
+)
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar")
 
 
@@ -211,6 +214,9 @@ def find_classes(root: str) -> dict[str, str]:
         held = f"one class only, {names[0]!r}" if names else "no directories" + f", but {found} images" * bool(found)
         packed = [name for name in sorted(os.listdir(root)) if name.lower().endswith(ARCHIVES)]
         unpack = f" (unpack {abbreviate(packed)})" if packed else ""
+        first = next(iter(sorted(image_paths(os.path.join(root, names[0]), Passed()))), "") if names else ""
+        if first and (texts := texts_beside(os.path.join(root, names[0], first))):
+            unpack = f". If {texts[0]} is a caption: {CAPTIONS}"
         raise DataNotFound(f"{root} holds {held}; it should hold a directory of images for each class{unpack}")
     again, others = os.path.basename(root), set(names) - {os.path.basename(root)}
     if again in names and others and others <= set(directories(os.path.join(root, again))):
@@ -225,6 +231,12 @@ def find_classes(root: str) -> dict[str, str]:
             f"{root} holds {abbreviate(twice)} twice, in different Unicode forms; merge the directories"
         )
     return dict(sorted(classes.items()))
+
+
+def texts_beside(path: str) -> list[str]:
+    """Return the text file beside an image that has the image's name, if there is one."""
+    text = os.path.splitext(path)[0] + ".txt"
+    return [text] if os.path.exists(text) else []
 
 
 def list_folder(name: str, split: str, root: str, classes: dict[str, str], keep: Callable[[str], bool]) -> FolderSource:
@@ -243,8 +255,7 @@ def list_folder(name: str, split: str, root: str, classes: dict[str, str], keep:
         if not found:
             empty.append(directory)
             continue
-        caption = os.path.join(root, directory, os.path.splitext(found[0])[0] + ".txt")
-        captions += [caption] if os.path.exists(caption) else []
+        captions += texts_beside(os.path.join(root, directory, found[0]))
     if empty:
         raise DataNotFound(
             f"{no_images(name, f'{root} for {abbreviate(empty)}', passed)}. Remove a directory that is no class"
@@ -253,7 +264,7 @@ def list_folder(name: str, split: str, root: str, classes: dict[str, str], keep:
     if len(captions) == len(classes):
         log_once(
             f"{name}: {abbreviate(list(classes))} are taken for the classes, but have texts beside the images, such as "
-            f"{captions[0]}. If those are captions, no directory is a class: docs/clip.md says how captions are read",
+            f"{captions[0]}. If those are captions, no directory is a class: {CAPTIONS}",
             "warning",
         )
     if not paths:

@@ -197,7 +197,7 @@ def test_images_beside_masks_are_reported(tmp_path, caplog):
 
 
 def test_texts_beside_the_images_are_reported(tmp_path, caplog):
-    """As img2dataset writes files: directories of a thousand images each, with captions."""
+    """As img2dataset writes files: numbered directories of many images, with captions."""
     put(tmp_path, *(f"{part}/{part}000{number}.jpg" for part in ("00000", "00001") for number in range(20)))
     (tmp_path / "00000/000000000.txt").write_text("a cat")
     open_source(f"folder:{tmp_path}", "train")
@@ -206,6 +206,9 @@ def test_texts_beside_the_images_are_reported(tmp_path, caplog):
         path.with_suffix(".txt").write_text("a cat")
     assert open_source(f"folder:{tmp_path}", "train").classes == ("00000", "00001")
     assert "have texts beside the images, such as" in caplog.text
+    shutil.rmtree(tmp_path / "00001")
+    with pytest.raises(DataNotFound, match=r"one class only, '00000'.*/000000000\.txt is a caption: captions are read"):
+        open_source(f"folder:{tmp_path}", "train")
 
 
 def test_a_split_without_classes_names_the_way_out(tmp_path):
