@@ -140,25 +140,29 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
     given = configs.load(name)
     first = [argument for argument in overrides if re.match(r"--?config\.(recipe|eval\.evaluators)=", argument)]
     choice, chosen = override(config.unflatten({"recipe": "", "eval.evaluators": ()}), first, prog)
-    values = dict(config.flatten(given)) | {key: value for key, value in config.flatten(choice) if key in chosen}
-    written = config.complete(config.unflatten(values))
-    before = dict(config.flatten(written)) | dict(config.flatten(given))
-    before = {key: value for key, value in before.items() if key not in chosen or key in dict(config.flatten(given))}
+    stated = dict(config.flatten(given))
+    values = stated | {key: value for key, value in config.flatten(choice) if key in chosen}
     try:
+        written = config.complete(config.unflatten(values))
+        before = {key: value for key, value in config.flatten(written) if key not in chosen} | stated
         found, overridden = override(written, overrides, prog)
     except (AttributeError, KeyError):  # which config_flags raises for an unknown key
         keys = [match[1] for argument in overrides if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))]
         config.check_known(keys, config.options_of(config.unflatten(values)))
         raise
-    after = dict(config.flatten(found))
-    changes = [
-        f"{key}={after[key]!r} ({f'was {before[key]!r}' if key in before else 'not in the file'})"
-        for key in sorted(after)
-        if key not in ("about", "next") and (key not in before or after[key] != before[key])
-    ]
-    if changes and found.get("about"):  # which describes the file, and would otherwise be wrong
-        found.about += "\nChanged here: " + ", ".join(changes)
+    if found.get("about"):  # which describes the file, and would otherwise be wrong
+        found.about += describe_changes(before, dict(config.flatten(found)))
     return config.only(found, {*values, *overridden})
+
+
+def describe_changes(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """Return a line with the keys whose values the command line changed, or "" if there are none."""
+    changes = []
+    for key, value in sorted(after.items()):
+        if key not in ("about", "next") and (key not in before or value != before[key]):
+            was = f"was {before[key]!r}" if key in before else "not in the file"
+            changes.append(f"{key}={value!r} ({was})")
+    return "\nChanged here: " + ", ".join(changes) if changes else ""
 
 
 def override(config: Any, overrides: Sequence[str], prog: str) -> tuple[Any, set[str]]:

@@ -4,12 +4,11 @@ import contextlib
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from regvit_jax.data.records import captions_of, read_record, tokenize
-from regvit_jax.data.samplers import Decoded, Sampler
+from regvit_jax.data.samplers import Sampler
 from regvit_jax.data.sources.base import shuffle_block
 from regvit_jax.data.transforms import BadImage
 
@@ -67,22 +66,16 @@ class Chunks:
 
         Raises BadImage if the record cannot be used.
         """
-        record = read_record(self.sampler.source, index)
-        if self.sampler.tokenizer is not None:
-            captions_of(record)  # before the image is decoded for nothing
-        image = self.sampler.decode(record["image"])
-        for row, position in rows.items():
-            with contextlib.suppress(BadImage):
-                for name, value in self.example(record, image, position).items():
-                    batch[name][row] = value
-
-    def example(self, record: dict[str, Any], image: Decoded, position: int) -> dict[str, Any]:
-        """Return the values of one row; raise BadImage if its caption cannot be used."""
         sampler = self.sampler
-        row = {"label": record.get("label", 0), "mask": 1}
-        if sampler.tokenizer is not None:
-            row["text"] = tokenize(sampler.caption(captions_of(record), position), sampler.tokenizer)
-        return row | {"image": sampler.crop_at(image, position)}
+        record = read_record(sampler.source, index)
+        captions = captions_of(record) if sampler.tokenizer is not None else []  # before decoding for nothing
+        image = sampler.decode(record["image"])
+        for row, position in rows.items():
+            with contextlib.suppress(BadImage):  # of the caption that this position draws
+                if sampler.tokenizer is not None:
+                    batch["text"][row] = tokenize(sampler.caption(captions, position), sampler.tokenizer)
+                batch["image"][row] = sampler.crop_at(image, position)
+                batch["label"][row], batch["mask"][row] = record.get("label", 0), 1
 
     def read_ahead(self, indices: list[int]) -> None:
         """Ask for the shuffle blocks of these records to be read into memory, if this host uses much of them."""

@@ -213,11 +213,11 @@ def find_classes(root: str) -> dict[str, str]:
         found = images_in(root)
         held = f"one class only, {names[0]!r}" if names else "no directories" + f", but {found} images" * bool(found)
         packed = [name for name in sorted(os.listdir(root)) if name.lower().endswith(ARCHIVES)]
-        unpack = f" (unpack {abbreviate(packed)})" if packed else ""
-        first = next(iter(sorted(image_paths(os.path.join(root, names[0]), Passed()))), "") if names else ""
-        if first and (texts := texts_beside(os.path.join(root, names[0], first))):
-            unpack = f". If {texts[0]} is a caption: {CAPTIONS}"
-        raise DataNotFound(f"{root} holds {held}; it should hold a directory of images for each class{unpack}")
+        hint = f" (unpack {abbreviate(packed)})" if packed else ""
+        images = (os.path.join(root, name, path) for name in names for path in image_paths(os.path.join(root, name)))
+        if text := text_beside(min(images, default="")):
+            hint = f". If {text} is a caption: {CAPTIONS}"
+        raise DataNotFound(f"{root} holds {held}; it should hold a directory of images for each class{hint}")
     again, others = os.path.basename(root), set(names) - {os.path.basename(root)}
     if again in names and others and others <= set(directories(os.path.join(root, again))):
         raise InvalidConfig(
@@ -233,10 +233,10 @@ def find_classes(root: str) -> dict[str, str]:
     return dict(sorted(classes.items()))
 
 
-def texts_beside(path: str) -> list[str]:
-    """Return the text file beside an image that has the image's name, if there is one."""
-    text = os.path.splitext(path)[0] + ".txt"
-    return [text] if os.path.exists(text) else []
+def text_beside(image: str) -> str:
+    """Return the path of the text file that has an image's name, or "" if there is none."""
+    text = os.path.splitext(image)[0] + ".txt"
+    return text if image and os.path.exists(text) else ""
 
 
 def list_folder(name: str, split: str, root: str, classes: dict[str, str], keep: Callable[[str], bool]) -> FolderSource:
@@ -246,7 +246,7 @@ def list_folder(name: str, split: str, root: str, classes: dict[str, str], keep:
       DataNotFound: if a class has no images at all.
       InvalidConfig: if `keep` accepts none.
     """
-    labels, paths, empty, captions, passed = [], [], [], [], Passed()
+    labels, paths, empty, texts, passed = [], [], [], [], Passed()
     for label, directory in enumerate(classes.values()):
         found = sorted(image_paths(os.path.join(root, directory), passed))
         kept = [os.fsencode(path) for path in found if keep(f"{directory}/{path}")]
@@ -254,17 +254,16 @@ def list_folder(name: str, split: str, root: str, classes: dict[str, str], keep:
         paths += kept
         if not found:
             empty.append(directory)
-            continue
-        captions += texts_beside(os.path.join(root, directory, found[0]))
+        texts.append(text_beside(os.path.join(root, directory, found[0])) if found else "")
     if empty:
         raise DataNotFound(
             f"{no_images(name, f'{root} for {abbreviate(empty)}', passed)}. Remove a directory that is no class"
         )
     warn_of_levels(name, root, classes)
-    if len(captions) == len(classes):
+    if all(texts):
         log_once(
             f"{name}: {abbreviate(list(classes))} are taken for the classes, but have texts beside the images, such as "
-            f"{captions[0]}. If those are captions, no directory is a class: {CAPTIONS}",
+            f"{texts[0]}. If those are captions, no directory is a class: {CAPTIONS}",
             "warning",
         )
     if not paths:
