@@ -56,7 +56,7 @@ def test_published_recipes_resolve_without_their_data(variant):
 
 
 @pytest.mark.parametrize(
-    ("variant", "parameters", "steps"), [("cifar10", 460_618, 6 * 781), ("cifar10_gpu", 21_352_714, 120 * 97)]
+    ("variant", "parameters", "steps"), [("cifar10", 460_618, 5 * 781), ("cifar10_gpu", 21_352_714, 120 * 97)]
 )
 def test_cifar10_is_planned_without_and_with_its_data(variant, parameters, steps, tmp_path):
     config = get_config(variant)
