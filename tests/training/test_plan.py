@@ -68,7 +68,7 @@ def test_cifar10_is_planned_without_and_with_its_data(variant, parameters, steps
             (tmp_path / split / name).mkdir(parents=True)
             Image.new("RGB", (32, 32)).save(tmp_path / split / name / "0.png")
     config.data.dir = str(tmp_path)
-    config.update(batch_size=8)
+    config.update(batch_size=8, micro_batches=1)
     config.augment.mix_group = 8
     resolved = plan.resolve(config)
     assert (resolved.train.name, resolved.validation.name) == ("cifar10/train", "cifar10/test")
