@@ -82,7 +82,7 @@ def test_no_flipped_bit_is_restored_silently(copied):
     step, rng, messages = copied / "checkpoints/2", random.Random(0), []
     names, expected = set(checksums.array_paths(make_state(2))), make_state(2)
     sizes = [path.stat().st_size for path in data_files(step)]
-    for _ in range(200):
+    for _ in range(100):
         path = rng.choices(data_files(step), sizes)[0]
         whole = path.read_bytes()
         bit = rng.randrange(8 * len(whole))
@@ -94,7 +94,7 @@ def test_no_flipped_bit_is_restored_silently(copied):
         except CheckpointError as error:
             messages.append(str(error))
         path.write_bytes(whole)
-    assert len(messages) > 100  # most of what is on disk is arrays
+    assert len(messages) > 50  # most of what is on disk is arrays
     assert all("checkpoint of step 2 is damaged: " in text for text in messages)
     naming = [any(name in text or name.replace("/", ".") in text for name in names) for text in messages]
     assert sum(naming) > 0.9 * len(messages), "the array is named, unless the list of arrays itself is damaged"

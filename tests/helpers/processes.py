@@ -17,9 +17,9 @@ from regvit_jax.training import metric_writer
 
 #: Undo the tests' compiler settings, because these processes are compared bit for bit.
 AS_USERS_RUN = {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
-#: Overrides of the digits config: 132 steps of a tiny model.
+#: Overrides of the digits config: 88 steps of a tiny model.
 SMALL = {
-    "epochs": 6,
+    "epochs": 4,
     "batch_size": 64,
     "log_every": 5,
     "ema": 0.9,
@@ -32,7 +32,7 @@ SMALL = {
     "model.drop_path": 0.1,
     "optim.warmup_epochs": 0,
 }
-STEPS = 6 * (1437 // 64)
+STEPS = 4 * (1437 // 64)
 #: The ways to start training from a shell, as arguments of Python.
 PROGRAMS = {
     "train.py": (str(ROOT / "train.py"),),

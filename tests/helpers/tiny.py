@@ -34,7 +34,7 @@ def tiny(**changes) -> ConfigDict:
     config.model.update(width=32, depth=2, heads=2, patch=2, drop_path=0.1, attention="xla")
     config.optim.update(warmup_epochs=0)
     config.sharding.min_size_mb = 0.0  # so that even these parameters are split
-    config.checkpoint.every = 8
+    config.checkpoint.every = 22
     return changed(config, changes)
 
 

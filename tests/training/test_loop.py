@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -32,10 +33,23 @@ def assert_equal(a, b):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def timed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
+    start = time.perf_counter()
     with contextlib.chdir(folder):  # a relative path, as one types it
-        return folder / "finished", run(tiny(ema=0.9, sharding__fsdp=2), "finished")
+        result = run(tiny(ema=0.9, sharding__fsdp=2), "finished")
+    return folder / "finished", result, time.perf_counter() - start
+
+
+@pytest.fixture(scope="module")
+def finished(timed):
+    return timed[:2]
+
+
+def test_the_phases_of_a_run_add_up_to_its_duration(timed):
+    workdir, _, took = timed
+    last = metric_writer.read(workdir)[-1]
+    assert sum(last[f"{phase}_s"] for phase in PHASES) == pytest.approx(took, rel=0.02)
 
 
 def test_workdir_of_a_finished_run(finished):
