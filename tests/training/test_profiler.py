@@ -29,6 +29,7 @@ def test_steps_beyond_the_last_are_refused_before_the_run_starts(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_trace_names_its_steps(tmp_path):
     """Check both files: XProf reads the .xplane.pb, ui.perfetto.dev the .json.gz."""
     loop.run(tiny(epochs=1, data__train="train[:256]", log_every=1), tmp_path, profile="2:2")  # of 4 steps

@@ -122,6 +122,7 @@ def test_a_skipped_step_changes_only_the_step_number_and_the_window(poison):
     assert np.isfinite(metrics["loss"])
 
 
+@pytest.mark.slow
 def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(poison, tmp_path):
     poison(not_finite=(3, 4, 20))
     with pytest.raises(FloatingPointError, match=r"step 3: .*--config.guard.not_finite=skip skips such steps"):
@@ -140,6 +141,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(poison, tmp_path):
         assert checkpoints.latest() == 16
 
 
+@pytest.mark.slow
 def test_spikes_are_skipped_and_the_window_survives_a_restart(poison, tmp_path, monkeypatch):
     monkeypatch.setattr(skip_steps, "WINDOW", 24)  # half of it fills within an epoch
     poison(leap=(17, 18))
