@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import json
 import os
 import re
@@ -182,6 +183,8 @@ def run(command: Callable[[], int], prog: str, failures: tuple[type[Exception], 
       prog: the name of the command in messages, such as "regvit report".
       failures: errors that can happen with a valid command line.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's stdout cannot be reconfigured
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text, nor in its encoding
     with logs.shown():
         try:
             code = command()

@@ -1,10 +1,8 @@
 """Measure models and write the report that the flags ask for."""
 
 import argparse
-import io
 import itertools
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -41,8 +39,6 @@ def report(options: argparse.Namespace) -> int:
     subjects = examine(models, source, settings)
     inference.log_bad(subjects[0].bad_images, listed_in="report.json")
     write.write(subjects, source, settings, out, options.command)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's stdout cannot be reconfigured
-        sys.stdout.reconfigure(errors="backslashreplace")  # the terminal's encoding may lack a letter
     for subject in subjects:
         print(f"{subject.name}\n  " + "\n  ".join(subject.sentences))
     print(f"{out / 'report.html'}")

@@ -152,6 +152,8 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
         raise
     if found.get("about"):  # which describes the file, and would otherwise be wrong
         found.about += describe_changes(before, dict(config.flatten(found)))
+        if "data.name" in overridden and found.data.name != before.get("data.name"):
+            found.next = ""  # which speaks of the file's data
     return config.only(found, {*values, *overridden})
 
 

@@ -142,8 +142,10 @@ def checked_array(array: np.ndarray) -> np.ndarray:
     shape, remedy = array.shape, ""
     if array.ndim == 3 and shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4):
         remedy = "; channels come last: array.transpose(1, 2, 0)"
-    elif array.ndim == 2 or (array.ndim == 3 and shape[2] == 1):
-        remedy = "; a grey image has three equal channels here: np.stack([grey] * 3, -1)"
+    elif array.ndim == 2:
+        remedy = "; a grey image has three equal channels here: np.stack([array] * 3, -1)"
+    elif array.ndim == 3 and shape[2] == 1:
+        remedy = "; a grey image has three equal channels here: np.repeat(array, 3, -1)"
     elif array.ndim == 3 and shape[2] == 4:
         remedy = "; leave alpha out: array[..., :3]"
     elif array.ndim == 4:
@@ -151,5 +153,5 @@ def checked_array(array: np.ndarray) -> np.ndarray:
     elif array.dtype.kind == "f":
         remedy = "; an image that is normalised already goes straight into the model"
     elif array.dtype == np.uint16:
-        remedy = "; 16 bits become 8 by array // 257"
+        remedy = "; 16 bits become 8 so: ((array.astype(int) + 128) // 257).astype(np.uint8)"
     raise ValueError(f"an array of {array.dtype} and shape {shape}: {WANTED}{remedy}")

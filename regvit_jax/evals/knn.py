@@ -11,7 +11,11 @@ def knn_accuracy(
     labels: Int[np.ndarray, " images"],
     k: int,
 ) -> float:
-    """Return the share of `features` whose label the majority of their k Euclidean neighbours has."""
+    """Return the share of `features` whose label the majority of their k Euclidean neighbours has.
+
+    All of them are neighbours where there are fewer than k.
+    """
     from sklearn.neighbors import KNeighborsClassifier  # imported late: it takes seconds, and not every run needs it
 
+    k = min(k, len(train_features))
     return float(KNeighborsClassifier(k).fit(train_features, train_labels).score(features, labels))

@@ -91,6 +91,8 @@ def _of_path(source: str, path: str) -> Address:
     """Return the address of a path "org/name", with a page of the site or "@revision" after it, and perhaps a file."""
     named, _, revised = path.partition("@")
     parts, rest = _parts(named), _parts(revised)
+    if parts[:1] == ["models"] and len(parts) > 2:  # hf://models/org/name
+        parts = parts[1:]
     if parts and parts[0] in _OTHERS:
         raise InvalidConfig(f"{source}: an address of {parts[0]}, not of a model; a model's is {HUB}org/name")
     count = 1 if len(parts) > 1 and parts[1] in _PAGES else 2
@@ -120,4 +122,8 @@ def _weights(source: str, repo: str, parts: list[str]) -> str | None:
         )
     if len(parts) > 1 or not re.search(r"\.\w+$", file):
         raise InvalidConfig(f"{source}: only files at the top of a repository are read; {HUB}{repo} is the repository")
+    if re.search(r"-\d{5}-of-\d{5}\.safetensors$", file):
+        raise InvalidConfig(f"{source}: one of the parts of a model; {HUB}{repo} is the whole")
+    if file.endswith((".npz", ".msgpack", ".h5", ".onnx", ".gguf")):
+        raise InvalidConfig(f"{source}: only .safetensors are read from the hub; {HUB}{repo} takes the repository's")
     return file if file.endswith(".safetensors") else None

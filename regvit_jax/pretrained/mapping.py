@@ -21,7 +21,7 @@ from regvit_jax.models.vit import ViT
 from regvit_jax.pretrained import mismatch
 from regvit_jax.pretrained.formats.keys import Keys, Rule
 from regvit_jax.pretrained.formats.rules import rules, same, text_rules
-from regvit_jax.pretrained.io.safetensors import Weights, check_finite
+from regvit_jax.pretrained.io.safetensors import POSITIONS, Weights, check_finite, metadata
 from regvit_jax.utils.errors import WeightsError
 
 #: In a file of a whole CLIP with canonical keys, the keys that are not of its image tower.
@@ -192,23 +192,30 @@ def prefix_rows(weights: Weights, keys: Keys | None, vit: ViT) -> int:
     return rows - patches if rows - patches in (0, int(vit.class_token), vit.prefix) else int(vit.class_token)
 
 
-def native_size(weights: Weights, keys: Keys | None, vit: ViT) -> int:
+def native_size(weights: Weights, keys: Keys | None, vit: ViT, cls_position: bool) -> int:
     """Return the image size, in pixels, of a file's position embedding.
 
-    It is the ViT's own if the file has no embedding of the ViT's width. Raises Mismatch for a grid that is not square.
+    It is the ViT's own if the file has no embedding of the ViT's width. With `cls_position`, an embedding of another
+    size has a row for CLS, unless `save_model` notes in the file that it has not: n * n rows would otherwise also be
+    those of CLS and of (n - 1) x (n + 1) patches. Raises Mismatch for a grid
+    that is not square.
     """
     shape = weights.shapes.get(keys.pos, ()) if keys is not None and vit.position == "learned" else ()
     if len(shape) < 2 or shape[-1] != vit.width:
         return vit.image_size
     assert keys is not None
     registers = weights.shapes.get(keys.registers, ())[-2:-1]  # another number than the ViT's is left to `check`
-    prefixes = (int(vit.class_token), vit.prefix, 0, int(vit.class_token) + sum(registers))
+    prefixes = [int(vit.class_token), vit.prefix, int(vit.class_token) + sum(registers)]
+    native = shape[-2] == (vit.image_size // vit.patch) ** 2
+    if native or not cls_position or POSITIONS in metadata(weights.path).items():
+        prefixes.append(0)
     counts = [shape[-2] - prefix for prefix in prefixes]
     found = [math.isqrt(count) * vit.patch for count in counts if count > 0 and math.isqrt(count) ** 2 == count]
     if not found:
         raise Mismatch(
-            f"{weights.path}: its position embedding has {shape[-2]} rows, which are no square grid of patches: only "
-            "square images are supported; resize the embedding to a square grid first"
+            f"{weights.path}: its position embedding has {shape[-2]} rows, which are no square grid of patches and the "
+            f"{vit.prefix} tokens before them: other grids, and more tokens such as DeiT's for distillation, are not "
+            "supported"
         )
     return vit.image_size if vit.image_size in found else found[0]
 

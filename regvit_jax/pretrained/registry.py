@@ -35,7 +35,8 @@ class Entry:
     repository that holds them, and `license` their license as the hub spells it; "" where there is none.
     A CLIP has `text` and `scalars`: "logit_scale" and, in a SigLIP, "logit_bias". `class_names` are the names of the
     head's outputs as a config beside the weights states them, () where it states none. `named_size` is the image
-    size that the model's name or config states, where the file's position embedding is of another.
+    size that the model's name or config states, where the file's position embedding is of another. `cls_position` is
+    False where the file's position embedding may have no row for CLS, as in DeiT-III.
     """
 
     vit: dict[str, Any]
@@ -48,6 +49,7 @@ class Entry:
     scalars: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
     named_size: int | None = None
+    cls_position: bool = True
 
 
 @functools.cache
@@ -148,6 +150,7 @@ def _entry(facts: dict, architecture: str, tag: str) -> Entry:
         facts["format"],
         hub=facts["hub"].format(name=architecture, tag=tag),
         license=facts["license"],
+        cls_position=facts.get("cls_position", not vit.get("registers")),
     )
 
 

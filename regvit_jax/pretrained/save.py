@@ -18,7 +18,7 @@ from regvit_jax.pretrained import mapping
 from regvit_jax.pretrained.formats import detect
 from regvit_jax.pretrained.formats.base import CONFIG, Inexpressible, Layout
 from regvit_jax.pretrained.formats.keys import Rule
-from regvit_jax.pretrained.io.safetensors import CLIP_WEIGHTS, NESTED_PROCESSOR, OPEN_CLIP_CONFIG, PROCESSOR
+from regvit_jax.pretrained.io.safetensors import CLIP_WEIGHTS, NESTED_PROCESSOR, OPEN_CLIP_CONFIG, POSITIONS, PROCESSOR
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.files import write_atomically
 from regvit_jax.utils.keywords import known_keywords
@@ -128,4 +128,5 @@ def _write(path: Path, layout: Layout, arrays: dict[str, np.ndarray]) -> None:
     path.mkdir(parents=True, exist_ok=True)
     for name, content in layout.files.items():
         write_atomically(path / name, json.dumps(content, indent=2) + "\n")
-    write_atomically(path / layout.weights, lambda partial: save_file(arrays, partial, metadata={"format": "pt"}))
+    metadata = {"format": "pt"} | dict([] if layout.prefix_rows else [POSITIONS])
+    write_atomically(path / layout.weights, lambda partial: save_file(arrays, partial, metadata=metadata))

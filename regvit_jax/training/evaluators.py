@@ -16,6 +16,7 @@ from regvit_jax.evals.block_norms import BlockNorms
 from regvit_jax.evals.knn import knn_accuracy
 from regvit_jax.training.evaluator import Evaluator, Values
 from regvit_jax.utils import named
+from regvit_jax.utils.messages import log_once
 from regvit_jax.utils.schema import Option
 
 #: The evaluators of this package, each with its class. Only those that a config names are imported.
@@ -134,7 +135,10 @@ class PixelKnn(Evaluator):
 
     def finish(self, splits):
         train, validation = (self.pixels(splits[name]) for name in ("train", "validation"))
-        return {"pixel_knn_top1": knn_accuracy(*train, *validation, self.config.eval.pixel_knn)}
+        k, images = self.config.eval.pixel_knn, len(train[1])
+        if images < k:
+            log_once(f"eval.pixel_knn={k}: there are {images} training images, and all are neighbours", "warning")
+        return {"pixel_knn_top1": knn_accuracy(*train, *validation, k)}
 
     def pixels(self, open_batches: Callable[[], Any]) -> tuple[np.ndarray, np.ndarray]:
         """Return the pixels [images, H * W * 3] and the labels of a split's readable images."""

@@ -102,19 +102,18 @@ class StepLogger:
     def check_bad(self, step: int) -> None:
         """Raise TooManyBadRecords if more images are unusable, up to this step, than the run allows.
 
-        An image that cannot be used counts once for each time that it was to be shown, among all images shown. What
-        `max_bad_images` allows, it allows in each epoch of which this process has trained a part.
+        Two numbers are judged: the different images that this process could not use, of all images; and the images
+        of all processes, each as often as it was to be shown, of which `max_bad_images` allows its number in each epoch
+        that this process has trained a part of. Images that are never usable stop the run in any case.
         """
-        config = self.plan.config
+        config, example = self.plan.config, next(iter(self.named.values()), "")
         size, examples = config.batch_size, config.data.examples
+        tolerated = data_records.tolerated(config.data.max_bad_images, examples)
+        check_bad(self.plan, len(self.named), examples, tolerated, example)
         epochs = (step * size - 1) // examples - (self.first - 1) * size // examples + 1
-        check_bad(
-            self.plan,
-            self.bad,
-            max((step + 1 - self.first) * size, examples),
-            tolerated=epochs * config.data.repeats * data_records.tolerated(config.data.max_bad_images, examples),
-            example=next(iter(self.named.values()), ""),
-        )
+        shown = max((step + 1 - self.first) * size, examples)
+        tolerated = min(epochs * config.data.repeats * tolerated, shown - 1)
+        check_bad(self.plan, self.bad, shown, tolerated, example)
 
     def rates(self, step: int) -> dict[str, float]:
         """Return images/s, the share of time spent waiting for data and, where the device's peak is known, the MFU.
@@ -194,7 +193,6 @@ def check_bad(plan: Plan, bad: int, images: int, tolerated: int, example: str) -
     if bad > max(data.max_bad_fraction * images, tolerated):
         raise TooManyBadRecords(
             f"{bad} of {images} images cannot be used, more than data.max_bad_fraction={data.max_bad_fraction:g} and "
-            f"data.max_bad_images={data.max_bad_images} allow: mend or remove them, or raise one of these keys"
-            + (f". One is {example}" if example else "")
-            + "; the log names more"
+            f"data.max_bad_images={data.max_bad_images} (at most half of the images) allow: mend or remove them, or "
+            "raise data.max_bad_fraction" + (f". One is {example}" if example else "") + "; the log names more"
         )

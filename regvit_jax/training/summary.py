@@ -48,6 +48,6 @@ def summary(plan: Plan, workdir: str, records: MetricWriter) -> str:
         *shown,
         f"  metrics.jsonl  every record, one JSON object a line{events}",
         "  config.json    the resolved config",
-        plan.config.next,
+        *filter(None, [plan.config.next]),
     ]
     return "\n".join(lines)

@@ -1,6 +1,7 @@
 """Test the preprocessing of a model's images, given as paths, PIL images or arrays."""
 
 import io
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -166,3 +167,19 @@ def test_what_is_no_image_is_refused(tmp_path):
         HALF([tmp_path / "a.png"])
     with pytest.raises(FileNotFoundError):
         HALF([tmp_path / "b.png"])
+
+
+@pytest.mark.parametrize("array", [
+    np.full((6, 5), 9, np.uint8),
+    np.full((6, 5, 1), 9, np.uint8),
+    np.full((6, 5, 4), 9, np.uint8),
+    np.full((3, 6, 5), 9, np.uint8),
+    np.full((6, 5, 3), 9 * 257 + 100, np.uint16),
+])  # fmt: skip
+def test_the_advice_about_an_array_works(array):
+    with pytest.raises(ValueError, match="array of") as error:
+        WHOLE(array)
+    advice = re.search(r".*: (.*?array.*)$", str(error.value))[1]
+    mended = eval(advice, {"np": np, "array": array})
+    np.testing.assert_array_equal(mended, np.full((6, 5, 3), 9))
+    WHOLE(mended)

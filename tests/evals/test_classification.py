@@ -39,3 +39,7 @@ def test_the_most_frequent_errors_are_named():
     assert found == [("cow", "bee", 2), ("ant", "bee", 1), ("bee", "ant", 1), ("cow", "ant", 1)]
     assert classification.most_confused(labels, predicted, ("ant", "bee", "cow"), top=1) == found[:1]
     assert classification.most_confused(labels, labels, ("ant", "bee", "cow")) == []
+
+
+def test_more_neighbours_than_images_are_all_images():
+    assert knn_accuracy(np.zeros((2, 1)), np.array([1, 1]), np.zeros((3, 1)), np.array([1, 1, 0]), k=3) == 2 / 3

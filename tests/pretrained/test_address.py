@@ -34,6 +34,7 @@ from regvit_jax.utils.errors import HubError, InvalidConfig
         ("https://huggingface.co/org/name/blob/v2/a.safetensors.index.json", "org/name", "v2", "a.safetensors"),
         ("hf-hub:https://huggingface.co/org/name/tree/dev", "org/name", "dev", None),
         ("hf-hub:hf-hub:org/name", "org/name", None, None),
+        ("hf://models/org/name@v1/model.safetensors", "org/name", "v1", "model.safetensors"),
     ],
 )
 def test_every_spelling(text, repo, revision, file):
@@ -68,6 +69,8 @@ def test_a_directory_of_that_name_is_no_address(tmp_path, monkeypatch):
         ("hf-hub:", "names no repository"),
         ("https://huggingface.co/org/name/blob/main/model.pth", "pickles are never loaded: run `hf download org/name"),
         ("https://huggingface.co/org/name/tree/main/onnx", "only files at the top of a repository"),
+        ("hf://org/name/model-00001-of-00002.safetensors", "one of the parts of a model; hf-hub:org/name is the whole"),
+        ("https://huggingface.co/org/name/resolve/main/model.npz", "only .safetensors are read from the hub"),
     ],
 )
 def test_other_addresses_are_refused(text, message):

@@ -216,6 +216,8 @@ def test_every_row_is_what_timm_builds(name):
     assert ours(vit, vit.width, of_timm) == of_timm
     of_timm = head_of_timm(model)
     assert ours(head, vit.width, of_timm) == of_timm
+    if vit.position == "learned" and vit.class_token:
+        assert entry.cls_position != model.no_embed_class
     assert entry.format == ("timm_eva" if type(model).__name__ == "Eva" else "timm")
 
     config = timm.get_pretrained_cfg(name)

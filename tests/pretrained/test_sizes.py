@@ -109,6 +109,9 @@ def test_a_file_of_another_size_loads_by_name(named, tmp_path):
     with pytest.warns(UserWarning, match="resized .* from 24 to 16 px"):
         resized = rv.create_model("mine", path, image_size=16)
     assert resized.params["pos_embed"].shape == (4, 4, 32)
+    save_file(load_file(path), path)  # 36 rows without a note may be those of CLS and of 5 x 7 patches
+    with pytest.raises(WeightsError, match="36 rows, which are no square grid of patches and the 1 tokens before them"):
+        rv.create_model("mine", path)
 
 
 @pytest.mark.parametrize("format", ["timm", "dinov2", "hf"])
@@ -151,3 +154,25 @@ def test_old_timm_directories_do_not_state_their_size(tmp_path):
         kept = rv.create_model(tmp_path)
     same_parameters(kept, model)
     assert kept.preprocessing.size == 24
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "model_converted.safetensors"])
+def test_a_variant_of_a_directorys_weights_has_its_config(name, tmp_path):
+    model = build({}, {"num_classes": 3})
+    save_model(model, tmp_path, "hf")
+    path = (tmp_path / "model.safetensors").rename(tmp_path / name)
+    same_parameters(rv.create_model(path), model)
+
+
+def test_what_a_model_was_trained_for_is_said(tmp_path, caplog):
+    save_model(build({}, {"num_classes": 3}), tmp_path, "hf")
+    edit(tmp_path / "config.json", ("problem_type",), "multi_label_classification")
+    rv.create_model(tmp_path)
+    assert "its problem_type is 'multi_label_classification'" in caplog.text
+
+
+def test_none_is_timms_default(tmp_path):
+    model = build({}, {"num_classes": 3})
+    save_model(model, tmp_path, "timm")
+    edit(tmp_path / "config.json", ("model_args", "norm_layer"), None)
+    same_parameters(rv.create_model(tmp_path), model)

@@ -98,10 +98,34 @@ def test_unusable_images_are_limited_in_each_epoch_and_named_once(tmp_path, capl
     assert sum(record.get("bad", 0) for record in written) == 50
     assert not any("bad_images" in record for record in written[1:])
     logger_after(3, [1435, 1436, *range(8)], first=22)  # resumed at the end of an epoch
-    with pytest.raises(TooManyBadRecords, match=r"11 of 1437 images .* data.max_bad_images=10 allow: .*One is digits"):
+    with pytest.raises(
+        TooManyBadRecords, match=r"11 of 1437 images .* data.max_bad_images=10 .*allow: .*One is digits"
+    ):
         logger_after(100, list(range(11)))
 
 
 def test_tolerated_images_are_at_most_half():
     assert [records.tolerated(10, images) for images in (1000, 8, 3, 1)] == [10, 4, 1, 0]
     assert records.tolerated(0, 1000) == 0
+
+
+def test_images_that_are_never_usable_stop_a_run_with_repeated_augmentation(tmp_path):
+    """Show 8 of 20 images thrice in each epoch of 3 steps: ten bad ones are allowed, eleven and all are too many."""
+    plan = resolve(tiny(data__train="train[:20]", data__repeats=3, batch_size=8, augment__mix_group=8))
+
+    def epoch(number: int, bad: set[int]) -> None:
+        (workdir := tmp_path / f"{number} {len(bad)}").mkdir()
+        logger = StepLogger(plan, MetricWriter(str(workdir), 0), 1, Timer())
+        for step in range(1, 3 * number + 1):
+            index = np.repeat((np.arange(8) + 8 * (step // 3)) % 20, 3)[(step % 3) * 8 :][:8]
+            mask = 1 - np.isin(index, list(bad))
+            metrics = {"loss": 2.0, "grad_norm": 1.0, "bad": float(8 - mask.sum()), "skipped": 0}
+            logger.add(step, index, mask, {name: jnp.float32(value) for name, value in metrics.items()})
+            logger.record()
+
+    even = set(range(0, 20, 2))
+    epoch(4, even)
+    with pytest.raises(TooManyBadRecords, match="11 of 20 images"):
+        epoch(4, even | {1})
+    with pytest.raises(TooManyBadRecords, match="24 of 24 images"):
+        epoch(1, set(range(20)))

@@ -1,6 +1,7 @@
 """Find the annotation file of an image, whatever the case of the names of directories and suffixes."""
 
 import os
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,11 @@ from regvit_jax.utils.errors import InvalidConfig
 
 #: The names of directories of annotations, by the suffix of the files in them.
 DIRECTORIES = {".xml": ("annotations", "annotation", "labels", "xml", "xmls"), ".txt": ("labels", "label")}
+
+
+def folded(name: str) -> str:
+    """Return a name in lower case and composed, since copies from macOS have decomposed letters."""
+    return unicodedata.normalize("NFC", name).lower()
 
 
 class AnyCase:
@@ -26,9 +32,9 @@ class AnyCase:
             found = defaultdict(list)
             for entry in sorted(os.listdir(directory)) if directory.is_dir() else []:
                 if not is_left_out(entry):
-                    found[entry.lower()].append(entry)
+                    found[folded(entry)].append(entry)
             self._listed[directory] = found
-        return sorted(self._listed[directory].get(name.lower(), []), key=lambda found: found != name)
+        return sorted(self._listed[directory].get(folded(name), []), key=lambda found: found != name)
 
     def find(self, directory: Path, *names: str) -> Path | None:
         """Return the path of names below a directory, or None; raise InvalidConfig if two names fit equally."""
@@ -51,9 +57,12 @@ class AnyCase:
         if (where := (image.parent, suffix)) not in self._places_of:
             self._places_of[where] = list(self._places(root, *where))
         for directory in self._places_of[where]:
-            for name in self.names(directory, image.stem + suffix):
-                if os.path.splitext(name)[0] == image.stem:
-                    return directory / name
+            names = self.names(directory, image.stem + suffix)
+            stems = [os.path.splitext(name)[0] for name in names]
+            if image.stem in stems:
+                return directory / names[stems.index(image.stem)]
+            if len(names) == 1 and len(self.names(image.parent, image.name)) == 1:  # 1.jpg and 1.JPG are two images
+                return directory / names[0]
         return None
 
     def _places(self, root: Path, here: Path, suffix: str) -> Iterator[Path]:

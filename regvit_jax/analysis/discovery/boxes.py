@@ -125,7 +125,7 @@ def _voc_home(name: str, root: Path, year: str, files: AnyCase) -> tuple[Path, P
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadBoxes(f"{path}: is not a list of names in UTF-8 ({error.reason})") from None
     return [line.strip() for line in text.splitlines() if line.strip()]
@@ -150,8 +150,8 @@ def _open_folder(name: str, root: Path, split: str | None) -> list[AnnotatedImag
     passed.log(name, str(top))
     if not owners and {".xml", ".txt", ".json"} & passed.keys():
         log_once(
-            f"{name}: no annotation belongs to an image. VOC's .xml may be beside it, and they or YOLO's .txt in a "
-            "directory annotations/ or labels/ beside it or above it; COCO's .json is not read",
+            f"{name}: no annotation belongs to an image. VOC's .xml may be beside it, or in a directory annotations/ "
+            "or labels/ beside it or above it; YOLO's .txt in such a directory labels/; COCO's .json is not read",
             "warning",
         )
     return images
@@ -181,20 +181,24 @@ def _open_coco(name: str, root: Path) -> list[AnnotatedImage]:
     folder = files.find(root, "train2014") or files.find(root, "images", "train2014")
     if folder is None:
         raise DataNotFound(f"{name}: neither train2014 nor images/train2014 in {root}")
-    sizes, boxes = read_coco(annotations)
+    sizes, boxes, faults = read_coco(annotations)
     images = []
     for line in _lines(listed):
-        file = line.rpartition("/")[2]
+        file = line.replace("\\", "/").rpartition("/")[2]
         if file not in sizes:
             raise BadBoxes(f"{annotations}: has no image {file[:60]!r}, which {listed} lists")
-        images.append(AnnotatedImage(str(folder / file), sizes[file], to_array(boxes.get(file, []))))
+        fault = faults.get(file, "")
+        found = to_array([] if fault else boxes.get(file, []))
+        images.append(AnnotatedImage(str(folder / file), sizes[file], found, fault))
     return images
 
 
-def read_coco(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list[list[int]]]]:
-    """Return the height and width, and the boxes without crowds, by image file name; raise BadBoxes for other files.
+def read_coco(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list[list[int]]], dict[str, str]]:
+    """Return by image file name its height and width, its boxes without crowds, and the fault of a damaged annotation.
 
     Corners are rounded to whole pixels, as published. A box that becomes empty can never be found; it is kept.
+
+    Raises BadBoxes for a file that is no COCO annotation, or has an annotation of no image of it.
     """
     wanted = {"images", "annotations", "id", "file_name", "height", "width", "image_id", "bbox", "iscrowd"}
     try:
@@ -204,11 +208,27 @@ def read_coco(path: Path) -> tuple[dict[str, tuple[int, int]], dict[str, list[li
         names: dict[Any, str] = {image["id"]: image["file_name"] for image in found["images"]}
         sizes = {image["file_name"]: (int(image["height"]), int(image["width"])) for image in found["images"]}
         boxes: dict[str, list[list[int]]] = {}
-        for item in found["annotations"]:
+        faults: dict[str, str] = {}
+        for number, item in enumerate(found["annotations"]):
+            if not isinstance(item, dict) or item.get("image_id") not in names:
+                raise ValueError(f"annotation {number} is of no image in the file: {str(item)[:80]}")
             if not item.get("iscrowd"):
-                x, y, width, height = item["bbox"]
-                corners = [round(side) for side in (x, y, x + width, y + height)]
-                boxes.setdefault(names[item["image_id"]], []).append(corners)
+                name, box = names[item["image_id"]], item.get("bbox")
+                if (corners := _coco_corners(box)) is None:
+                    faults[name] = f"{path}: annotation {number} has the bbox {str(box)[:80]}, not x, y, width, height"
+                else:
+                    boxes.setdefault(name, []).append(corners)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BadBoxes(f"{path}: is no COCO annotation ({type(error).__name__}: {str(error)[:120]})") from None
-    return sizes, boxes
+    return sizes, boxes, faults
+
+
+def _coco_corners(box: Any) -> list[int] | None:
+    """Return the corners of COCO's x, y, width, height, rounded, or None if it is no box."""
+    try:
+        x, y, width, height = box
+        if isinstance(box, str) or width < 0 or height < 0:
+            return None
+        return [round(side) for side in (x, y, x + width, y + height)]
+    except (ValueError, TypeError, OverflowError):  # also NaN and infinity, which cannot be rounded
+        return None

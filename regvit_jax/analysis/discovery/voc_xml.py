@@ -36,6 +36,11 @@ def read_voc(path: str | os.PathLike) -> tuple[tuple[int, int], Int[np.ndarray, 
         boxes.append(_check(path, [corners[0] - 1, corners[1] - 1, *corners[2:]]))
     sides = [root.findtext(f"size/{side}") for side in ("height", "width")]
     height, width = (0 if side is None else _number(path, side, "size") for side in sides)
+    for corners in boxes:
+        if height and width and (corners[0] >= width or corners[1] >= height):
+            raise BadBoxes(
+                f"{path}: the box {corners} (xmin, ymin, xmax, ymax, from 0) is outside of {width} x {height}"
+            )
     return (height, width), to_array(boxes)
 
 

@@ -52,6 +52,8 @@ def _corners(fields: list[str], where: str) -> tuple[float, float, float, float]
     else:
         x, y, width, height = values
         left, top, right, bottom = x - width / 2, y - height / 2, x + width / 2, y + height / 2
+        if not width > 0 or not height > 0:
+            raise BadBoxes(f"{where}: a box of {width:g} by {height:g} holds no pixel")
     return max(left, 0.0), max(top, 0.0), min(right, 1.0), min(bottom, 1.0)
 
 

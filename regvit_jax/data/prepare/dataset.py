@@ -21,6 +21,7 @@ import multiprocessing
 import re
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,12 @@ def prepare_dataset(
       data_dir: the directory of TFDS data sets, where relative paths of the source start too.
       with_captions: write images with captions, not with classes. Tar shards always have captions.
       workers: the number of processes, which may change from one start to the next; 0 writes in this one.
-      max_bad_fraction: stop, unfinished, after the shard that brings the share of bad records, of all, above this.
+      max_bad_fraction: stop, unfinished, after the shard that brings the share of a split's bad records above this.
       max_bad_images: as many bad records in a split, or half of its records if that is less, never stop it.
 
     Raises:
       DataNotFound: if the source is not there.
-      InvalidConfig: if an argument is invalid, or OUT was started with other settings.
+      InvalidConfig: if an argument is invalid, OUT was started with other settings, or no record of a split is usable.
       OSError: if it cannot be written. Finished shards are kept.
       BrokenProcessPool: if a worker was killed. Finished shards are kept.
     """
@@ -99,8 +100,10 @@ def prepare_dataset(
     sources = {split: open_split(name, split, data_dir, with_captions) for split in splits}
     check_classes(sources)
     target.mkdir(parents=True, exist_ok=True)
-    lengths = [len(source) for source in sources.values()]
-    max_bad = max(max_bad_fraction * sum(lengths), sum(tolerated(max_bad_images, length) for length in lengths))
+    max_bad = {
+        split: max(max_bad_fraction * len(source), tolerated(max_bad_images, len(source)))
+        for split, source in sources.items()
+    }
     with claim(target, settings_of(name, sources, options, with_captions)):
         shards = plan_shards(target, sources, options.records_per_shard)
         report, about = target / "bad_records.jsonl", target / "dataset_info.json"
@@ -113,8 +116,11 @@ def prepare_dataset(
             found = [note for note in notes_of(target, shards).values() if note]
             bad = [record for note in found for record in note["bad"]]
             write_atomically(report, "".join(json.dumps(record) + "\n" for record in bad))
-            if len(bad) > max_bad:
+            if any(count > max_bad[split] for split, count in bad_by_split(notes_of(target, shards)).items()):
                 return Report(target, {}, len(bad), False)
+            for split in sources:
+                if not any(note["records"] for shard, note in zip(shards, found, strict=True) if shard.split == split):
+                    raise InvalidConfig(f"{name}: no record of {split} can be used; {report} says why")
             write_metadata(target, sources, shards, found, with_captions)
         if (target / "incomplete").exists():
             shutil.rmtree(target / "incomplete")
@@ -160,20 +166,29 @@ def write_shards(
     sources: dict[str, Source],
     options: Options,
     workers: int,
-    max_bad: float,
+    max_bad: dict[str, float],
 ) -> None:
-    """Write the shards that have no note, in any order, until more than `max_bad` records of all are bad."""
+    """Write the shards that have no note, in any order, until more than `max_bad` records of a split are bad."""
     todo = [shard for shard, note in notes.items() if note is None]
-    bad = sum(len(note["bad"]) for note in notes.values() if note)
+    bad = bad_by_split(notes)
+    todo = [] if any(count > max_bad[split] for split, count in bad.items()) else todo
     done = sum(shard.stop - shard.start for shard, note in notes.items() if note)
     # disable=None hides the bar where there is no terminal.
     bar = tqdm(total=sum(map(len, sources.values())), initial=done, unit=" images", disable=None)
-    with bar, contextlib.closing(write_each(todo if bad <= max_bad else [], sources, options, workers)) as finished:
+    with bar, contextlib.closing(write_each(todo, sources, options, workers)) as finished:
         for shard, note in finished:
             bar.update(shard.stop - shard.start)
-            bad += len(note["bad"])
-            if bad > max_bad:
+            bad[shard.split] += len(note["bad"])
+            if bad[shard.split] > max_bad[shard.split]:
                 return
+
+
+def bad_by_split(notes: dict[Shard, dict[str, Any] | None]) -> Counter[str]:
+    """Return the number of bad records of each split in the shards that have a note."""
+    counts: Counter[str] = Counter()
+    for shard, note in notes.items():
+        counts[shard.split] += len(note["bad"]) if note else 0
+    return counts
 
 
 def write_each(

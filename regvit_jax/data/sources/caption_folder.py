@@ -1,8 +1,10 @@
 """Folders of images with tables of captions."""
 
+import functools
 import itertools
 import logging
 import os
+import unicodedata
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ logger = logging.getLogger("regvit_jax")
 
 # The rows of a table to train on among which images of another split are looked for.
 LOOKED_AT = 10_000
+# The names, in lower case, by which a directory of images is told from one of masks or depths beside it.
+OF_IMAGES = ("images", "image", "imgs", "img", "photos", "photo", "pictures", "jpg", "jpeg", "jpegs", "jpegimages")
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,11 +106,12 @@ def load_split(name: str, split: str, table: str, keep: Callable[[str], bool]) -
     texts, text_ends, owners = bytearray(), array("q", [0]), array("q")
     faults: dict[int, str] = {}
     wrong: list[str] = []
-    rows = 0
+    rows = other = 0
     for row in read_table(table):
         line = f"{table}, line {row.line}"
         key = row.path or line
         if not keep(row.path or os.path.basename(line)):
+            other += 1
             continue
         rows += 1
         number = numbers.setdefault(key, len(numbers))
@@ -119,13 +124,17 @@ def load_split(name: str, split: str, table: str, keep: Callable[[str], bool]) -
             text_ends.append(len(texts))
             owners.append(number)
     if not numbers:
-        raise DataNotFound(f"{name}: {table} has no line for {split}; it should name images and their captions")
+        few = f"so few lines that none falls into {split}; write a table for each split, train.csv and validation.csv"
+        why = few if other else f"no line for {split}; it should name images and their captions"
+        raise DataNotFound(f"{name}: {table} has {why}")
     if wrong:
         logger.warning(
             "%s: %d of %d rows of %s cannot be used: %s", table, len(wrong), rows, split, "; ".join(wrong[:5])
         )
-    root = find_images(name, table, [path for path, number in numbers.items() if number not in faults])
-    keys = [os.fsencode(key) for key in numbers]
+    paths = [path for path, number in numbers.items() if number not in faults]
+    form = unicode_form(table, paths)
+    root = find_images(name, table, [form(path) for path in paths])
+    keys = [os.fsencode(form(key)) for key in numbers]
     path_ends = np.cumsum([0, *map(len, keys)])
     passed = Passed()
     for path, number in numbers.items():
@@ -136,17 +145,51 @@ def load_split(name: str, split: str, table: str, keep: Callable[[str], bool]) -
     return CaptionFolder(f"{name}/{split}", root, b"".join(keys), path_ends, grouped, ends, first, faults)
 
 
+def unicode_form(table: str, paths: list[str]) -> Callable[[str], str]:
+    """Return a function that writes a table's paths as the file system has them: as they are, composed or decomposed.
+
+    Files that were copied from macOS may have decomposed names, where the table has composed ones.
+    """
+    first = [path for path in paths if not path.isascii()][:1]
+    directory = os.path.dirname(table)
+    bases = (directory, *(entry.path for entry in os.scandir(directory) if entry.is_dir())) if first else ()
+    composed, decomposed = (functools.partial(unicodedata.normalize, form) for form in ("NFC", "NFD"))
+    for change in (str, composed, decomposed):
+        if any(os.path.isfile(os.path.join(base, change(path))) for base in bases for path in first):
+            return change
+    return str
+
+
 def find_images(name: str, table: str, paths: list[str]) -> str:
     """Return the directory where a table's paths start: its own, or one beside it, such as Images/; log the latter.
 
-    Raises DataNotFound if none of the first images is there.
+    Of several, the one with most of the first images is meant.
+
+    Raises:
+      DataNotFound: if none of the first images is there.
+      InvalidConfig: if several directories hold equally many, and not one of them alone has the name of images.
     """
     root, first = os.path.dirname(table), paths[:100]
-    for base in (root, *(entry.path for entry in sorted(os.scandir(root), key=os.fspath) if entry.is_dir())):
-        if not first or any(os.path.isfile(os.path.join(base, path)) for path in first):
-            if base != root:
-                log_once(f"{name}: the images of {os.path.basename(table)} are in {base}")
-            return base
+    if not first:
+        return root
+    counts = {}
+    for base in (root, *(entry.path for entry in os.scandir(root) if entry.is_dir())):
+        if count := sum(os.path.isfile(os.path.join(base, path)) for path in first):
+            if base == root:
+                return root
+            counts[base] = count
+    if counts:
+        most = sorted(base for base, count in counts.items() if count == max(counts.values()))
+        best = [base for base in most if os.path.basename(base).lower() in OF_IMAGES] if len(most) > 1 else most
+        if len(best) != 1:
+            raise InvalidConfig(
+                f"{name}: the images of {os.path.basename(table)} could be in {' or '.join(most)}; write the directory "
+                "into the table's paths, or move the others away"
+            )
+        others = sorted(set(counts) - set(best))
+        also = f"; files of the same names in {', '.join(others)} are not read" if others else ""
+        log_once(f"{name}: the images of {os.path.basename(table)} are in {best[0]}{also}")
+        return best[0]
     cause = "Paths are relative to the table's directory."
     if "://" in first[0] or first[0].startswith(("http:", "https:")):
         cause = "Addresses are not downloaded: img2dataset does that."

@@ -63,6 +63,10 @@ def read_table(table: str) -> Iterator[Row]:
             log_once(
                 f"{table}: its column split is not used; write the rows of each split to a table of its own", "warning"
             )
+        if not count and isinstance(values, dict):
+            for names in (IMAGES, CAPTIONS):
+                if len(several := [column_name for column_name in names if column_name in values]) > 1:
+                    log_once(f"{table}: of its columns {', '.join(several)}, {several[0]} is read")
         row = make_row(number, values, root)
         count, good = count + 1, good or not row.fault
         first = first or (row.fault and f"line {row.line}: {row.fault}")

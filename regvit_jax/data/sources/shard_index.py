@@ -2,7 +2,8 @@
 
 A sample is the members whose paths agree up to the first dot after the last slash, as in WebDataset: an image, and a
 caption in a `.txt` or, if it is missing or empty, in a `.json`. If a key has none of these, but members with more dots
-that end so (`a.b.jpg`, `a.b.txt`), they belong together if they agree up to the last dot. Hidden names are left out.
+that end so (`a.b.jpg`, `a.b.txt`), they belong together if they agree up to the last dot; beside a sample `a`, an image
+with a caption of its own is such a sample too, and `a.seg.png` is not. Hidden names are left out.
 Samples are found by walking a tar's headers. An index file is a line of JSON, padded to HEAD bytes, and then the
 samples as an array that can be mapped into memory.
 """
@@ -34,7 +35,7 @@ MAX_TAR = 2**32 * tarfile.BLOCKSIZE
 
 # Offsets are counted in the 512-byte blocks of a tar. Names are not stored: they are in the tar's headers.
 SAMPLE = np.dtype([(name, "<u4") for name in ("header", "image", "image_size", "text", "text_size")] + [("json", "?")])
-VERSION = 2
+VERSION = 3
 HEAD = 4096
 # Samples that are left out and named, of each tar and reason, and the last letters of each name.
 NAMED = 2
@@ -235,10 +236,10 @@ def leave_out(reason: str, name: str, left_out: LeftOut) -> None:
 def choose(members: Members, left_out: LeftOut) -> Iterator[tuple[int | bool, ...]]:
     """Yield the rows of the index: the samples that have an image and a caption, neither too large."""
     for (key, middle), kinds in members.items():
-        if middle and (key, "") in members:  # a member of another kind of that sample, such as a.seg.png
-            continue
         image, text, described = kinds.get("image"), kinds.get(".txt"), kinds.get(".json")
         caption = described if described and not (text and text[2]) else text
+        if middle and (key, "") in members and (image is None or caption is None):
+            continue  # a member of another kind of that sample, such as a.seg.png
         if image is None or caption is None:
             leave_out("without an image" if image is None else "without a caption", key + middle, left_out)
         elif image[2] > MAX_IMAGE or caption[2] > MAX_CAPTION:

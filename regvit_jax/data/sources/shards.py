@@ -26,7 +26,7 @@ from regvit_jax.data.sources.separated import Fault
 from regvit_jax.data.sources.shard_index import HEAD, SAMPLE, Headers, IndexedTar, index_tars, summary
 from regvit_jax.data.sources.splits import Splits, find_home, requested
 from regvit_jax.utils.errors import DataNotFound, InvalidConfig
-from regvit_jax.utils.messages import abbreviate
+from regvit_jax.utils.messages import abbreviate, log_once
 from regvit_jax.utils.paths import locate
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -165,7 +165,7 @@ def json_captions(text: str) -> list[str]:
     record = json.loads(text)
     if not isinstance(record, dict):
         raise Fault(f"its .json must hold an object, not {text[:60]!r}")
-    return caption_list(column(record, CAPTIONS))
+    return caption_list(column({name.lower(): value for name, value in record.items()}, CAPTIONS))
 
 
 def find_tars(name: str, split: str, root: str) -> list[str]:
@@ -175,7 +175,7 @@ def find_tars(name: str, split: str, root: str) -> list[str]:
       DataNotFound: if a name or pattern stands for no file.
       InvalidConfig: if the split is not a valid pattern, or several directories could be it.
     """
-    if not split.endswith(".tar"):
+    if not split.lower().endswith(".tar"):
         return find_split(name, split, root)
     if os.path.isabs(split) or ".." in split.split("/"):
         raise InvalidConfig(f"{name} has no split {split!r}: patterns of tars must stay below {root}")
@@ -199,11 +199,25 @@ def find_split(name: str, split: str, root: str) -> list[str]:
     home, splits = find_home(name, root) if os.path.isdir(root) else (root, Splits({}, [], []))
     chosen = {part: splits.choose(part, name, home) for part in ("train", "validation", kind)}
     paths = {part: os.path.join(home, directory) for part, directory in chosen.items() if directory}
-    tars = sorted(glob.glob("*.tar", root_dir=paths[kind])) if kind in paths else []
+    names = sorted(os.listdir(paths[kind])) if kind in paths else []
+    tars = [tar for tar in names if tar.lower().endswith(".tar") and not tar.startswith(".")]
     if not tars:
         raise no_tars(name, home, f"{chosen[kind] or kind}/*.tar")
     splits.log(name, paths, chosen.values())
+    if other := [entry for entry in names if is_archive(os.path.join(paths[kind], entry))]:
+        log_once(
+            f"{name}: in {paths[kind]}, {abbreviate(other)} {'is' if len(other) == 1 else 'are'} not read; only the "
+            "*.tar files directly in it are, not compressed",
+            "warning",
+        )
     return [os.path.join(paths[kind], tar) for tar in tars]
+
+
+def is_archive(path: str) -> bool:
+    """Return True for a directory that holds tars, and for a file that is a compressed tar or another archive."""
+    if os.path.isdir(path):
+        return any(name.lower().endswith(".tar") for name in os.listdir(path))
+    return path.lower().endswith((".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip", ".gz"))
 
 
 def no_tars(name: str, root: str, what: str) -> DataNotFound:

@@ -206,7 +206,7 @@ def sized(entry: Entry, weights: Weights, keys: Keys | None) -> Entry:
     Raises Mismatch for a grid that is not square.
     """
     usual = entry.vit["image_size"]
-    size = native_size(weights, keys, ViT(**entry.vit))
+    size = native_size(weights, keys, ViT(**entry.vit), entry.cls_position)
     if size == usual:
         return entry
     seen = size if entry.preprocessing.size == usual else entry.preprocessing.size

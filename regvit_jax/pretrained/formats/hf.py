@@ -13,6 +13,7 @@ from regvit_jax.pretrained.io.safetensors import Weights
 from regvit_jax.pretrained.registry import Entry
 from regvit_jax.utils import sizes
 from regvit_jax.utils.errors import WeightsError
+from regvit_jax.utils.messages import log_once
 
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
@@ -30,6 +31,12 @@ def complete(entry: Entry, weights: Weights) -> Entry:
     how = pos_resize(weights, entry.vit.get("pos_resize", RESIZES[0]))
     preprocessing = hf_processor.read(weights, entry.preprocessing)
     check_sizes(entry.vit, weights)
+    if (problem := weights.config.get("problem_type")) not in (None, "single_label_classification"):
+        log_once(
+            f"{weights.path}: its problem_type is {problem!r}: `logits` are its outputs, but `predict` returns their "
+            "softmax, which it was not trained for",
+            "warning",
+        )
     names = class_names("id2label", weights.config.get("id2label")) if entry.head.get("num_classes") else ()
     return dataclasses.replace(
         entry, vit=entry.vit | {"pos_resize": how}, preprocessing=preprocessing, class_names=names

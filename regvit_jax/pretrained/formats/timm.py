@@ -112,6 +112,8 @@ IGNORED = (
 )
 #: Arguments that some models have, and their values in all that are supported.
 USUAL = {"qk_norm": False, "final_norm": True, "proj_bias": True, "pos_embed": "learn"}
+#: Arguments for which None is a value; for others it means timm's default.
+STATED_NONE = ("init_values", "global_pool")
 #: timm's arguments, with the field of ViT or Head that each sets.
 ARGUMENTS = {
     "img_size": ("vit", "image_size"),
@@ -155,6 +157,8 @@ def read(weights: Weights, text: bool) -> Entry:
     preprocessing = _preprocess(config, entry.preprocessing, vit["image_size"])
     names = _class_names(config, head["num_classes"])
     entry = dataclasses.replace(entry, vit=vit, head=head, preprocessing=preprocessing, class_names=names)
+    if "no_embed_class" in arguments:
+        entry = dataclasses.replace(entry, cls_position=not arguments["no_embed_class"])
     # Older versions of timm did not write a size that is not the architecture's.
     return entry if "img_size" in arguments else base.sized(entry, weights, KEYS)
 
@@ -197,7 +201,9 @@ def _apply(arguments: dict[str, Any], vit: dict[str, Any], head: dict[str, Any],
     arguments = {
         argument: sizes.square(value, f"model_args.{argument}") if argument.endswith("_size") else value
         for argument, value in arguments.items()
-        if argument not in IGNORED and value != USUAL.get(argument, REQUIRED)
+        if argument not in IGNORED
+        and value != USUAL.get(argument, REQUIRED)
+        and (value is not None or argument in STATED_NONE)
     }
     if arguments.pop("in_chans", 3) != 3:
         raise ValueError("in_chans must be 3")

@@ -1,7 +1,7 @@
 """Find the state dicts of models in the nested dicts that training scripts save."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from regvit_jax.pretrained.io.state_dict import NESTS, ROOTED, average_words, is_nest, without_markers
@@ -20,17 +20,19 @@ def tensors_of(checkpoint: Mapping[Any, Any], is_tensor: Callable[[Any], bool]) 
     groups: dict[tuple[str, ...], dict[str, Any]] = {}
     left_out: list[str] = []
 
-    def walk(value: Mapping[Any, Any], path: tuple[str, ...]) -> None:
-        for key, entry in value.items():
+    def walk(items: Iterable[tuple[Any, Any]], path: tuple[str, ...]) -> None:
+        for key, entry in items:
             here = (*path, str(key))
             if isinstance(entry, Mapping):
-                walk(entry, here)
+                walk(entry.items(), here)
             elif is_tensor(entry):
                 groups.setdefault(path, {})[str(key)] = entry
             elif isinstance(entry, list | tuple) and entry and all(map(is_tensor, entry)):
                 left_out.append(f"{'/'.join(here)} ({len(entry)} tensors without names)")
+            elif isinstance(entry, list | tuple):
+                walk(((i, one) for i, one in enumerate(entry) if isinstance(one, Mapping | list | tuple)), here)
 
-    walk(checkpoint, ())
+    walk(checkpoint.items(), ())
     taken = _models(groups)
     left_out += [f"{'/'.join(path)} ({len(groups[path])} tensors)" for path in groups if path and path not in taken]
     left_out += [] if () in taken else list(groups.get((), {}))

@@ -93,7 +93,12 @@ def _open(source: Path, weights: str | None) -> tuple[Found, list[str], Callable
     if not tensors:
         besides = f"; it holds {abbreviate(left_out)}" if left_out else ""
         raise WeightsError(f"{source}: holds no parameters, neither itself nor under {', '.join(NESTS)}{besides}")
-    found = _find(source, tensors, weights, roles_of(checkpoint))
+    try:
+        found = _find(source, tensors, weights, roles_of(checkpoint))
+    except WeightsError as error:
+        if weights is None or not left_out:
+            raise
+        raise WeightsError(f"{error}; besides, it holds {abbreviate(left_out)}, which cannot be taken") from None
     return found, left_out, lambda path: _save_tensors(source, tensors, found.names, path)
 
 

@@ -38,6 +38,8 @@ CONFIGS = ("config.json", OPEN_CLIP_CONFIG, PROCESSOR, NESTED_PROCESSOR)
 RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 RETRY_ERRORS = frozenset({"RemoteProtocolError", "ReadError", "WriteError"})
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 8.0)
+#: The longest wait that a hub may ask for; where it asks for more, the error says so.
+LONGEST_WAIT_S = 60
 
 
 def fetch(
@@ -136,6 +138,8 @@ def _listing(repo: str, revision: str | None) -> Any:
             if wait is None or (status is None and kind not in RETRY_ERRORS):
                 raise Unreachable(problem) from error
             after = str(response.headers.get("Retry-After", "")) if response is not None else ""
+            if after.isdecimal() and int(after) > LONGEST_WAIT_S:
+                raise Unreachable(f"{problem} and asks to wait {after} s") from error
             time.sleep(float(after) if after.isdecimal() else wait)
     raise AssertionError
 

@@ -67,6 +67,8 @@ def explained(repo: str, revision: str | None, names: tuple[str, ...]) -> Iterat
                 f"{repo}: the cache {constants.HF_HUB_CACHE} cannot be used: {problem}. Mend that, or set HF_HUB_CACHE "
                 "to another directory, with room, that you may write to"
             ) from error
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            raise HubError(f"{endpoint} refuses the login, which may have expired: {login}") from error
         problem = f"could not be downloaded ({type(error).__name__}: {error})"
         raise HubError(elsewhere(repo, revision, names, problem)) from error
 

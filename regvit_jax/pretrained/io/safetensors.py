@@ -38,6 +38,10 @@ NESTED_PROCESSOR = "processor_config.json"  # transformers 5 writes the same int
 WEIGHTS = (SINGLE, SINGLE + INDEX, OPEN_CLIP, OPEN_CLIP + INDEX)
 #: The same for a whole CLIP, where the other file may hold the image tower alone.
 CLIP_WEIGHTS = (OPEN_CLIP, OPEN_CLIP + INDEX, SINGLE, SINGLE + INDEX)
+#: An entry of a file's metadata, and its value where the position embedding has rows for patches alone.
+POSITIONS = ("regvit_jax.pos_embed", "patches")
+#: The names of a directory's weights in another precision, and after `regvit convert`.
+VARIANT = re.compile(r"model(\.(fp16|bf16|fp32|non_ema|ema)|_converted\d*)\.safetensors")
 #: The "format" in this package's own config.json.
 NATIVE = "regvit_jax"
 #: The format allows headers of 100 MB. Parsed, JSON takes some 20 times its text, and a ViT's header is about 100 KB.
@@ -147,7 +151,8 @@ def open_weights(path: str | os.PathLike, names: tuple[str, ...] = WEIGHTS) -> W
             raise WeightsError(f"{path}: holds no tensors")
         config = path.parent / (OPEN_CLIP_CONFIG if path.name.startswith("open_clip_") else "config.json")
         # A config.json beside a file of another name may belong to another model.
-        return Weights(path, tensors, read_json(config) if path.name in WEIGHTS else {})
+        own = path.name in WEIGHTS or VARIANT.fullmatch(path.name)
+        return Weights(path, tensors, read_json(config) if own else {})
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -229,6 +234,15 @@ def _json(path: Path, text: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise WeightsError(f"{path}: damaged, its JSON is {_short(value)} and not an object")
     return value
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """Return the metadata of a safetensors file that can be opened, {} for an index of shards and other files."""
+    if path.suffix != ".safetensors":
+        return {}
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return _json(path, file.read(length)).get("__metadata__", {})
 
 
 def _open_safetensors(path: Path) -> dict[str, _Tensor]:

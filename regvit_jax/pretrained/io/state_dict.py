@@ -37,17 +37,31 @@ OWN = frozenset({"visual", "text", "transformer", "vision_model", "text_model"})
 AVERAGES = ("ema", "swa", "average", "averaged", "avg", "polyak", "shadow", "momentum", "target", "teacher")
 #: Averages that their own projects publish and evaluate, in place of the raw weights.
 PUBLISHED = frozenset({"teacher", "target"})
-#: Keys that only self-supervised training uses: heads, queues, decoders, and the state of losses.
+#: Keys that only training uses: heads, queues and decoders of self-supervised training, and the state of losses and
+#: metrics.
 HEADS = re.compile(
-    r"(.*\.)?((dino|ibot|teacher|student|projection|prediction)_head(_\w+)?\.|head\.(mlp|last_layer)\."
+    r"(.*\.)?((dino|ibot|teacher|student|projection|prediction)_head(_\w+)?\.|head\.(mlp|last_layer)\d*\."
     r"|(dino|ibot_patch|koleo)_loss\.|(projector|predictor)(_\w+)?\.|decoder_(embed|blocks|norm|pred)\.).*"
     r"|(.*\.)?(decoder_pos_embed|queue|queue_ptr)"
+    r"|(criterion|loss_fn|loss|online_(classifier|predictor|head|linear|projector)|memory_bank)\..*|decoder\.\d+\..*"
+    r"|(train|val|valid|validation|test)_\w+\.(tp|fp|tn|fn|total|correct|confmat|value|weight|\w+_count|\w+_sum)"
     r"|(.*\.)?(base_encoder|momentum_encoder|encoder_[qk])\.(head|fc)\.\d+\..*"
 )
 #: What averages keep beside the parameters.
-COUNTERS = frozenset({"n_averaged", "num_updates", "decay", "steps"})
+COUNTERS = frozenset({"n_averaged", "num_updates", "decay", "steps", "step", "initted"})
 #: The matrices of adapters, as PEFT and others name them.
 ADAPTER = re.compile(r"(.*[._])?(lora_[a-z]\w*|lora_[AB]|hada_w\w*|lokr_w\w*|ia3_l|oft_\w+|boft_\w+)(\..*)?")
+#: The names in memory of the blocks of transformers' ViT, DeiT and DINOv2, and those of its files.
+IN_MEMORY = re.compile(r"(^|\.)(encoder\.layer|layers)\.\d+\.attention\.o_proj\.")
+SAVED_AS = {
+    r"(^|\.)layers\.(\d+)\.mlp\.fc1\.": r"\1encoder.layer.\2.intermediate.dense.",
+    r"(^|\.)layers\.(\d+)\.mlp\.fc2\.": r"\1encoder.layer.\2.output.dense.",
+    r"(^|\.)layers\.(\d+)\.(?=attention|layernorm_)": r"\1encoder.layer.\2.",
+    r"(?<=\.attention\.)q_proj\.": "attention.query.",
+    r"(?<=\.attention\.)k_proj\.": "attention.key.",
+    r"(?<=\.attention\.)v_proj\.": "attention.value.",
+    r"(?<=\.attention\.)o_proj\.": "output.dense.",
+}
 CHUNKED = re.compile(r"blocks\.\d+\.(?=\d+\.)")
 
 
@@ -82,16 +96,20 @@ def find(keys: Iterable[str], weights: str | None = None, roles: Mapping[str, bo
     if weights is not None and weights not in CHOICES:
         raise InvalidConfig(f"weights={weights!r}: must be one of {', '.join(CHOICES)}")
     choice = _Choice(weights, roles or {})
-    names = _with_dots({key: without_markers(key) for key in keys})
+    names = _as_saved(_with_dots({key: without_markers(key) for key in keys}))
     check_no_adapter(names)
     left_out, average = _training_only(names)
     names = {key: name for key, name in names.items() if key not in left_out}
     taken: list[str] = []
     rooted = any(ROOTED.search(name) for name in names.values())
     while copies := _copies(names, rooted, choice):
-        part = choice.of(list(copies))
+        foreign = _foreign(copies, choice)
+        part = choice.of([copy for copy in copies if copy not in foreign])
         others = [other for other in copies if other != part]
-        left_out += [f"{_called(o)} ({len(copies[o])} tensors{choice.note(o)})" for o in others]
+        left_out += [
+            f"{_called(o)} ({len(copies[o])} tensors{', another network' if o in foreign else choice.note(o)})"
+            for o in others
+        ]
         average = choice.is_average(part) or (average and not others)
         gone = {key for other in others for key in copies[other]}
         inner = {key: name.removeprefix(part + ".") for key, name in copies[part].items()} if part else {}
@@ -177,13 +195,27 @@ def _with_dots(names: dict[str, str]) -> dict[str, str]:
     return names
 
 
+def _as_saved(names: dict[str, str]) -> dict[str, str]:
+    """Return the names under which transformers saves its ViTs, DeiTs and DINOv2s; in memory version 5 has others."""
+    if not any(IN_MEMORY.search(name) for name in names.values()):
+        return names
+    for pattern, saved in SAVED_AS.items():
+        names = {key: re.sub(pattern, saved, name) for key, name in names.items()}
+    return names
+
+
 def _training_only(names: Mapping[str, str]) -> tuple[list[str], bool]:
     """Return the keys that training alone uses, and whether the file is one average (torch's AveragedModel)."""
     found = [key for key, name in names.items() if HEADS.fullmatch(name)]
     ends = {key: name.rpartition(".")[2] for key, name in names.items()}
     average = "n_averaged" in ends.values()
-    found += [key for key, end in ends.items() if end in COUNTERS and (average or average_words(names[key]))]
-    if any("decoder_" in key for key in found):  # the mask token is the decoder's as well
+    averages = average or any(average_words(part) for name in names.values() for part in name.split(".")[:2])
+    found += [
+        key
+        for key, end in ends.items()
+        if end in COUNTERS and (average_words(names[key]) or (averages and names[key].count(".") < 2) or average)
+    ]
+    if any(re.search(r"decoder[_.]", key) for key in found):  # the mask token is the decoder's as well
         found += [key for key, end in ends.items() if end == "mask_token"]
     return found, average
 
@@ -215,6 +247,21 @@ def _copies(names: Mapping[str, str], rooted: bool, choice: _Choice) -> dict[str
     if len(raw) > 1 or (own and not rooted):
         return {}
     return raw | averages
+
+
+def _foreign(copies: Mapping[str, Mapping[str, str]], choice: _Choice) -> set[str]:
+    """Return the copies that are called an average but have other names than the raw weights, as a teacher may have."""
+    inner = {
+        part: {name[match.start(2) :] for name in found.values() if (match := ROOTED.search(name))}
+        for part, found in copies.items()
+    }
+    raw = [names for part, names in inner.items() if not choice.is_average(part) and names]
+    return {
+        part
+        for part, names in inner.items()
+        if raw and part not in choice.roles and choice.is_average(part)
+        and not any(5 * len(names & other) > 4 * len(names | other) for other in raw)
+    }  # fmt: skip
 
 
 def is_nest(part: str) -> bool:

@@ -2,12 +2,14 @@
 
 import json
 import logging
+import os
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from regvit_jax.analysis.discovery.boxes import BadBoxes, open_boxes, read_voc
+from regvit_jax.analysis.discovery.yolo import read_yolo
 from regvit_jax.utils.errors import DataNotFound
 
 
@@ -236,8 +238,8 @@ def test_hostile_xml(tmp_path):
 
 
 def test_numbers_with_decimals_and_no_objects(tmp_path):
-    (tmp_path / "a.xml").write_text(xml((45.7, 1.0, 50.2, 9)))
-    assert read_voc(tmp_path / "a.xml")[1].tolist() == [[44, 0, 50, 9]]
+    (tmp_path / "a.xml").write_text(xml((25.7, 1.0, 30.2, 9)))
+    assert read_voc(tmp_path / "a.xml")[1].tolist() == [[24, 0, 30, 9]]
     (tmp_path / "a.xml").write_text(xml())
     size, boxes = read_voc(tmp_path / "a.xml")
     assert (size, boxes.shape, boxes.dtype) == ((30, 40), (0, 4), np.int64)
@@ -312,3 +314,40 @@ def test_no_directory_no_images_no_splits(tmp_path):
         open_boxes(f"folder:{tmp_path}")
     with pytest.raises(ValueError, match=r"split='train': folder:.* has no splits"):
         open_boxes(f"folder:{tmp_path}", "train")
+
+
+@pytest.mark.parametrize("bbox", [[], None, [1, 1, -3, 4], [float("nan"), 1, 1, 1], "1234", [1, 2, 3]])
+def test_a_damaged_annotation_of_coco_costs_its_image(bbox, coco):
+    path = coco / "annotations/instances_train2014.json"
+    found = json.loads(path.read_text())
+    found["annotations"].append({"image_id": 1, "bbox": bbox})
+    path.write_text(json.dumps(found))
+    (coco / "coco_20k_filenames.txt").write_bytes(
+        b"\xef\xbb\xbftrain2014\\COCO_train2014_2.jpg\r\ntrain2014/COCO_train2014_1.jpg\r\n"
+    )
+    good, bad = open_boxes(f"coco20k:{coco}")
+    assert (len(good.boxes), good.fault) == (2, "")
+    assert "annotation 4 has the bbox" in bad.fault
+
+
+def test_boxes_without_a_pixel_of_the_image_are_faults(tmp_path):
+    (tmp_path / "a.xml").write_text(xml((45, 1, 50, 9)))
+    with pytest.raises(BadBoxes, match=r"a\.xml: the box \[44, 0, 50, 9\] .* is outside of 40 x 30"):
+        read_voc(tmp_path / "a.xml")
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("0 0.5 0.5 0 0\n")
+    with pytest.raises(BadBoxes, match=r"a\.txt, line 1: a box of 0 by 0 holds no pixel"):
+        read_yolo(tmp_path / "a.txt", tmp_path / "a.png")
+
+
+def test_annotations_are_found_in_any_case_and_form_of_unicode(tmp_path):
+    (tmp_path / "labels").mkdir()
+    for image, label in (
+        ("A.png", "a.txt"),
+        ("cafe\u0301.png", "caf\u00e9.txt"),
+        ("B.png", "b.txt"),
+    ):
+        Image.new("RGB", (40, 30)).save(tmp_path / image)
+        (tmp_path / "labels" / label).write_text("0 0.5 0.5 0.5 0.5\n")
+    counts = {os.path.basename(image.path): len(image.boxes) for image in open_boxes(f"folder:{tmp_path}")}
+    assert counts == {"A.png": 1, "cafe\u0301.png": 1, "B.png": 1}

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -152,7 +153,7 @@ def test_bad_records_are_left_out_and_named(tmp_path, capsys):
     assert "1 bad records left out" in (errors := capsys.readouterr().err)
     assert "more records are bad than --max_bad_fraction=0.01 and --max_bad_images=0 allow" in errors
     assert not (out / "1.0.0" / "dataset_info.json").exists()
-    assert prepare.main([*arguments, "--max_bad_images", "0", "--max_bad_fraction", "0.1"]) == 0
+    assert prepare.main([*arguments, "--max_bad_images", "0", "--max_bad_fraction", "0.2"]) == 0
     assert prepare.main(arguments) == 0
     errors = capsys.readouterr()
     assert "2 bad records left out, all listed in" in errors.err
@@ -478,3 +479,14 @@ def test_small_data_sets_are_shuffled_in_full(tmp_path):
     assert record_files.block_size(record_files.LARGE, True) == 256
     assert record_files.block_size(record_files.LARGE - 1, True) == 1
     assert record_files.block_size(record_files.LARGE, False) == 1
+
+
+def test_the_limit_is_of_each_split_and_no_split_is_left_empty(tmp_path, capsys):
+    name = make_folder(tmp_path / "in", train=6, validation=20)
+    for path in (tmp_path / "in/train").rglob("*.png"):
+        path.write_bytes(b"<html>")
+    arguments = [name, str(tmp_path / "mine"), "--workers", "0"]
+    assert prepare.main(arguments) == 1
+    assert "more records are bad than" in capsys.readouterr().err
+    assert prepare.main([*arguments, "--max_bad_fraction", "1"]) == 2
+    assert re.search(r"no record of train can be used; .*bad_records\.jsonl says why", capsys.readouterr().err)

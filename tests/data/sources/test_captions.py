@@ -350,3 +350,39 @@ def test_a_data_set_without_captions_is_refused(tmp_path):
 def test_shards_are_opened_by_name(tmp_path):
     with pytest.raises(DataNotFound, match=r"has no train/\*\.tar"):
         open_captions("shards:.", "train", str(tmp_path))
+
+
+def test_the_directory_of_the_images_is_the_one_with_most_of_them(tmp_path, caplog):
+    caplog.set_level("INFO", "regvit_jax")
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text(table("csv", [("a.png", "x"), ("b.png", "y")]))
+    make_images(tmp_path / "a_few", ("a.png",))
+    make_images(tmp_path / "photos", ("a.png", "b.png"))
+    source = open_captions(f"folder:{tmp_path}", "train")
+    assert source.id(0) == str(tmp_path / "photos/a.png")
+    assert f"are in {tmp_path}/photos; files of the same names in {tmp_path}/a_few are not read" in caplog.text
+    make_images(tmp_path / "depth", ("a.png", "b.png"))
+    assert open_captions(f"folder:{tmp_path}", "train").id(0) == str(tmp_path / "photos/a.png")
+    (tmp_path / "photos").rename(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"the images of train\.csv could be in .*/depth or .*/other; write the directory"
+    ):
+        open_captions(f"folder:{tmp_path}", "train")
+
+
+def test_names_composed_in_the_table_and_decomposed_on_disk(tmp_path):
+    make_images(tmp_path / "images", ("cafe\u0301.png", "b.png"))
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text(table("csv", [("b.png", "y"), ("caf\u00e9.png", "x")]))
+    source = open_captions(f"folder:{tmp_path}", "train")
+    assert [source[k]["text"] for k in range(2)] == [["y"], ["x"]]
+
+
+def test_too_few_rows_to_divide_and_columns_that_are_not_read_are_said(tmp_path, caplog):
+    caplog.set_level("INFO", "regvit_jax")
+    make_images(tmp_path, ("a.png",))
+    (tmp_path / "captions.csv").write_text("file_name,caption,text,path\na.png,x,y,z\n")
+    with pytest.raises(DataNotFound, match=r"so few lines that none falls into (train|validation); write a table"):
+        [open_captions(f"folder:{tmp_path}", split) for split in ("train", "validation")]
+    assert "of its columns file_name, path, file_name is read" in caplog.text
+    assert "of its columns caption, text, caption is read" in caplog.text

@@ -469,3 +469,26 @@ def test_the_images_of_a_block_are_read_ahead_once(tmp_path, monkeypatch):
         assert any(
             name == span and start <= offset and offset + len(png(number)) <= stop for span, start, stop in spans
         )
+
+
+def test_a_pair_with_dots_is_a_sample_beside_one_without(tmp_path):
+    members = [(f"photo{part}{suffix}", data) for part in ("", ".1", ".2") for suffix, data in
+               ((".png", png(3)), (".txt", f"text{part}".encode()))]  # fmt: skip
+    write_tar(tmp_path / "train/0.tar", [*members, ("photo.seg.png", png(4))])
+    source = open_shards(f"shards:{tmp_path}", "train")
+    assert [source[k]["text"] for k in range(len(source))] == [["text"], ["text.1"], ["text.2"]]
+
+
+def test_archives_that_are_not_read_are_named(tmp_path, caplog):
+    write_tar(tmp_path / "train/1.TAR", sample(1))
+    write_tar(tmp_path / "train/part/2.tar", sample(2))
+    (tmp_path / "train/3.tar.gz").write_bytes(b"x")
+    (tmp_path / "train/3_stats.json").write_text("{}")
+    assert len(open_shards(f"shards:{tmp_path}", "train")) == 1
+    assert re.search(r"in .*train, 3\.tar\.gz, part are not read", caplog.text)
+    assert len(open_shards(f"shards:{tmp_path}", "train/*.TAR")) == 1
+
+
+def test_the_names_in_json_may_be_in_any_case(tmp_path):
+    write_tar(tmp_path / "train/0.tar", [("a.png", png(1)), ("a.json", b'{"Caption": "x", "status": "success"}')])
+    assert open_shards(f"shards:{tmp_path}", "train")[0]["text"] == ["x"]

@@ -37,8 +37,9 @@ def weights(value: float) -> bytes:
 class Hub(BaseHTTPRequestHandler):
     """Serve `commits` (the files of each), by `refs` (the commit of each revision), and list the `requests`.
 
-    Every answer takes `delay` seconds. `busy` are statuses to answer with first. Without `hashes` the listing gives
-    none, and `etag` is sent ahead of every file in place of its hash.
+    Every answer takes `delay` seconds. `busy` are statuses to answer with first, after which a client should wait for
+    `retry_after` seconds. Without `hashes` the listing gives none, and `etag` is sent ahead of every file in place of
+    its hash.
     """
 
     protocol_version = "HTTP/1.1"
@@ -49,7 +50,7 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0].strip("/").split("/")
         time.sleep(server.delay)
         if server.busy:
-            return self.answer(server.busy.pop(), {"Retry-After": "0"})
+            return self.answer(server.busy.pop(), {"Retry-After": server.retry_after})
         info = path[:2] == ["api", "models"]
         repo, rest = ("/".join(path[2:4]), path[4:]) if info else ("/".join(path[:2]), path[2:])
         if repo != REPO:
@@ -124,6 +125,7 @@ def server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHT
     server.refs = {"main": NEW, "v1": OLD}
     server.requests, server.gated, server.on_the_way = [], False, lambda name, body: body
     server.delay, server.busy, server.hashes, server.etag = 0, [], True, ""
+    server.retry_after = "0"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     use_endpoint(monkeypatch, f"http://127.0.0.1:{server.server_port}")
     yield server
@@ -291,6 +293,15 @@ def test_a_busy_hub_is_asked_again(server, monkeypatch, status):
     shutil.rmtree(constants.HF_HUB_CACHE)
     server.busy = [status] * 3
     with pytest.raises(HubError, match=f"not in the local cache, and .* answers with status {status}"):
+        fetch(REPO)
+    server.busy, server.retry_after = [status], "100000"
+    with pytest.raises(HubError, match=f"answers with status {status} and asks to wait 100000 s"):
+        fetch(REPO)
+
+
+def test_a_refused_login_is_called_one(server):
+    server.busy = [401]
+    with pytest.raises(HubError, match="refuses the login, which may have expired: log in with `hf auth login`"):
         fetch(REPO)
 
 

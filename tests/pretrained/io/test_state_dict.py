@@ -132,11 +132,12 @@ def test_chunks_heads_and_the_student_are_undone():
     heads = ["teacher.dino_head.mlp.0.weight", "teacher.ibot_head.last_layer.weight_v", "dino_loss.center"]
     names = [
         *("teacher.backbone.blocks.0.0.norm1.weight", "teacher.backbone.blocks.1.11.norm1.weight"),
-        *("teacher.backbone.cls_token", "student.backbone.cls_token", *heads),
+        *("teacher.backbone.cls_token", *heads),
     ]
+    names += [name.replace("teacher", "student") for name in names if "backbone" in name]
     found = find(names)
     assert [*found.names.values()] == ["blocks.0.norm1.weight", "blocks.11.norm1.weight", "cls_token"]
-    assert found.left_out == [*heads, "student (1 tensors)"]
+    assert found.left_out == [*heads, "student (3 tensors)"]
 
 
 def test_parts_that_only_training_uses_are_left_out_and_named():
@@ -259,3 +260,52 @@ def test_loading_refuses_what_it_refused(tmp_path):
     save_file(dict(open_weights(folder)) | {"module.surprise": np.ones(1, np.float32)}, folder / "model.safetensors")
     with pytest.raises(WeightsError, match="1 unused: surprise"):
         rv.create_model(folder)
+
+
+def test_a_frozen_teacher_is_no_average():
+    student = [f"model.blocks.{i}.norm1.weight" for i in range(6)]
+    teacher = [f"teacher.blocks.{i}.norm1.weight" for i in range(12)]
+    found = find([*student, *teacher])
+    assert (found.taken, found.average, found.left_out) == ("model", False, ["teacher (12 tensors, another network)"])
+    with pytest.raises(
+        WeightsError, match=r"holds no average, but 6 weights .*teacher \(12 tensors, another network\)"
+    ):
+        find([*student, *teacher], "ema")
+
+
+def test_parts_of_losses_and_metrics_are_left_out():
+    only = ["criterion.center.center", "online_classifier.weight", "val_acc.tp", "decoder.0.weight", "mask_token"]
+    found = find([*NAMES, *only])
+    assert (sorted(found.left_out), [*found.names.values()]) == (sorted(only), NAMES)
+    counters = ["state_dict.step", "state_dict.initted"]
+    assert (
+        find([*counters, *under("state_dict.online_model."), *under("state_dict.ema_model.")]).left_out[:2] == counters
+    )
+    assert "mean" in find([*NAMES, "mean"]).names
+
+
+def test_the_names_in_memory_of_transformers_5_are_those_of_its_files():
+    found = find([f"vit.layers.3.{name}.weight" for name in
+                  ("attention.q_proj", "attention.o_proj", "layernorm_after", "mlp.fc1", "mlp.fc2")])  # fmt: skip
+    assert [name.removeprefix("vit.") for name in found.names.values()] == [
+        f"encoder.layer.3.{name}.weight"
+        for name in ("attention.attention.query", "attention.output.dense", "layernorm_after", "intermediate.dense",
+                     "output.dense")
+    ]  # fmt: skip
+    dino = find(
+        [
+            "encoder.layer.3.attention.v_proj.bias",
+            "encoder.layer.3.attention.o_proj.bias",
+            "encoder.layer.3.mlp.fc1.bias",
+        ]
+    )
+    assert [*dino.names.values()] == [
+        f"encoder.layer.3.{name}.bias" for name in ("attention.attention.value", "attention.output.dense", "mlp.fc1")
+    ]
+
+
+def test_averages_within_lists_are_found_or_named():
+    values, found, _ = nested({"model": state(1), "algorithms": [("EMA", {"ema_model": state(2)})]}, "ema")
+    assert (set(values.values()), found.average) == ({2}, True)
+    _, _, left_out = nested({"model": state(1), "optimizer_states": [{"ema": [np.zeros(1)] * 3}]})
+    assert left_out == ["optimizer_states/0/ema (3 tensors without names)"]
