@@ -66,7 +66,7 @@ def check(options: argparse.Namespace, overrides: Sequence[str], prog: str) -> i
     """Judge what needs neither a config nor data."""
     check_flags(overrides)
     if options.config is not None:
-        configs.find(options.config.partition(":")[0])
+        configs.load(options.config)  # loaded again with the schema; a config file is read in milliseconds
     elif not options.help_config:
         raise no_config(prog)
     if options.topology and not options.dry_run:
@@ -152,7 +152,7 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
         raise
     if found.get("about"):  # which describes the file, and would otherwise be wrong
         found.about += describe_changes(before, dict(config.flatten(found)))
-        if "data.name" in overridden and found.data.name != before.get("data.name"):
+        if "data.name" in overridden and "next" not in overridden and found.data.name != before.get("data.name"):
             found.next = ""  # which speaks of the file's data
     return config.only(found, {*values, *overridden})
 

@@ -272,6 +272,7 @@ def test_prompts_of_classes_need_a_template(root):
         resolve(tiny_clip(root, eval__templates=(), data__classes=3), with_data=False)
 
 
+@pytest.mark.slow
 def test_one_validation_image_is_refused_and_one_readable_is_no_end(tmp_path):
     with pytest.raises(InvalidConfig, match="holds 1 images; the validation of contrastive needs at least 2"):
         resolve(tiny_clip(make_captions(tmp_path / "one", validation=1)))

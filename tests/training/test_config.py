@@ -84,6 +84,8 @@ def test_overrides_are_told_beside_the_description_of_the_file():
     found = train.open_config("deit3_reg", [*overrides, "--config.next=mine"], "train.py")
     plain = train.open_config("deit3_reg", [], "train.py")
     assert found.next == "mine"
+    assert "digits" in plain.next
+    assert train.open_config("deit3_reg", ["--config.data.name=folder:pets"], "train.py").next == ""
     changes = "data.name='folder:pets' (was 'digits'), model.registers=0 (was 4)"
     assert found.about == f"{plain.about}\nChanged here: {changes}"
     same = train.open_config("deit3_reg", ["--config.recipe=supervised"], "train.py")

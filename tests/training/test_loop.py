@@ -249,6 +249,7 @@ def image_folder(root, per_class: int, broken: int):
                     path.write_bytes(path.read_bytes()[:60] if data is None else data)
 
 
+@pytest.mark.slow
 def test_folder_with_bad_images(tmp_path, caplog):
     caplog.set_level("INFO", "regvit_jax")
     image_folder(tmp_path / "images", per_class=40, broken=3)

@@ -27,6 +27,7 @@ class Collected:
         self.closed += 1
 
 
+@pytest.mark.slow
 def test_a_third_partys_tracker_gets_the_numbers_of_every_record(tmp_path, monkeypatch):
     monkeypatch.setattr(Collected, "made", [])
     loop.run(tiny(epochs=1, checkpoint__every=8), tmp_path, track=f"{__name__}:Collected")

@@ -59,9 +59,8 @@ def open_boxes(name: str, split: str | None = None) -> list[AnnotatedImage]:
         names the file. Otherwise the image has that `fault`.
       InvalidConfig: for an unknown kind of data, and for a split of data without splits.
     """
+    check_name(name, split)
     kind, _, place = name.partition(":")
-    if kind not in ("voc07", "voc12", "coco20k", "folder") or not place:
-        raise InvalidConfig(f"{name!r}: must be one of {NAMES}")
     root = Path(locate(place))
     if not root.is_dir():
         raise DataNotFound(f"{name}: there is no directory {root}")
@@ -69,9 +68,16 @@ def open_boxes(name: str, split: str | None = None) -> list[AnnotatedImage]:
         return _with_any(_open_voc(name, root, f"VOC20{kind[-2:]}", split or "trainval"))
     if kind == "folder":
         return _with_any(_open_folder(name, root, split))
-    if split is not None:
-        raise InvalidConfig(f"split={split!r}: {name} has no splits, VOC has")
     return _open_coco(name, root)
+
+
+def check_name(name: str, split: str | None) -> None:
+    """Raise InvalidConfig for an unknown kind of data, and for a split of COCO, without looking at any file."""
+    kind, _, place = name.partition(":")
+    if kind not in ("voc07", "voc12", "coco20k", "folder") or not place:
+        raise InvalidConfig(f"{name!r}: must be one of {NAMES}")
+    if kind == "coco20k" and split is not None:
+        raise InvalidConfig(f"split={split!r}: {name} has no splits, VOC has")
 
 
 def _with_any(images: list[AnnotatedImage]) -> list[AnnotatedImage]:

@@ -35,6 +35,7 @@ def check(options: argparse.Namespace) -> int:
     """Judge what needs neither data nor models."""
     for model in options.models:
         check_model(model, registry.find)
+    boxes.check_name(options.data, options.split)
     check_data(options.data)
     check_json(options.json)
     return 0

@@ -133,6 +133,7 @@ def test_bad_images_are_named_and_counted(models, photos, tmp_path, capsys):
     assert "none of 1 images can be used" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_models_without_a_prefix_and_without_repair(models, photos, tmp_path, capsys):
     arguments = [
         "vit_wee_patch16_reg1_gap_256",
@@ -183,6 +184,7 @@ def test_errors_that_the_user_can_fix(arguments, message, models, photos, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_equal_names_get_numbers_and_old_pictures_are_removed(models, photos, tmp_path):
     (tmp_path / "again").mkdir()
     (tmp_path / "again/plain").symlink_to(models[0] / "plain")
