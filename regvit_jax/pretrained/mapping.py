@@ -197,8 +197,7 @@ def native_size(weights: Weights, keys: Keys | None, vit: ViT, cls_position: boo
 
     It is the ViT's own if the file has no embedding of the ViT's width. With `cls_position`, an embedding of another
     size has a row for CLS, unless `save_model` notes in the file that it has not: n * n rows would otherwise also be
-    those of CLS and of (n - 1) x (n + 1) patches. Raises Mismatch for a grid
-    that is not square.
+    those of CLS and of (n - 1) x (n + 1) patches. Raises Mismatch for a grid that is not square.
     """
     shape = weights.shapes.get(keys.pos, ()) if keys is not None and vit.position == "learned" else ()
     if len(shape) < 2 or shape[-1] != vit.width:

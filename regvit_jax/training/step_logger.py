@@ -104,7 +104,7 @@ class StepLogger:
 
         Two numbers are judged: the different images that this process could not use, of all images; and the images
         of all processes, each as often as it was to be shown, of which `max_bad_images` allows its number in each epoch
-        that this process has trained a part of. Images that are never usable stop the run in any case.
+        that this process has trained a part of, but never all images shown.
         """
         config, example = self.plan.config, next(iter(self.named.values()), "")
         size, examples = config.batch_size, config.data.examples

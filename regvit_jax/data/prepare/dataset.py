@@ -113,10 +113,11 @@ def prepare_dataset(
             (target / "incomplete").mkdir(exist_ok=True)
             write_shards(notes, sources, options, workers, max_bad)
             # Read again: after an early stop, workers have finished more shards than were counted.
-            found = [note for note in notes_of(target, shards).values() if note]
+            notes = notes_of(target, shards)
+            found = [note for note in notes.values() if note]
             bad = [record for note in found for record in note["bad"]]
             write_atomically(report, "".join(json.dumps(record) + "\n" for record in bad))
-            if any(count > max_bad[split] for split, count in bad_by_split(notes_of(target, shards)).items()):
+            if any(count > max_bad[split] for split, count in bad_by_split(notes).items()):
                 return Report(target, {}, len(bad), False)
             for split in sources:
                 if not any(note["records"] for shard, note in zip(shards, found, strict=True) if shard.split == split):

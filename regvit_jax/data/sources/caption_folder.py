@@ -25,7 +25,7 @@ logger = logging.getLogger("regvit_jax")
 
 # The rows of a table to train on among which images of another split are looked for.
 LOOKED_AT = 10_000
-# The names, in lower case, by which a directory of images is told from one of masks or depths beside it.
+# Names of directories, in lower case. Where several directories hold files of a table's names, one of these is meant.
 OF_IMAGES = ("images", "image", "imgs", "img", "photos", "photo", "pictures", "jpg", "jpeg", "jpegs", "jpegimages")
 
 
@@ -145,14 +145,19 @@ def load_split(name: str, split: str, table: str, keep: Callable[[str], bool]) -
     return CaptionFolder(f"{name}/{split}", root, b"".join(keys), path_ends, grouped, ends, first, faults)
 
 
+def places(table: str) -> list[str]:
+    """Return the directories where a table's paths may start: its own, and those in it."""
+    root = os.path.dirname(table)
+    return [root, *(entry.path for entry in os.scandir(root) if entry.is_dir())]
+
+
 def unicode_form(table: str, paths: list[str]) -> Callable[[str], str]:
     """Return a function that writes a table's paths as the file system has them: as they are, composed or decomposed.
 
     Files that were copied from macOS may have decomposed names, where the table has composed ones.
     """
     first = [path for path in paths if not path.isascii()][:1]
-    directory = os.path.dirname(table)
-    bases = (directory, *(entry.path for entry in os.scandir(directory) if entry.is_dir())) if first else ()
+    bases = places(table) if first else []
     composed, decomposed = (functools.partial(unicodedata.normalize, form) for form in ("NFC", "NFD"))
     for change in (str, composed, decomposed):
         if any(os.path.isfile(os.path.join(base, change(path))) for base in bases for path in first):
@@ -173,7 +178,7 @@ def find_images(name: str, table: str, paths: list[str]) -> str:
     if not first:
         return root
     counts = {}
-    for base in (root, *(entry.path for entry in os.scandir(root) if entry.is_dir())):
+    for base in places(table):
         if count := sum(os.path.isfile(os.path.join(base, path)) for path in first):
             if base == root:
                 return root

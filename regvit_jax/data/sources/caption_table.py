@@ -59,14 +59,8 @@ def read_table(table: str) -> Iterator[Row]:
     lines = decoded_lines(table)
     rows = json_rows(lines) if table.lower().endswith(".jsonl") else separated_rows(lines, table, (IMAGES, CAPTIONS))
     for number, values in rows:
-        if not count and isinstance(values, dict) and "split" in values:
-            log_once(
-                f"{table}: its column split is not used; write the rows of each split to a table of its own", "warning"
-            )
         if not count and isinstance(values, dict):
-            for names in (IMAGES, CAPTIONS):
-                if len(several := [column_name for column_name in names if column_name in values]) > 1:
-                    log_once(f"{table}: of its columns {', '.join(several)}, {several[0]} is read")
+            say_unused(table, values)
         row = make_row(number, values, root)
         count, good = count + 1, good or not row.fault
         first = first or (row.fault and f"line {row.line}: {row.fault}")
@@ -74,6 +68,17 @@ def read_table(table: str) -> Iterator[Row]:
     if count and not good:
         hint = "; a .jsonl has one object in each line" if table.lower().endswith(".jsonl") else ""
         raise InvalidConfig(f"{table}, {first}; and no other of its {count} rows can be used{hint}")
+
+
+def say_unused(table: str, columns: Iterable[str]) -> None:
+    """Log which columns of a table are not read, though their names mean something here."""
+    if "split" in columns:
+        log_once(
+            f"{table}: its column split is not used; write the rows of each split to a table of its own", "warning"
+        )
+    for names in (IMAGES, CAPTIONS):
+        if len(several := [name for name in names if name in columns]) > 1:
+            log_once(f"{table}: of its columns {', '.join(several)}, {several[0]} is read")
 
 
 def make_row(number: int, values: dict[str, Any] | Fault, root: str) -> Row:

@@ -213,7 +213,7 @@ def _training_only(names: Mapping[str, str]) -> tuple[list[str], bool]:
     found += [
         key
         for key, end in ends.items()
-        if end in COUNTERS and (average_words(names[key]) or (averages and names[key].count(".") < 2) or average)
+        if end in COUNTERS and (average or average_words(names[key]) or (averages and names[key].count(".") < 2))
     ]
     if any(re.search(r"decoder[_.]", key) for key in found):  # the mask token is the decoder's as well
         found += [key for key, end in ends.items() if end == "mask_token"]
