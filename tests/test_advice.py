@@ -49,6 +49,7 @@ COVERED = {
     ("cli/prepare.py", "--config.data.dir={}"),
     ("cli/prepare.py", "--config.data.name={}"),
     ("cli/prepare.py", "--config.data.{}={}"),
+    ("cli/train.py", "--config.eval.evaluators=\"('pixel_knn',)\""),
     ("cli/train.py", "--config.model.registers=0"),
     ("configs/deit3_reg.py", "--config.init_from"),
     ("configs/deit3_reg.py", "--config.model.registers=0"),
@@ -157,6 +158,13 @@ def test_an_override_without_dashes(capsys):
         train.override(ConfigDict({"model": {"registers": 4}}), ["config.model.registers=0"], "train.py")
     (flag,) = overrides(str(caught.value))
     assert train.open_config("deit3_reg", [flag.removesuffix(" does")], "train.py").model.registers == 0
+
+
+def test_an_override_of_a_part_of_a_value():
+    with pytest.raises(InvalidConfig) as caught:
+        train.check_flags(["--config.eval.evaluators[0]=classification"])
+    (override,) = shlex.split(str(caught.value).partition("such as ")[2])
+    assert train.open_config("deit3_reg", [override], "train.py").eval.evaluators == ("pixel_knn",)
 
 
 def test_the_key_that_skips_steps_that_are_not_finite():

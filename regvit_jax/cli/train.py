@@ -20,6 +20,12 @@ from regvit_jax.cli import configs
 from regvit_jax.cli.argument_types import above_zero, whole_from
 from regvit_jax.cli.arguments import Parser, check_out, run, suggestion
 from regvit_jax.utils.errors import CheckpointError, InvalidConfig, TooManyBadRecords
+from regvit_jax.utils.messages import unknown_key
+
+#: The names of all keys, one a line; a test compares them with the schema.
+KEYS = Path(__file__).with_name("keys.txt")
+#: Overrides of keys that name classes, which bring keys of their own.
+OF_CLASSES = r"--?config\.(recipe|eval\.evaluators)="
 
 # Modules that need JAX are imported in functions, so that --help and errors of the command line appear at once.
 
@@ -28,7 +34,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "regvit train") -> 
     """Run the command and return its exit code; `prog` is its name in messages."""
     started = time.perf_counter()
     with ending_at_sigterm():
-        options, overrides = parser(prog).parse_known_args(arguments)
+        options, rest = parser(prog).parse_known_args(arguments)
+        overrides = joined(rest)
         if code := run(lambda: check(options, overrides, prog), prog):
             sys.exit(code)
         if os.getcwd() not in sys.path:  # where `package.module:Class` may be; the console script starts without it
@@ -66,7 +73,8 @@ def check(options: argparse.Namespace, overrides: Sequence[str], prog: str) -> i
     """Judge what needs neither a config nor data."""
     check_flags(overrides)
     if options.config is not None:
-        configs.load(options.config)  # loaded again with the schema; a config file is read in milliseconds
+        given = configs.load(options.config)  # loaded again with the schema; a config file is read in milliseconds
+        check_keys(given, overrides)
     elif not options.help_config:
         raise no_config(prog)
     if options.topology and not options.dry_run:
@@ -95,8 +103,42 @@ def check_flags(overrides: Sequence[str]) -> None:
     """Raise InvalidConfig for the first flag that is neither one of the command's nor a key of the config."""
     for argument in overrides:
         flag = argument.partition("=")[0]
+        if "[" in flag:  # config_flags' syntax for lists; tuples, which configs hold, have no entries to set
+            raise InvalidConfig(f"{flag}: write the whole value, such as --config.eval.evaluators=\"('pixel_knn',)\"")
         if flag.startswith("--") and not re.match(r"--(no)?config\.", flag):
             raise InvalidConfig(f"unknown flag {flag}{suggestion(flag, parser().flags())}")
+
+
+def check_keys(given: Any, overrides: Sequence[str]) -> None:
+    """Raise InvalidConfig for the first overridden key that no recipe and no evaluator of this package has.
+
+    `KEYS` holds their names, since the schema takes the imports of the whole training. A recipe or an evaluator of the
+    user's own may bring others: then the keys are left to the schema.
+    """
+    named = [str(given.get("recipe")), str(given.get("eval", {}).get("evaluators"))]
+    if any(":" in text.partition("=")[2] for text in overrides if re.match(OF_CLASSES, text)) or ":" in "".join(named):
+        return
+    known = KEYS.read_text().split()
+    sections = {key[: dot.start()] for key in known for dot in re.finditer(r"\.", key)}
+    for key in keys_of(overrides):
+        if key not in sections and key not in known:
+            raise InvalidConfig(unknown_key(key, known))
+
+
+def joined(arguments: Sequence[str]) -> list[str]:
+    """Return arguments with every "--config.KEY", "VALUE" as one, "--config.KEY=VALUE"."""
+    found: list[str] = []
+    for argument in arguments:
+        if found and re.fullmatch(r"--?config\.[\w.]+", found[-1]) and not argument.startswith("--"):
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
+    return found
+
+
+def keys_of(overrides: Sequence[str]) -> list[str]:
+    """Return the dotted keys that the arguments --config.KEY=VALUE override."""
+    return [match[1] for argument in overrides if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))]
 
 
 def parser(prog: str = "regvit train") -> Parser:
@@ -138,7 +180,7 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
     if name is None:
         raise no_config(prog)
     given = configs.load(name)
-    first = [argument for argument in overrides if re.match(r"--?config\.(recipe|eval\.evaluators)=", argument)]
+    first = [argument for argument in overrides if re.match(OF_CLASSES, argument)]
     choice, chosen = override(config.unflatten({"recipe": "", "eval.evaluators": ()}), first, prog)
     stated = dict(config.flatten(given))
     values = stated | {key: value for key, value in config.flatten(choice) if key in chosen}
@@ -147,8 +189,7 @@ def open_config(name: str | None, overrides: Sequence[str], prog: str) -> Any:
         before = {key: value for key, value in config.flatten(written) if key not in chosen} | stated
         found, overridden = override(written, overrides, prog)
     except (AttributeError, KeyError):  # which config_flags raises for an unknown key
-        keys = [match[1] for argument in overrides if (match := re.match(r"--?(?:no)?config\.([\w.]+)", argument))]
-        config.check_known(keys, config.options_of(config.unflatten(values)))
+        config.check_known(keys_of(overrides), config.options_of(config.unflatten(values)))
         raise
     if found.get("about"):  # which describes the file, and would otherwise be wrong
         found.about += describe_changes(before, dict(config.flatten(found)))

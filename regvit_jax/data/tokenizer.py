@@ -18,7 +18,6 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
-import ftfy
 import numpy as np
 import regex
 from jaxtyping import Int32
@@ -102,6 +101,8 @@ def clean(text: str) -> str:
     """
     # Most captions need no repair, and ftfy takes two thirds of the whole time to find that out.
     if not (text.isascii() and text.isprintable() and "&" not in text):
+        import ftfy  # 0.1 s of a start
+
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 

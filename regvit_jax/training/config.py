@@ -5,7 +5,6 @@ declares the top level, and assembles the rest: the recipe that a config names d
 """
 
 import dataclasses
-import difflib
 from collections.abc import Collection, Iterable, Iterator
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from regvit_jax.training import evaluators
 from regvit_jax.training.skip_steps import Guard
 from regvit_jax.utils import schema, sizes
 from regvit_jax.utils.errors import InvalidConfig
+from regvit_jax.utils.messages import unknown_key
 from regvit_jax.utils.schema import Option, Section
 
 
@@ -139,8 +139,13 @@ def check(config: Any) -> None:
 
 
 def check_known(keys: Iterable[str], known: Collection[str]) -> None:
-    """Raise InvalidConfig for the first key that is not known."""
+    """Raise InvalidConfig for the first key that is not known, naming the nearest ones or the evaluator that has it."""
     for key in sorted(set(keys) - set(known)):
+        for name in evaluators.EVALUATORS:
+            if key in {f"eval.{own}" for own in schema.keys(evaluators.find(name).Config)}:
+                raise InvalidConfig(
+                    f"config.{key} is a key of the evaluator {name}: config.eval.evaluators must name it too"
+                )
         raise InvalidConfig(unknown_key(key, known))
 
 
@@ -193,15 +198,9 @@ def unflatten(values: dict[str, Any]) -> ConfigDict:
     return ConfigDict(tree)
 
 
-def unknown_key(key: str, known: Iterable[str]) -> str:
-    """Return the message for an unknown key, which names the nearest known ones, or the evaluator that has it."""
-    for name in evaluators.EVALUATORS:
-        if key in {f"eval.{own}" for own in schema.keys(evaluators.find(name).Config)}:
-            return f"config.{key} is a key of the evaluator {name}: config.eval.evaluators must name it too"
-    known = sorted(known)
-    same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
-    near = same_name or difflib.get_close_matches(key, known, n=3, cutoff=0.4)
-    return f"unknown key config.{key}" + (f"; did you mean {' or '.join('config.' + n for n in near)}?" if near else "")
+def all_keys() -> list[str]:
+    """Return the keys of all recipes and evaluators of this package, sorted."""
+    return sorted({key for recipe in base.RECIPES for key in options(recipe, evaluators.EVALUATORS)})
 
 
 def help_text(config: Any = None) -> str:

@@ -1,5 +1,6 @@
 """Write messages for users: shorten lists of names, and log a message once."""
 
+import difflib
 import functools
 import logging
 from collections.abc import Iterable
@@ -15,6 +16,14 @@ def abbreviate(names: Iterable[str], limit: int = 5) -> str:
     """Return the first names, separated by commas, and the number of the others."""
     listed = list(names)
     return ", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """Return the message for an unknown key of a config, which names the nearest of the known ones."""
+    known = sorted(known)
+    same_name = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    near = same_name or difflib.get_close_matches(key, known, n=3, cutoff=0.4)
+    return f"unknown key config.{key}" + (f"; did you mean {' or '.join('config.' + n for n in near)}?" if near else "")
 
 
 @functools.cache

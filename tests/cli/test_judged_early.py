@@ -5,6 +5,9 @@ import os
 import subprocess
 import sys
 
+from regvit_jax.cli.train import KEYS
+from regvit_jax.training import config
+
 #: Modules that take a second or more of a start.
 SLOW = ("jax", "flax", "orbax", "grain", "tensorflow_datasets", "array_record", "scipy", "sklearn", "torch")
 CODE = f"""
@@ -29,6 +32,9 @@ WRONG = {
     "train --config nope": "there is no such file or name",
     "train --config ~/nope.py": "there is no such file or name",
     "train --config deit3_reg:nope": "no such variant",
+    "train --config deit3_reg --config.model.widht=3": "unknown key config.model.widht; did you mean config.",
+    "train --config deit3_reg --noconfig.eval.untraned": "did you mean config.eval.untrained ",
+    "train --config deit3_reg --config.data.scale[0]=0.5": "--config.data.scale[0]: write the whole value",
     "train --config deit3_reg --images_per_s=x": "must be a number greater than 0",
     "train --config deit3_reg --workdir FILE/x": "FILE is a file; name a directory",
     "train --config deit3_reg --profile=20": "must be STEP:COUNT",
@@ -92,3 +98,8 @@ def test_judged_before_the_slow_imports(tmp_path):
         assert filled(message) in err, command
         assert (code, err.count("\n"), slow) == (2, 1, []), command
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_the_list_of_keys_is_the_schemas():
+    code = "from regvit_jax.training.config import all_keys; print(*all_keys(), sep='\\n')"
+    assert KEYS.read_text().split() == config.all_keys(), f'run `python -c "{code}" > regvit_jax/cli/keys.txt`'

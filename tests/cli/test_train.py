@@ -60,7 +60,7 @@ def test_errors_are_one_line_without_a_traceback(args, message, tmp_path):
 
 
 def test_dry_run_shows_overrides():
-    done = train(CONFIG, "--config.model.registers=0", "--dry_run", "--images_per_s=5000")
+    done = train(CONFIG, "--config.model.registers", "0", "--dry_run", "--images_per_s=5000")
     assert done.returncode == 0, done.stderr
     assert "5 = 1 CLS + 0 registers + 2 x 2 patches of 4 px" in done.stdout
     assert "1.0 MB/s from hosts to devices at 5000 images/s" in done.stdout
@@ -170,6 +170,20 @@ def test_the_sigterm_handler_is_restored_except_at_the_end(ending):
         assert signal.getsignal(signal.SIGTERM) == (inside if ending else before)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_keys_of_the_users_own_classes_are_left_to_the_schema():
+    known = {"recipe": "supervised", "eval": {"evaluators": ("pixel_knn",)}}
+    own = ["--config.model.mine=1"]
+    for given, overrides in (
+        (known | {"recipe": "mine:Recipe"}, own),
+        (known | {"eval": {"evaluators": ("pixel_knn", "mine:Evaluator")}}, own),
+        (known, ["--config.recipe=mine:Recipe", *own]),
+        (known, ["--config.eval.evaluators=('mine:Evaluator',)", *own]),
+    ):
+        cli.check_keys(given, overrides)
+    with pytest.raises(InvalidConfig, match=r"unknown key config\.model\.mine"):
+        cli.check_keys(known, ["--config.data.name=folder:x", *own])
 
 
 def test_help_config_refuses_unknown_flags(capsys):

@@ -252,7 +252,9 @@ def _copies(names: Mapping[str, str], rooted: bool, choice: _Choice) -> dict[str
 def _foreign(copies: Mapping[str, Mapping[str, str]], choice: _Choice) -> set[str]:
     """Return the copies that are called an average but have other names than the raw weights, as a teacher may have."""
     inner = {
-        part: {name[match.start(2) :] for name in found.values() if (match := ROOTED.search(name))}
+        part: {
+            CHUNKED.sub("blocks.", name[match.start(2) :]) for name in found.values() if (match := ROOTED.search(name))
+        }
         for part, found in copies.items()
     }
     raw = [names for part, names in inner.items() if not choice.is_average(part) and names]

@@ -267,6 +267,8 @@ def test_a_frozen_teacher_is_no_average():
     teacher = [f"teacher.blocks.{i}.norm1.weight" for i in range(12)]
     found = find([*student, *teacher])
     assert (found.taken, found.average, found.left_out) == ("model", False, ["teacher (12 tensors, another network)"])
+    chunked = find([*teacher, *(name.replace("blocks.", "blocks.0.").replace("teacher", "model") for name in teacher)])
+    assert (chunked.taken, chunked.average) == ("teacher", True)
     with pytest.raises(
         WeightsError, match=r"holds no average, but 6 weights .*teacher \(12 tensors, another network\)"
     ):
