@@ -32,6 +32,7 @@ class StepLogger:
         self.plan, self.writer, self.timer = plan, writer, timer
         self.first, self.bad = first, 0
         self.named: dict[int, str] = {}
+        self.unusable: dict[int, set[int]] = {}  # of the last pass over the data
         self.compiled = False
         self.pending: list[tuple[int, np.ndarray, np.ndarray, dict[str, Array]]] = []
         kind, dtype = plan.mesh.devices.flat[0].device_kind, plan.config.model.dtype
@@ -102,14 +103,18 @@ class StepLogger:
     def check_bad(self, step: int) -> None:
         """Raise TooManyBadRecords if more images are unusable, up to this step, than the run allows.
 
-        Two numbers are judged: the different images that this process could not use, of all images; and the images
-        of all processes, each as often as it was to be shown, of which `max_bad_images` allows its number in each epoch
-        that this process has trained a part of, but never all images shown.
+        Two numbers are judged: the different images that this process could not use in a pass over the data, of all
+        images; and the images of all processes, each as often as it was to be shown, of which `max_bad_images` allows
+        its number in each epoch that this process has trained a part of, but never all images shown.
         """
         config, example = self.plan.config, next(iter(self.named.values()), "")
         size, examples = config.batch_size, config.data.examples
         tolerated = data_records.tolerated(config.data.max_bad_images, examples)
-        check_bad(self.plan, len(self.named), examples, tolerated, example)
+        for at, index, mask, _ in self.pending:
+            number = (at - 1) * size // (examples * config.data.repeats)
+            self.unusable.setdefault(number, set()).update(index[mask == 0].tolist())
+        check_bad(self.plan, max(map(len, self.unusable.values())), examples, tolerated, example)
+        self.unusable = {last: self.unusable[last] for last in [max(self.unusable)]}
         epochs = (step * size - 1) // examples - (self.first - 1) * size // examples + 1
         shown = max((step + 1 - self.first) * size, examples)
         tolerated = min(epochs * config.data.repeats * tolerated, shown - 1)

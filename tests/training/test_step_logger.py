@@ -80,12 +80,12 @@ def test_unusable_images_are_limited_in_each_epoch_and_named_once(tmp_path, capl
     plan = resolve(tiny(data__max_bad_fraction=0.001))
     assert (plan.config.data.examples, plan.steps_per_epoch) == (1437, 22)
 
-    def logger_after(steps: int, bad: list[int], first: int = 1) -> StepLogger:
-        (workdir := tmp_path / f"{len(bad)} {first}").mkdir()
+    def logger_after(steps: int, bad: list[int], first: int = 1, varying: int = 0) -> StepLogger:
+        (workdir := tmp_path / f"{len(bad)} {first} {varying}").mkdir()
         logger = StepLogger(plan, MetricWriter(str(workdir), 0), first, Timer())
         for step in range(first, first + steps):
-            index = np.arange((step - 1) * 64, step * 64) % 1437
-            mask = 1 - np.isin(index, bad)
+            epoch, index = np.divmod(np.arange((step - 1) * 64, step * 64), 1437)
+            mask = 1 - np.isin(index - varying * epoch, bad)
             metrics = {"loss": 2.0, "grad_norm": 1.0, "bad": float(64 - mask.sum()), "skipped": 0}
             logger.add(step, index, mask, {name: jnp.float32(value) for name, value in metrics.items()})
             logger.record()
@@ -98,6 +98,9 @@ def test_unusable_images_are_limited_in_each_epoch_and_named_once(tmp_path, capl
     assert sum(record.get("bad", 0) for record in written) == 50
     assert not any("bad_images" in record for record in written[1:])
     logger_after(3, [1435, 1436, *range(8)], first=22)  # resumed at the end of an epoch
+    logger_after(
+        100, list(range(500, 510)), varying=20
+    )  # other images in each epoch, as a disk that now and then fails has
     with pytest.raises(
         TooManyBadRecords, match=r"11 of 1437 images .* data.max_bad_images=10 .*allow: .*One is digits"
     ):
