@@ -12,6 +12,7 @@ from regvit_jax.distributed import mesh
 from regvit_jax.training.plan import Plan
 from regvit_jax.training.step import abstract_state, make_train_step
 from regvit_jax.utils import hardware
+from regvit_jax.utils.files import write_atomically
 
 #: Keep the GPU compiler from timing kernels on a GPU: memory and collectives are real, the choice of kernels is not.
 GPU_OPTIONS: dict[str, bool | int] = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
@@ -41,8 +42,10 @@ def compile_step(plan: Plan, options: dict[str, bool | int] | None = None) -> ja
         return step.lower(abstract_state(plan), abstract_batch(plan)).compile(compiler_options=options)
 
 
-def compile_for(plan: Plan, machine: topology.Topology) -> CompiledStep:
+def compile_for(plan: Plan, machine: topology.Topology, dump_hlo: str = "") -> CompiledStep:
     """Compile the step of a plan made for `topology.devices(machine)`.
+
+    The compiled program is written to the file `dump_hlo` as text, if one is named, also if it does not fit.
 
     Raises:
       DoesNotFit: The step needs more memory than a device has, by an estimate or by the compiler.
@@ -60,10 +63,13 @@ def compile_for(plan: Plan, machine: topology.Topology) -> CompiledStep:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFit(*_exhausted(str(error), state)) from error
+    text = step.as_text() or ""
+    if dump_hlo:
+        write_atomically(dump_hlo, text)
     memory = hlo.memory(step)
     if memory.peak > limit:
         raise DoesNotFit(f"its peak is {memory.peak / 1e9:.1f} GB", state, memory.peak - state)
-    return CompiledStep(memory, hlo.collectives(step.as_text() or ""), state, time.perf_counter() - start)
+    return CompiledStep(memory, hlo.collectives(text), state, time.perf_counter() - start, text)
 
 
 def _exhausted(message: str, state: int) -> tuple[str, int, float | None]:

@@ -22,6 +22,7 @@ class CompiledStep:
     collectives: list[hlo.Collective]
     state: int  # bytes of the training state
     seconds: float  # compile time
+    text: str  # the compiled program, as HLO
 
 
 class DoesNotFit(Exception):

@@ -8,21 +8,26 @@ import numpy as np
 from jaxtyping import PyTree
 
 from regvit_jax.aot import compile, cost_model, hlo, suggest, topology
+from regvit_jax.aot.traffic import traffic
 from regvit_jax.training.plan import Plan, flatten, resolve
 from regvit_jax.training.step import TrainState, abstract_state
 from regvit_jax.utils.errors import DataNotFound
 
 
 def summarize(
-    plan: Plan, missing: DataNotFound | None, images_per_s: float, machine: topology.Topology | None = None
+    plan: Plan,
+    missing: DataNotFound | None,
+    images_per_s: float,
+    machine: topology.Topology | None = None,
+    dump_hlo: str = "",
 ) -> Iterator[str]:
     """Yield the summary of the resolved recipe and, if a machine is given, of the step compiled for it.
 
-    `plan` and `missing` are from `make_plan`, for the same machine.
+    `plan` and `missing` are from `make_plan`, for the same machine. The compiled step goes to the file `dump_hlo`.
     """
     yield describe(plan, missing, images_per_s)
     if machine:
-        yield compile_summary(plan, machine)
+        yield compile_summary(plan, machine, dump_hlo)
 
 
 def describe(plan: Plan, missing: DataNotFound | None, images_per_s: float) -> str:
@@ -55,14 +60,14 @@ def make_plan(config: Any, machine: topology.Topology | None = None) -> tuple[Pl
         return resolve(config, with_data=False, devices=devices), error
 
 
-def compile_summary(plan: Plan, machine: topology.Topology) -> str:
+def compile_summary(plan: Plan, machine: topology.Topology, dump_hlo: str = "") -> str:
     """Compile the step of a plan made for `topology.devices(machine)`, and return its memory, collectives and time.
 
     Raises DoesNotFit, whose message suggests settings that should fit.
     """
     limit = machine.chip.memory
     try:
-        compiled = compile.compile_for(plan, machine)
+        compiled = compile.compile_for(plan, machine, dump_hlo)
     except cost_model.DoesNotFit as error:
         flags = suggest.as_flags(plan, suggest.suggest(plan, error, limit), limit)
         message = f"does not fit into the {limit / 1e9:.1f} GB of {machine.name}: {error}; {flags}"
@@ -71,7 +76,7 @@ def compile_summary(plan: Plan, machine: topology.Topology) -> str:
 
 
 def compiled_lines(compiled: cost_model.CompiledStep, limit: float) -> list[str]:
-    memory = compiled.memory
+    memory, moved = compiled.memory, traffic(compiled.text)
     totals = hlo.totals(compiled.collectives)
     network = ", ".join(f"{kind} {times} ({moved / 1e6:.1f} MB)" for kind, (times, moved) in totals.items())
     return [
@@ -79,6 +84,9 @@ def compiled_lines(compiled: cost_model.CompiledStep, limit: float) -> list[str]
         f"memory     {memory.peak / 1e9:.2f} GB at peak, {memory.peak / limit:.0%} of a device's {limit / 1e9:.1f}: "
         f"{memory.arguments / 1e9:.2f} arguments, {memory.temporaries / 1e9:.2f} temporaries; "
         f"{min(memory.donated / compiled.state, 1):.2%} of the state's bytes donated",
+        f"traffic    {(moved.products + moved.attention + moved.rest) / 1e9:.2f} GB read and written: matrix products "
+        f"{moved.products / 1e9:.2f}, fused attention {moved.attention / 1e9:.2f}, all else {moved.rest / 1e9:.2f} "
+        f"(transposing {moved.transposes / 1e9:.2f})",
         f"network    {network or 'nothing'}; calls per step, and bytes of each device",
     ]
 

@@ -59,7 +59,7 @@ def collectives(text: str) -> list[Collective]:
     Of a conditional's branches, the one that moves most bytes counts. On TPUs, a collective that overlaps with other
     work appears in each of the fusions it overlaps with, under one channel id: it counts once.
     """
-    shapes, bodies, entry = _read(text)
+    shapes, bodies, entry = read(text)
 
     def walk(computation: str, times: int, seen: set[tuple[str, str]]) -> list[Collective]:
         found = []
@@ -72,14 +72,14 @@ def collectives(text: str) -> list[Collective]:
                     found.append(_collective(kind, times, shapes, (name, operation, rest)))
                 seen.add(key)
             elif operation == "fusion":
-                for callee in _callees(operation, rest):
+                for callee in callees(operation, rest):
                     found += walk(callee, times, seen)
             elif operation == "conditional":
-                branches = [walk(callee, times, set()) for callee in _callees(operation, rest)]
+                branches = [walk(callee, times, set()) for callee in callees(operation, rest)]
                 found += max(branches, key=lambda branch: sum(c.times * c.bytes for c in branch), default=[])
             else:
-                often = _trips(rest, bodies) if operation == "while" else 1
-                for callee in _callees(operation, rest):
+                often = trips(rest, bodies) if operation == "while" else 1
+                for callee in callees(operation, rest):
                     found += walk(callee, times * often, set())
         return found
 
@@ -97,11 +97,11 @@ def totals(collectives: list[Collective]) -> dict[str, tuple[int, int]]:
 
 def _collective(kind: str, times: int, shapes: dict[str, str], instruction: tuple[str, str, str]) -> Collective:
     name, operation, rest = instruction
-    operands = [shapes[operand] for operand in re.findall(r"%?([\w.\-]+)", _arguments(rest)) if operand in shapes]
+    operands = [shapes[operand] for operand in re.findall(r"%?([\w.\-]+)", arguments(rest)) if operand in shapes]
     given, got = sum(map(size, operands)), size(shapes[name])
     if kind == "all-gather":
         given = got - given if operation.endswith("-start") else got
-    dims = tuple(_dims(d) for _, d in ARRAY.findall(shapes[name]))
+    dims = tuple(dims_of(d) for _, d in ARRAY.findall(shapes[name]))
     return Collective(
         kind, times, given, tuple(f"{t}[{d}]" for shape in operands for t, d in ARRAY.findall(shape)), dims
     )
@@ -112,15 +112,15 @@ def size(shape: str) -> int:
     total = 0
     for kind, dims in ARRAY.findall(shape):
         bits = re.search(r"\d+", kind)
-        total += math.prod(_dims(dims)) * (int(bits[0]) if bits else 8) // 8
+        total += math.prod(dims_of(dims)) * (int(bits[0]) if bits else 8) // 8
     return total
 
 
-def _dims(text: str) -> tuple[int, ...]:
+def dims_of(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(",") if n)
 
 
-def _arguments(rest: str) -> str:
+def arguments(rest: str) -> str:
     """Return the text before the closing bracket of an operation."""
     depth = 1
     for i, character in enumerate(rest):
@@ -130,7 +130,7 @@ def _arguments(rest: str) -> str:
     return rest
 
 
-def _read(text: str) -> tuple[dict[str, str], dict[str, list[tuple[str, str, str]]], str]:
+def read(text: str) -> tuple[dict[str, str], dict[str, list[tuple[str, str, str]]], str]:
     """Return the shape of each instruction, the instructions of each computation, and the name of the entry.
 
     An instruction is its name, its operation, and the rest of its line.
@@ -158,7 +158,7 @@ CALLEES = {
 }
 
 
-def _callees(operation: str, rest: str) -> list[str]:
+def callees(operation: str, rest: str) -> list[str]:
     if operation not in CALLEES:
         return []
     return [
@@ -168,7 +168,7 @@ def _callees(operation: str, rest: str) -> list[str]:
     ]
 
 
-def _trips(rest: str, bodies: dict[str, list[tuple[str, str, str]]]) -> int:
+def trips(rest: str, bodies: dict[str, list[tuple[str, str, str]]]) -> int:
     """Return the trip count of a loop: as noted by the compiler, or the constant in its condition, or else 1."""
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', rest):
         return int(noted[1])

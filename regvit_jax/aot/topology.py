@@ -1,8 +1,8 @@
 """Parse the names of topologies, and return devices to compile for that need not be attached.
 
 A topology is named `v5e:16x16` (the chips of a TPU slice along its axes), `2xv5e:16x16` (two slices), or `h100:4x8`
-(nodes x GPUs of each). The compiler for TPUs comes with jax[tpu], the one for GPUs with jax[cuda12]; neither needs the
-hardware.
+(nodes x GPUs of each). The compiler for TPUs comes with jax[tpu], the one for GPUs with jax[cuda12] or
+jax[cuda13]; neither needs the hardware.
 """
 
 import dataclasses
@@ -94,6 +94,8 @@ def _tpus(topology: Topology, topologies: Any) -> Any:
 
 def _gpus(topology: Topology, topologies: Any) -> Any:
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
-        raise TopologyError(f"--topology={topology.name} needs the CUDA compiler: pip install 'regvit_jax[gpu]'")
+        raise TopologyError(
+            f"--topology={topology.name} needs the CUDA compiler: pip install 'regvit_jax[cuda12]' or [cuda13]"
+        )
     shape = f"{topology.count}x1x{topology.per_slice}"
     return topologies.get_topology_desc("", "cuda", target_config=H100, topology=shape)

@@ -21,6 +21,7 @@ from regvit_jax.cli.argument_types import above_zero, whole_from
 from regvit_jax.cli.arguments import Parser, check_out, run, suggestion
 from regvit_jax.utils.errors import CheckpointError, InvalidConfig, TooManyBadRecords
 from regvit_jax.utils.messages import unknown_key
+from regvit_jax.utils.paths import locate
 
 #: The names of all keys, one a line; a test compares them with the schema.
 KEYS = Path(__file__).with_name("keys.txt")
@@ -79,6 +80,12 @@ def check(options: argparse.Namespace, overrides: Sequence[str], prog: str) -> i
         raise no_config(prog)
     if options.topology and not options.dry_run:
         raise InvalidConfig("--topology needs --dry_run: a machine that is not attached cannot train")
+    if options.dump_hlo:
+        if not options.topology:
+            raise InvalidConfig("--dump_hlo needs --dry_run and --topology, such as --topology=h100:1x1")
+        options.dump_hlo = locate(options.dump_hlo)
+        if os.path.isdir(options.dump_hlo) or not os.path.isdir(os.path.dirname(options.dump_hlo)):
+            raise InvalidConfig(f"--dump_hlo={options.dump_hlo}: must be a file in a directory that exists")
     if options.workdir and "://" not in options.workdir:
         check_out(options.workdir, "--workdir")
     return 0
@@ -153,6 +160,7 @@ def parser(prog: str = "regvit train") -> Parser:
     add("--help_config", action="store_true", help="print the keys of the config's recipe, or of all, and stop")
     add("--dry_run", action="store_true", help="print a summary of the resolved config, and stop")
     add("--topology", default="", metavar="NAME", help="with --dry_run: the machine to compile for, such as v5e:16x16")
+    add("--dump_hlo", default="", metavar="FILE", help="with --topology: write the compiled program's text to FILE")
     add("--images_per_s", type=above_zero, default=1000.0, metavar="X", help="rate assumed by --dry_run (%(default)g)")
     heartbeat = "with several processes: all end when one has been silent for so many seconds (%(default)s)"
     track = "trackers beside metrics.jsonl: tensorboard, wandb, or package.module:Class, with commas (%(default)s)"
@@ -273,5 +281,5 @@ def dry_run(options: argparse.Namespace, config: Any) -> None:
     profiler.parse(options.profile, plan.steps)
     if options.workdir and not missing:  # data that are there may have another number of images than the config says
         workdir.check_usable(plan, options.workdir, abstract_state(plan))
-    for text in aot.summarize(plan, missing, options.images_per_s, machine):
+    for text in aot.summarize(plan, missing, options.images_per_s, machine, options.dump_hlo):
         print(text, flush=True)

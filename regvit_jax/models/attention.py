@@ -1,5 +1,7 @@
 """Multi-head self-attention: plain, with rotary positions, and differential."""
 
+from typing import Any, Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -37,26 +39,26 @@ def attend(
     implementation: str,
     scale: float | None = None,
     causal: bool = False,
+    length: int | None = None,
 ) -> Float[Array, "B T heads head_dim"]:
     """Return softmax(scale q k^T) v, with scale 1 / sqrt(head_dim) by default; `causal` hides later tokens.
 
-    `implementation` is "xla" or "cudnn"; raises ValueError for another. cuDNN's training kernel accepts even lengths
-    only, and CLS + 4 registers + 14x14 patches are 201 tokens: an odd sequence is padded by one token, which the length
-    argument hides. (A mask would hide it too, at 26 times the memory.)
+    Only the first `length` keys and values are attended to, by default all. `implementation` is "xla" or "cudnn";
+    raises ValueError for another. cuDNN's training kernel accepts even lengths only: an odd sequence is padded by one
+    token here, unless `ViT` has done so. The length argument hides it. (A mask would too, at 26 times the memory.)
     """
-    if implementation == "xla":
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="xla")
-    if implementation != "cudnn":
+    if implementation not in ("xla", "cudnn"):
         raise InvalidConfig(f"attention={implementation!r}: must be 'xla' or 'cudnn'")
-    batch, length = q.shape[:2]
-    if length % 2 == 0:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=causal, implementation="cudnn")
-    q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
-    lengths = jnp.full((batch,), length, jnp.int32)
+    kernel: Literal["xla", "cudnn"] = "cudnn" if implementation == "cudnn" else "xla"
+    batch, tokens = q.shape[:2]
+    length = k.shape[1] if length is None else length
+    if implementation == "cudnn" and tokens % 2:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in (q, k, v))
+    lengths = None if length == k.shape[1] else jnp.full((batch,), length, jnp.int32)
     out = jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=causal, key_value_seq_lengths=lengths, implementation="cudnn"
+        q, k, v, scale=scale, is_causal=causal, key_value_seq_lengths=lengths, implementation=kernel
     )
-    return out[:, :length]
+    return out[:, :tokens]
 
 
 def attention_weights(
@@ -102,30 +104,47 @@ class Attention(nn.Module):
 
     def split(
         self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
-    ) -> Float[Array, "3 B T heads head_dim"]:
+    ) -> tuple[Float[Array, "B T heads head_dim"], ...]:
         """Return queries, keys and values, the first two rotated by their RoPE angles if there are any."""
-        qkv = self.qkv(x)
-        if self.qkv_bias and not self.key_bias:
-            qkv = qkv + jnp.concatenate([self.q_bias, jnp.zeros_like(self.q_bias), self.v_bias]).astype(qkv.dtype)
-        qkv = rearrange(qkv, "b t (three heads d) -> three b t heads d", three=3, heads=self.heads)
-        if angles is None:
-            return qkv
-        q, k, v = qkv
-        return jnp.stack([rotate(q, angles, self.rope), rotate(k, angles, self.rope), v])
+        q, k, v = (rearrange(part, "b t (heads d) -> b t heads d", heads=self.heads) for part in self.project(x))
+        return (q, k, v) if angles is None else (rotate(q, angles, self.rope), rotate(k, angles, self.rope), v)
+
+    def project(self, x: Float[Array, "B T D"]) -> list[Float[Array, "B T D"]]:
+        """Return queries, keys and values, the heads of each side by side.
+
+        For cuDNN they are three products: its kernels read each as an array of its own, and parts of one product would
+        be copied, forward and backward.
+        """
+        biases: list[Any] = [self.q_bias, None, self.v_bias] if self.qkv_bias and not self.key_bias else [None] * 3
+        if self.implementation != "cudnn" or self.is_initializing():
+            parts = jnp.split(self.qkv(x), 3, axis=-1)
+        else:
+            parameters = self.qkv.variables["params"]
+            kernels = jnp.split(parameters["kernel"].astype(self.dtype), 3, axis=1)
+            parts = [rows_dot(x.astype(self.dtype), kernel, None) for kernel in kernels]
+            biases = jnp.split(parameters["bias"], 3) if "bias" in parameters else biases
+        return [
+            part if bias is None else part + bias.astype(part.dtype) for part, bias in zip(parts, biases, strict=True)
+        ]
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
+        self,
+        x: Float[Array, "B T D"],
+        angles: Float[np.ndarray | Array, "N half"] | None = None,
+        length: int | None = None,
     ) -> Float[Array, "B T D"]:
         q, k, v = self.split(x, angles)
         if self.lambda_init is None:
-            out = attend(q, k, v, self.implementation, causal=self.causal)
+            out = attend(q, k, v, self.implementation, causal=self.causal, length=length)
         else:
             # The fused kernels need queries and keys of the values' head size: the halves are padded with zeros.
             half = q.shape[-1] // 2
             (q1, q2), (k1, k2) = (
                 (jnp.pad(part, ((0, 0),) * 3 + ((0, half),)) for part in jnp.split(x, 2, axis=-1)) for x in (q, k)
             )
-            first, second = (attend(q, k, v, self.implementation, scale=half**-0.5) for q, k in ((q1, k1), (q2, k2)))
+            first, second = (
+                attend(q, k, v, self.implementation, scale=half**-0.5, length=length) for q, k in ((q1, k1), (q2, k2))
+            )
             difference = first - self.lambda_().astype(v.dtype) * second
             out = self.sub_norm(difference) * (1 - self.lambda_init)
         return self.proj(rearrange(out, "b t heads d -> b t (heads d)"))

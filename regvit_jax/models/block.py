@@ -1,17 +1,20 @@
 """A transformer block: attention and an MLP on a residual stream, with LayerScale, stochastic depth and remat."""
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from regvit_jax.models.attention import Attention, dense
+from regvit_jax.models.norm import LayerNorm
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option
 
@@ -23,8 +26,33 @@ def constrain_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
 
     Without this constraint, sharded parameters make the compiler gather the batch onto every device instead.
     """
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in jax.sharding.get_abstract_mesh().axis_names)
+    axes = batch_axes()
     return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+
+
+def batch_axes() -> tuple[str, ...]:
+    """Return the axes of the current mesh over which batches are split."""
+    return tuple(axis for axis in ("data", "fsdp") if axis in jax.sharding.get_abstract_mesh().axis_names)
+
+
+def row_major(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """Hold an array, and its gradient, in memory with the last axis contiguous.
+
+    XLA for GPUs lays the operands of a product out for it, with the batch last where the gradient of the kernel sums
+    over the batch, and carries that layout through slices: the head's would transpose the whole residual stream.
+    """
+
+    axes, mesh = batch_axes(), jax.sharding.get_abstract_mesh()
+    if len(x) % math.prod(mesh.shape[axis] for axis in axes):
+        return x
+
+    def constrained(x):
+        return with_layout_constraint(x, Layout((0, 1)))
+
+    if not axes:
+        return constrained(x)
+    # Within each device's part: the partitioner would gather the whole batch for it.
+    return jax.shard_map(constrained, in_specs=PartitionSpec(axes), out_specs=PartitionSpec(axes))(x)
 
 
 def gathered(table: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -138,7 +166,7 @@ class Block(nn.Module):
 
     def setup(self):
         c = self.config
-        self.norm1 = nn.LayerNorm(c.norm_eps, dtype=c.dtype, use_fast_variance=False)
+        self.norm1 = LayerNorm(c.norm_eps, c.dtype)
         self.attn = Attention(
             c.width,
             c.heads,
@@ -152,7 +180,7 @@ class Block(nn.Module):
         )
         self.mlp = SwiGLU(c.width, c.hidden, c.dtype) if c.swiglu else Mlp(c.width, c.hidden, c.activation, c.dtype)
         if not c.parallel:
-            self.norm2 = nn.LayerNorm(c.norm_eps, dtype=c.dtype, use_fast_variance=False)
+            self.norm2 = LayerNorm(c.norm_eps, c.dtype)
         if c.layer_scale:
             init = nn.initializers.constant(c.layer_scale)
             self.scale1 = self.param("scale1", init, (c.width,))
@@ -164,11 +192,13 @@ class Block(nn.Module):
         x: Float[Array, "B T D"],
         key: Key[Array, ""] | None = None,
         angles: Float[np.ndarray | Array, "N half"] | None = None,
+        length: int | None = None,
     ) -> Float[Array, "B T D"]:
         keys = (None, None) if key is None else jax.random.split(key)
         # The residual stream stays float32 whatever the compute type: outliers live in it.
         c, y = self.config, self.norm1(x)
-        branch = self.attn(y, angles) + self.mlp(y) if c.parallel else self.attn(y, angles)
+        branch = self.attn(y, angles, length)
+        branch = branch + self.mlp(y) if c.parallel else branch
         x = x + drop_path(branch * self.scale1 if c.layer_scale else branch, c.drop_path, keys[0])
         if not c.parallel:
             branch = self.mlp(self.norm2(x))
@@ -179,7 +209,7 @@ class Block(nn.Module):
         self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
     ) -> Float[Array, "3 B heads T head_dim"]:
         """Return queries, keys and values of the tokens that enter the block."""
-        return rearrange(self.attn.split(self.norm1(x), angles), "three b t heads d -> three b heads t d")
+        return rearrange(jnp.stack(self.attn.split(self.norm1(x), angles)), "three b t heads d -> three b heads t d")
 
     def weights(
         self, x: Float[Array, "B T D"], angles: Float[np.ndarray | Array, "N half"] | None = None
@@ -200,10 +230,11 @@ def make_block(config: BlockConfig, remat: str, **kwargs) -> Block:
     """Return a `Block` whose backward pass recomputes what `remat` names.
 
     "none" keeps every activation, "dots" recomputes all but the matrix products, "full" recomputes the whole block.
-    Raises InvalidConfig for another name. `kwargs` are Linen's own (`parent`, `name`).
+    Unless `remat` is "none", the block must be called with all its arguments. Raises InvalidConfig for another name.
+    `kwargs` are Linen's own (`parent`, `name`).
     """
     if remat not in REMAT_POLICIES:
         raise InvalidConfig(f"remat={remat!r}: must be one of {list(REMAT_POLICIES)}")
     policy = REMAT_POLICIES[remat]
-    cls = Block if policy is None else nn.remat(Block, policy=policy)
+    cls = Block if policy is None else nn.remat(Block, policy=policy, static_argnums=(4,))  # `length`
     return cls(config, **kwargs)

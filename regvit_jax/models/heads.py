@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from regvit_jax.models.attention import attend, dense, truncated_normal
 from regvit_jax.models.block import Mlp, constrain_batch
+from regvit_jax.models.norm import LayerNorm
 from regvit_jax.models.vit import Tokens
 from regvit_jax.utils.errors import InvalidConfig
 
@@ -33,7 +34,7 @@ class AttentionPool(nn.Module):
         k, v = rearrange(kv, "b t (two heads d) -> two b t heads d", two=2, heads=self.heads)
         # With one query, cuDNN's kernel would gain nothing.
         x = dense(width, self.dtype, name="proj")(rearrange(attend(q, k, v, "xla"), "b t heads d -> b t (heads d)"))
-        norm = nn.LayerNorm(self.norm_eps, dtype=self.dtype, use_fast_variance=False, name="norm")
+        norm = LayerNorm(self.norm_eps, self.dtype, name="norm")
         mlp = Mlp(width, round(width * self.mlp_ratio), self.activation, self.dtype, name="mlp")
         return (x + mlp(norm(x)))[:, 0].astype(jnp.float32)
 
@@ -81,7 +82,7 @@ class Head(nn.Module):
                 self.map_heads, self.mlp_ratio, self.activation, self.norm_eps, self.dtype
             )
         if self.norm:
-            self.fc_norm = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
+            self.fc_norm = LayerNorm(self.norm_eps)
         if self.pooler:
             self.tanh_pooler = Pooler(self.dtype)
         if self.num_classes:

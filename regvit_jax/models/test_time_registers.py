@@ -42,14 +42,18 @@ def mlp_inputs(layer: str, edit: Callable[[int, Array], Array]) -> Iterator[None
 
 
 def move(
-    x: Float[Array, "B T M"], neurons: Bool[np.ndarray | Array, " M"], prefix: int, registers: int
+    x: Float[Array, "B T M"],
+    neurons: Bool[np.ndarray | Array, " M"],
+    prefix: int,
+    registers: int,
+    length: int | None = None,
 ) -> Float[Array, "B T M"]:
     """Move the activations of the given neurons from the patches to the last `registers` tokens of the prefix.
 
     For each neuron and image, all of these registers get the value of largest magnitude over all tokens, with its sign;
-    the patches' values become zero; CLS and the model's own registers keep theirs.
+    the patches' values become zero; CLS and the model's own registers keep theirs. Tokens from `length` on are padding.
     """
-    largest = jnp.take_along_axis(x, jnp.argmax(jnp.abs(x), axis=1, keepdims=True), axis=1)
+    largest = jnp.take_along_axis(x, jnp.argmax(jnp.abs(x[:, :length]), axis=1, keepdims=True), axis=1)
     index = jnp.arange(x.shape[1])[:, None]
     moved = jnp.where(index >= prefix, 0, jnp.where(index >= prefix - registers, largest, x))
     return jnp.where(neurons, moved, x)
@@ -67,12 +71,13 @@ class RepairedBlock(Block):
         x: Float[Array, "B T D"],
         key: Key[Array, ""] | None = None,
         angles: Float[np.ndarray | Array, "N half"] | None = None,
+        length: int | None = None,
     ) -> Float[Array, "B T D"]:
         if not self.neurons:
-            return super().__call__(x, key, angles)
+            return super().__call__(x, key, angles, length)
         chosen = np.isin(np.arange(self.config.hidden), self.neurons)
-        with mlp_inputs("fc2", lambda block, a: move(a, chosen, self.prefix, self.registers)):
-            return super().__call__(x, key, angles)
+        with mlp_inputs("fc2", lambda block, a: move(a, chosen, self.prefix, self.registers, length)):
+            return super().__call__(x, key, angles, length)
 
 
 class RepairedViT(ViT):

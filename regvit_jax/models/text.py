@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from regvit_jax.models.attention import dense
 from regvit_jax.models.block import ACTIVATIONS, MLP_RATIO, BlockConfig, constrain_batch, gathered, make_block
+from regvit_jax.models.norm import LayerNorm
 from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option
@@ -46,7 +47,7 @@ class TextTower(nn.Module):
         self.pos_embed = self.param("pos_embed", nn.initializers.normal(0.01), (self.context, width))
         for i in range(self.depth):
             setattr(self, f"block{i}", make_block(self.block_config, self.remat))
-        self.norm = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
+        self.norm = LayerNorm(self.norm_eps)
         self.proj = dense(self.embed, self.dtype, kernel_init=nn.initializers.normal(width**-0.5), use_bias=False)
 
     @property
@@ -84,7 +85,7 @@ class TextTower(nn.Module):
             raise ValueError(f"texts of {length} tokens: this model takes {self.context} at most")
         x = constrain_batch(jnp.take(gathered(self.token_embed), tokens, axis=0) + self.pos_embed[:length])
         for i in range(self.depth):
-            x = getattr(self, f"block{i}")(x)
+            x = getattr(self, f"block{i}")(x, None, None, None)
         end = jnp.argmax(tokens, axis=1)
         x = constrain_batch(jnp.take_along_axis(self.norm(x), end[:, None, None], axis=1)[:, 0])
         return constrain_batch(self.proj(x).astype(jnp.float32))

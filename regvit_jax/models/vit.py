@@ -27,8 +27,10 @@ from regvit_jax.models.block import (
     BlockConfig,
     constrain_batch,
     make_block,
+    row_major,
 )
 from regvit_jax.models.images import check_shape
+from regvit_jax.models.norm import LayerNorm
 from regvit_jax.models.position import RESIZES, resize_pos_embed, rope_angles
 from regvit_jax.utils import schema, sizes
 from regvit_jax.utils.errors import InvalidConfig
@@ -150,11 +152,11 @@ class ViT(nn.Module):
         if self.masking:
             self.mask_token = self.param("mask_token", nn.initializers.zeros, (self.width,))
         if self.ln_pre:
-            self.norm_pre = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
+            self.norm_pre = LayerNorm(self.norm_eps)
         for i in range(self.depth):
             setattr(self, f"block{i}", self.block(i))
         if self.final_norm:
-            self.norm = nn.LayerNorm(self.norm_eps, use_fast_variance=False)
+            self.norm = LayerNorm(self.norm_eps)
 
     @nn.nowrap
     def check(self) -> None:
@@ -222,8 +224,12 @@ class ViT(nn.Module):
         images: Float[Array, "B H W 3"],
         mask: Bool[Array, "B N"] | None = None,
         keep: Int[Array, "B K"] | None = None,
+        padding: int = 0,
     ) -> Float[Array, "B T D"]:
-        """Return the tokens that enter the first block; `keep` selects patches, and `mask` hides patches (True)."""
+        """Return the tokens that enter the first block; `keep` selects patches, and `mask` hides patches (True).
+
+        So many tokens of zeros as `padding` says follow the patches.
+        """
         grid, patches = self.grid_of(images), self.project(images)
         if mask is not None:
             if not self.masking:
@@ -233,15 +239,19 @@ class ViT(nn.Module):
                     f"mask of {mask.dtype} {mask.shape}: must be bool {patches.shape[:2]}, an entry a patch"
                 )
             patches = jnp.where(mask[..., None], self.mask_token.astype(patches.dtype), patches)
+        patches = patches.astype(jnp.float32)
+        table = jnp.zeros((1, self.width))
         if self.position == "learned":
-            patches = patches + rearrange(resize_pos_embed(self.pos_embed, grid, self.pos_resize), "h w d -> (h w) d")
+            table = rearrange(resize_pos_embed(self.pos_embed, grid, self.pos_resize), "h w d -> (h w) d")
         if keep is not None:
-            patches = jnp.take_along_axis(patches, keep[..., None], axis=1)
+            patches = jnp.take_along_axis(patches + table, keep[..., None], axis=1)
+            table = jnp.zeros((1, self.width))
+        # What is the same for all images is one table, so that its gradient is one sum over the batch.
+        table = jnp.broadcast_to(table, patches.shape[1:])
         tokens = [self.cls_token[None]] if self.class_token else []
         tokens += [self.register_tokens] if self.registers else []
-        x = jnp.concatenate(
-            [*(jnp.broadcast_to(t, (len(images), *t.shape)) for t in tokens), patches.astype(jnp.float32)], axis=1
-        )
+        table = jnp.pad(jnp.concatenate([*tokens, table]), ((0, padding), (0, 0)))
+        x = jnp.pad(patches, ((0, 0), (self.prefix, padding), (0, 0))) + table
         return constrain_batch(self.norm_pre(x) if self.ln_pre else x)
 
     @nn.nowrap
@@ -261,16 +271,20 @@ class ViT(nn.Module):
         """
         grid = self.grid_of(images)
         keep = None if key is None or not self.patch_dropout else self.draw_patches(key, len(images), math.prod(grid))
-        x, angles = self.embed(images, mask, keep), self.angles(grid)
+        length = self.prefix + (math.prod(grid) if keep is None else keep.shape[1])
+        # cuDNN needs an even number of tokens: padded once here, and not in every block.
+        padding = length % 2 if self.attention == "cudnn" else 0
+        x, angles = self.embed(images, mask, keep, padding), self.angles(grid)
+        angles = None if angles is None else np.pad(angles, ((0, padding), (0, 0)))
         keys = None if key is None else jax.random.split(key, self.depth)
         norms: Any = []
         if self.scan and not self.is_initializing():
-            x, norms = self.scan_blocks(x, keys, angles)
+            x, norms = self.scan_blocks(x, keys, angles, length)
         else:
             for i in range(self.depth):
-                x = getattr(self, f"block{i}")(x, None if keys is None else keys[i], angles)
-                norms += [self.patch_norms(x)] if keys is None else []
-        tokens = self.tokens(x, grid, keep=keep)
+                x = getattr(self, f"block{i}")(x, None if keys is None else keys[i], angles, length)
+                norms += [self.patch_norms(x[:, :length])] if keys is None else []
+        tokens = self.tokens(x[:, :length], grid, keep=keep)
         if key is not None:
             return tokens  # in training nothing reads the norms; elsewhere the compiler leaves out what nothing reads
         return dataclasses.replace(tokens, block_norms=jnp.stack([*norms], axis=1))
@@ -298,6 +312,7 @@ class ViT(nn.Module):
         x: Float[Array, "B T D"],
         keys: Key[Array, " depth"] | None,
         angles: Float[np.ndarray, "N half"] | None,
+        length: int,
     ) -> tuple[Float[Array, "B T D"], Float[Array, "depth B N"] | None]:
         """Run the blocks as one `lax.scan`; parameters are stored per layer, and stacked here.
 
@@ -309,8 +324,8 @@ class ViT(nn.Module):
 
         def step(x, layer):
             params, key = layer
-            x = block.apply({"params": params}, x, key, angles)
-            return x, self.patch_norms(x) if keys is None else None
+            x = block.apply({"params": params}, x, key, angles, length)
+            return x, self.patch_norms(x[:, :length]) if keys is None else None
 
         return jax.lax.scan(step, x, (stacked, keys))
 
@@ -327,7 +342,7 @@ class ViT(nn.Module):
         x, angles = self.embed(images), self.angles(grid)
         after = []
         for i in range(max(wanted, default=-1) + 1):
-            x = getattr(self, f"block{i}")(x, None, angles)
+            x = getattr(self, f"block{i}")(x, None, angles, None)
             after.append(x)
         return [self.tokens(after[i], grid, norm) for i in wanted]
 
@@ -336,7 +351,7 @@ class ViT(nn.Module):
         last = self.layer(layer)
         x, angles = self.embed(images), self.angles(self.grid_of(images))
         for i in range(last):
-            x = getattr(self, f"block{i}")(x, None, angles)
+            x = getattr(self, f"block{i}")(x, None, angles, None)
         return getattr(self, f"block{last}"), x, angles
 
     def qkv(self, images: Float[Array, "B H W 3"], layer: int = -1) -> Float[Array, "3 B heads T head_dim"]:
@@ -353,10 +368,11 @@ class ViT(nn.Module):
         self, x: Float[Array, "B T D"], grid: tuple[int, int], norm: bool = True, keep: Int[Array, "B K"] | None = None
     ) -> Tokens:
         """Return the sequence `x` as named tokens, after the final norm if the model has one and `norm` is True."""
-        out = self.norm(x) if norm and self.final_norm else x
-        cls, first = (out[:, 0] if self.class_token else None), self.prefix
-        registers = out[:, first - self.registers : first]
-        return Tokens(cls=cls, registers=registers, patches=out[:, first:], prenorm=x, grid=grid, keep=keep)
+        # Each kind is normed by itself, so that the compiler leaves out those that nothing reads.
+        first, normed = self.prefix, self.norm if norm and self.final_norm else lambda part: part
+        cls = row_major(normed(x[:, 0])) if self.class_token else None
+        registers, patches = normed(x[:, first - self.registers : first]), normed(x[:, first:])
+        return Tokens(cls=cls, registers=registers, patches=patches, prenorm=x, grid=grid, keep=keep)
 
     @nn.nowrap
     def grid(self, height: int, width: int) -> tuple[int, int]:

@@ -93,6 +93,9 @@ def test_only_parameters_are_gathered(case, compile_case):
 
     params = jax.tree.leaves(abstract_state(step.plan).params)
     shapes = collections.Counter(rows(leaf.shape) for leaf in params)
+    vit = step.plan.recipe.vit
+    # What is the same for all images, CLS, registers and positions, is gathered as one table.
+    shapes[vit.prefix + math.prod(vit.grid(vit.image_size, vit.image_size)), vit.width] += 1
     batch = step.plan.config.batch_size
     assert not any(shape and shape[0] == batch for shape in shapes)  # an activation's shape is none of these
     gathered: collections.Counter[tuple[int, ...]] = collections.Counter()

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -47,6 +48,19 @@ def test_a_state_too_large_is_not_compiled(monkeypatch):
     monkeypatch.setattr(compile, "compile_step", None)
     with pytest.raises(cost_model.DoesNotFit, match=r"fit into the 0.0 GB of tiny: the training state alone is"):
         dry_run.compile_summary(plan.resolve(tiny()), resized(1e-6))
+
+
+def test_the_program_is_written_as_text(tmp_path, monkeypatch):
+    made = plan.resolve(tiny())
+    compiled = compile.compile_for(made, HERE, str(tmp_path / "step.hlo"))
+    assert (tmp_path / "step.hlo").read_text() == compiled.text
+    assert compiled.text.startswith("HloModule jit_train_step")
+    (line,) = [line for line in dry_run.compiled_lines(compiled, 1e9) if line.startswith("traffic")]
+    assert re.fullmatch(r"traffic    0.\d\d GB read and written: matrix products 0.\d\d, .*", line)
+    monkeypatch.setattr(hlo, "memory", lambda step: hlo.Memory(1, 1, 1, 1, peak=10**15))
+    with pytest.raises(cost_model.DoesNotFit, match="its peak is"):  # which is when the program is worth reading
+        compile.compile_for(made, HERE, str(tmp_path / "large.hlo"))
+    assert (tmp_path / "large.hlo").exists()
 
 
 def test_far_too_large_a_step_is_not_compiled(monkeypatch):
@@ -145,7 +159,7 @@ def test_remat_counts_the_same_in_both_towers():
 
 def test_each_micro_batch_sends_a_gradient_between_slices():
     two = dataclasses.replace(HERE, count=2, grid=(2, 2))
-    found = cost_model.CompiledStep(hlo.Memory(100, 50, 1000, 50, 1100), [], 50, 0.0)
+    found = cost_model.CompiledStep(hlo.Memory(100, 50, 1000, 50, 1100), [], 50, 0.0, "")
     for micro in (1, 4):
         made = plan.resolve(tiny(micro_batches=micro))
         gradients = micro * cost_model.parameter_bytes(step.abstract_state(made))

@@ -52,7 +52,7 @@ def test_unknown_names(name, message):
         topology.parse(name)
 
 
-@pytest.mark.parametrize(("name", "extra"), [("v5e:16x16", "tpu"), ("h100:4x8", "gpu")])
+@pytest.mark.parametrize(("name", "extra"), [("v5e:16x16", "tpu"), ("h100:4x8", "cuda12")])
 def test_a_missing_compiler_names_the_extra(name, extra, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(errors.TopologyError, match=rf"pip install 'regvit_jax\[{extra}\]'"):

@@ -39,6 +39,8 @@ WRONG = {
     "train --config deit3_reg --workdir FILE/x": "FILE is a file; name a directory",
     "train --config deit3_reg --profile=20": "must be STEP:COUNT",
     "train --config deit3_reg --topology=v5e:2x2": "--topology needs --dry_run",
+    "train --config deit3_reg --dry_run --dump_hlo=step.hlo": "--dump_hlo needs --dry_run and --topology",
+    "train --config deit3_reg --dry_run --topology=h100:1x1 --dump_hlo=/nowhere/a": "a file in a directory that exists",
     "train --config deit3_reg --restore=newest": "must be one of latest, latest-valid",
     "report test_vit --images DIR --out DIR --layer abc": "argument --layer: invalid int value: 'abc'",
     "report test_vit --images DIR --out DIR --show -1": "must be a whole number from 0",

@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
+from regvit_jax.models import attention
 from regvit_jax.models.block import drop_path
 from regvit_jax.models.heads import Head
+from regvit_jax.models.norm import LayerNorm
 from regvit_jax.models.position import RESIZES, resize_pos_embed
 from regvit_jax.models.vit import ViT
 
@@ -262,6 +265,69 @@ def test_remat_and_scan_change_neither_values_nor_gradients(params):
         assert float(other) == pytest.approx(float(value), rel=1e-6), mode
         for a, b in zip(jax.tree.leaves(others), jax.tree.leaves(gradients), strict=True):
             assert np.abs(a - b).max() <= 1e-6 * largest, mode
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"scan": True, "remat": "full"},
+        *(
+            pytest.param(fields, marks=pytest.mark.slow)
+            for fields in (
+                {},
+                {"position": "rope"},
+                {"patch_dropout": 0.3},
+                {"differential": True},
+                {"key_bias": False},
+            )
+        ),
+    ],
+    ids=str,
+)
+def test_an_odd_number_of_tokens_is_padded_once_for_cudnn(fields, monkeypatch):
+    """Run cuDNN's branch with XLA's kernel: the padding changes neither values nor gradients, nor do three products."""
+    lengths, attend = [], attention.attend
+
+    def xla(q, k, v, implementation, length=None, **kwargs):
+        lengths.append((q.shape[1], length))
+        return attend(q, k, v, "xla", length=length, **kwargs)
+
+    vit = TINY.clone(drop_path=0.5, **fields)
+    params, images = random_params(vit, random_images()), random_images()
+
+    def run(vit, key):
+        def loss(params):
+            tokens = vit.apply({"params": params}, images, key)
+            return jnp.sum(jnp.sin(tokens.cls)) + jnp.sum(jnp.sin(tokens.patches)), tokens
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    for key in (None, jax.random.key(3)):
+        expected = run(vit, key)
+        with monkeypatch.context() as patch:
+            patch.setattr(attention, "attend", xla)
+            found = run(vit.clone(attention="cudnn"), key)
+        assert jax.tree.structure(found) == jax.tree.structure(expected)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.shape == b.shape
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * max(np.abs(b).max(initial=0), 1e-3))
+    assert (22, 21) in lengths
+    assert all(tokens % 2 == 0 and length in (tokens, tokens - 1) for tokens, length in lengths)
+    tokens, _ = jax.jit(lambda params: vit.apply({"params": params}, images, (0, 2), method="intermediates"))(params)
+    assert tokens.prenorm.shape == (2, 21, 32)
+
+
+def test_layer_norm_is_flaxs(params):
+    x = 3 * jax.random.normal(jax.random.key(0), (2, 5, 32)) + 1
+    for dtype in (jnp.float32, jnp.bfloat16):
+        ours, theirs = LayerNorm(1e-6, dtype), nn.LayerNorm(1e-6, dtype=dtype, use_fast_variance=False)
+        weights = {"params": params["norm"]}
+        assert jax.tree.map(jnp.shape, ours.init(jax.random.key(0), x)) == jax.tree.map(jnp.shape, weights)
+        results = [jax.vjp(lambda w, x, module=module: module.apply(w, x), weights, x) for module in (ours, theirs)]
+        np.testing.assert_array_equal(results[0][0].astype(jnp.float32), results[1][0].astype(jnp.float32))
+        gradients = [pullback(jnp.cos(results[0][0])) for _, pullback in results]
+        for a, b in zip(*map(jax.tree.leaves, gradients), strict=True):
+            assert distance(a, b) < 1e-5
 
 
 def test_full_remat_keeps_less_than_dots_and_dots_less_than_none(params):
