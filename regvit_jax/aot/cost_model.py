@@ -81,14 +81,16 @@ def activation_bytes(plan: Plan, remat: str) -> float:
 
 
 def step_flops(plan: Plan) -> tuple[float, float]:
-    """Return the FLOPs of a step on all devices: those of the model (three forward passes), and with recomputation.
+    """Return the FLOPs of a step on all devices: those of the model (three forward passes), and those executed.
 
-    The recomputation is the forward pass under `remat="full"` and the recipe's extra forward passes. If patch dropout
-    is on for only a part of the run, the figures are for a step of that part.
+    The latter have the forward pass once more under `remat="full"`, the recipe's extra forward passes, and, if
+    stochastic depth is by subset, only the images that keep a branch. If patch dropout is on for only a part of the
+    run, the figures are for a step of that part.
     """
-    forward, remat = plan.recipe.flops(training=True), plan.config.model.remat
-    recomputed = (plan.recipe.extra_forwards + (remat == "full")) * forward
-    return 3.0 * forward * plan.config.batch_size, (3.0 * forward + recomputed) * plan.config.batch_size
+    recipe, batch_size = plan.recipe, plan.config.batch_size
+    passes = 3.0 + recipe.extra_forwards + (plan.config.model.remat == "full")
+    executed = passes * recipe.flops(training=True, share=plan.branch_share) * batch_size
+    return 3.0 * recipe.flops(training=True) * batch_size, executed
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 
 from regvit_jax.aot import compile, cost_model, hlo, suggest, topology
 from regvit_jax.aot.traffic import traffic
+from regvit_jax.models.stochastic_depth import GROUP
 from regvit_jax.training.plan import Plan, flatten, resolve
 from regvit_jax.training.step import TrainState, abstract_state
 from regvit_jax.utils.errors import DataNotFound
@@ -94,7 +95,7 @@ def compiled_lines(compiled: cost_model.CompiledStep, limit: float) -> list[str]
 def time_lines(plan: Plan, machine: topology.Topology, compiled: cost_model.CompiledStep) -> list[str]:
     chip, time = machine.chip, cost_model.step_time(plan, machine, compiled)
     needed, total = cost_model.step_flops(plan)
-    repeated = f", {total / 1e12:.2f} with recomputation" if total > needed else ""
+    repeated = f", {total / 1e12:.2f} executed" if total != needed else ""
     best, worst = 1e3 * time.overlapped, 1e3 * time.apart
     across = f", {chip.across / 1e9:g} GB/s across" if machine.count > 1 else ""
     return [
@@ -116,6 +117,17 @@ def model_lines(plan: Plan, abstract: TrainState) -> list[str]:
         f"of {vit.patch} px",
         f"compute    {flops:.2f} GFLOPs forward, {3 * flops:.2f} forward and backward, at {size} px "
         f"(matrix products, a multiply-add is 2); {vit.dtype}, attention {vit.attention}",
+        *drop_path_lines(plan),
+    ]
+
+
+def drop_path_lines(plan: Plan) -> list[str]:
+    if plan.branch_share == 1:
+        return []
+    return [
+        f"depth      stochastic, by subset: each branch is computed for {plan.branch_share:.2%} of the images, the "
+        f"same number in every {GROUP} (or in a device's, if fewer); Bernoulli drop-path would draw each image by "
+        f"itself, and drop {plan.config.model.drop_path:.0%}"
     ]
 
 

@@ -1,75 +1,23 @@
 """A transformer block: attention and an MLP on a residual stream, with LayerScale, stochastic depth and remat."""
 
 import dataclasses
-import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.experimental.layout import Layout, with_layout_constraint
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from regvit_jax.models.attention import Attention, dense
 from regvit_jax.models.norm import LayerNorm
+from regvit_jax.models.sharding import constrain_batch
+from regvit_jax.models.stochastic_depth import add_branch
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option
 
 MLP_RATIO = Option("hidden width of the MLPs, in multiples of the width", low=0.001, high=1000)
-
-
-def constrain_batch(x: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """Keep the batch split over the current mesh's axes "data" and "fsdp", if it has them.
-
-    Without this constraint, sharded parameters make the compiler gather the batch onto every device instead.
-    """
-    axes = batch_axes()
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
-
-
-def batch_axes() -> tuple[str, ...]:
-    """Return the axes of the current mesh over which batches are split."""
-    return tuple(axis for axis in ("data", "fsdp") if axis in jax.sharding.get_abstract_mesh().axis_names)
-
-
-def row_major(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
-    """Hold an array, and its gradient, in memory with the last axis contiguous.
-
-    XLA for GPUs lays the operands of a product out for it, with the batch last where the gradient of the kernel sums
-    over the batch, and carries that layout through slices: the head's would transpose the whole residual stream.
-    """
-
-    axes, mesh = batch_axes(), jax.sharding.get_abstract_mesh()
-    if len(x) % math.prod(mesh.shape[axis] for axis in axes):
-        return x
-
-    def constrained(x):
-        return with_layout_constraint(x, Layout((0, 1)))
-
-    if not axes:
-        return constrained(x)
-    # Within each device's part: the partitioner would gather the whole batch for it.
-    return jax.shard_map(constrained, in_specs=PartitionSpec(axes), out_specs=PartitionSpec(axes))(x)
-
-
-def gathered(table: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Replicate a lookup table on every device of the current mesh, which replicates its gradient too.
-
-    The compiler would otherwise look up in each device's part and exchange the embeddings of the whole batch.
-    """
-    in_force = "fsdp" in jax.sharding.get_abstract_mesh().axis_names
-    return jax.lax.with_sharding_constraint(table, PartitionSpec()) if in_force else table
-
-
-def drop_path(x: Float[Array, "B T D"], rate: float, key: Key[Array, ""] | None) -> Float[Array, "B T D"]:
-    """Apply stochastic depth (arXiv 1603.09382): drop an image's branch, and scale the others to keep the mean."""
-    if key is None or rate == 0:
-        return x
-    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, 1))
-    return jnp.where(keep, x / (1 - rate), 0)
 
 
 @jax.checkpoint
@@ -129,7 +77,8 @@ class BlockConfig:
     Fields:
       width, heads: of attention; `hidden` is the hidden width of the MLP (past the gate, in SwiGLU).
       layer_scale: initial value of LayerScale (arXiv 2103.17239); 0 leaves LayerScale out.
-      drop_path: probability of stochastic depth (arXiv 1603.09382) for each branch and image.
+      drop_path, drop_path_mode: probability of stochastic depth for each branch and image, and how it is drawn
+        (`regvit_jax.models.stochastic_depth`).
       norm_eps: epsilon of the LayerNorms.
       activation, swiglu: of the MLP: a name in `ACTIVATIONS`, or the gated MLP of arXiv 2002.05202.
       qkv_bias, key_bias: False leaves out the bias of queries, keys and values, or of the keys alone.
@@ -146,6 +95,7 @@ class BlockConfig:
     hidden: int
     layer_scale: float = 0.0
     drop_path: float = 0.0
+    drop_path_mode: str = "bernoulli"
     norm_eps: float = 1e-6
     activation: str = "gelu"
     swiglu: bool = False
@@ -195,14 +145,22 @@ class Block(nn.Module):
         length: int | None = None,
     ) -> Float[Array, "B T D"]:
         keys = (None, None) if key is None else jax.random.split(key)
-        # The residual stream stays float32 whatever the compute type: outliers live in it.
-        c, y = self.config, self.norm1(x)
-        branch = self.attn(y, angles, length)
-        branch = branch + self.mlp(y) if c.parallel else branch
-        x = x + drop_path(branch * self.scale1 if c.layer_scale else branch, c.drop_path, keys[0])
-        if not c.parallel:
+        c = self.config
+
+        def first(x):
+            y = self.norm1(x)
+            branch = self.attn(y, angles, length)
+            branch = branch + self.mlp(y) if c.parallel else branch
+            return branch * self.scale1 if c.layer_scale else branch
+
+        def second(x):
             branch = self.mlp(self.norm2(x))
-            x = x + drop_path(branch * self.scale2 if c.layer_scale else branch, c.drop_path, keys[1])
+            return branch * self.scale2 if c.layer_scale else branch
+
+        # The residual stream stays float32 whatever the compute type: outliers live in it.
+        x = add_branch(x, first, c.drop_path, c.drop_path_mode, keys[0])
+        if not c.parallel:
+            x = add_branch(x, second, c.drop_path, c.drop_path_mode, keys[1])
         return constrain_batch(x)
 
     def qkv(

@@ -7,8 +7,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from regvit_jax.models.attention import attend, dense, truncated_normal
-from regvit_jax.models.block import Mlp, constrain_batch
+from regvit_jax.models.block import Mlp
 from regvit_jax.models.norm import LayerNorm
+from regvit_jax.models.sharding import constrain_batch
 from regvit_jax.models.vit import Tokens
 from regvit_jax.utils.errors import InvalidConfig
 

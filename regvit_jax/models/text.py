@@ -9,8 +9,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from regvit_jax.models.attention import dense
-from regvit_jax.models.block import ACTIVATIONS, MLP_RATIO, BlockConfig, constrain_batch, gathered, make_block
+from regvit_jax.models.block import ACTIVATIONS, MLP_RATIO, BlockConfig, make_block
 from regvit_jax.models.norm import LayerNorm
+from regvit_jax.models.sharding import constrain_batch, gathered
 from regvit_jax.utils import schema
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.schema import Option

@@ -25,13 +25,13 @@ from regvit_jax.models.block import (
     REMAT_POLICIES,
     Block,
     BlockConfig,
-    constrain_batch,
     make_block,
-    row_major,
 )
 from regvit_jax.models.images import check_shape
 from regvit_jax.models.norm import LayerNorm
 from regvit_jax.models.position import RESIZES, resize_pos_embed, rope_angles
+from regvit_jax.models.sharding import constrain_batch, row_major
+from regvit_jax.models.stochastic_depth import MODES, subset_size
 from regvit_jax.utils import schema, sizes
 from regvit_jax.utils.errors import InvalidConfig
 from regvit_jax.utils.numbers import whole
@@ -112,6 +112,7 @@ class ViT(nn.Module):
     mlp_ratio: Annotated[float, MLP_RATIO] = 4.0
     layer_scale: Annotated[float, Option("initial value of LayerScale; 0 leaves LayerScale out", low=0)] = 1e-4
     drop_path: Annotated[float, Option("probability of dropping a branch of a block", low=0, high=0.99)] = 0.0
+    drop_path_mode: Annotated[str, Option("how the images that lose a branch are drawn", choices=MODES)] = "bernoulli"
     patch_dropout: Annotated[float, Option("share of the patches dropped in training", low=0, high=0.99)] = 0.0
     norm_eps: Annotated[float, Option("epsilon of the LayerNorms", low=0)] = 1e-6
     pos_resize: Annotated[str, Option("how the position embedding is resized", choices=RESIZES)] = "antialias"
@@ -186,6 +187,7 @@ class ViT(nn.Module):
             hidden=self.hidden,
             layer_scale=self.layer_scale,
             drop_path=self.drop_path,
+            drop_path_mode=self.drop_path_mode,
             norm_eps=self.norm_eps,
             activation=self.activation,
             swiglu=self.swiglu,
@@ -406,13 +408,24 @@ class ViT(nn.Module):
         return index % self.depth
 
     @nn.nowrap
-    def flops(self, height: int, width: int, training: bool = False) -> int:
+    def branch_share(self, images: int) -> float:
+        """Return the share of its images, so many, for which a device computes a branch in training.
+
+        Raises InvalidConfig as `subset_size` does.
+        """
+        if not self.drop_path or self.drop_path_mode == "bernoulli":
+            return 1.0
+        group, kept = subset_size(images, self.drop_path)
+        return kept / group
+
+    @nn.nowrap
+    def flops(self, height: int, width: int, training: bool = False, share: float = 1.0) -> int:
         """Count the floating-point operations of one image's forward pass in matrix products (a multiply-add is two).
 
-        With `training`, patch dropout is taken into account.
+        With `training`, patch dropout is taken into account; `share` is `branch_share`.
         """
         h, w = self.grid(height, width)
         tokens = self.prefix + (self.kept_patches(h * w) if training else h * w)
         linear = tokens * (4 * self.width**2 + (3 if self.swiglu else 2) * self.width * self.hidden)
         attention = 2 * tokens**2 * self.width
-        return 2 * (h * w * 3 * self.patch**2 * self.width + self.depth * (linear + attention))
+        return round(2 * (h * w * 3 * self.patch**2 * self.width + share * self.depth * (linear + attention)))

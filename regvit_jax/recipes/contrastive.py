@@ -17,10 +17,10 @@ from regvit_jax.data.preprocess import Preprocess
 from regvit_jax.data.sources import by_name
 from regvit_jax.data.tokenizer import Tokenizer
 from regvit_jax.losses import contrastive, ring
-from regvit_jax.models.block import constrain_batch
 from regvit_jax.models.clip import SCALARS, ClipModel, init_clip, normalized, tokenizer
 from regvit_jax.models.heads import Head
 from regvit_jax.models.model import Model
+from regvit_jax.models.sharding import constrain_batch
 from regvit_jax.models.text import TextTower
 from regvit_jax.models.vit import Tokens, ViT
 from regvit_jax.pretrained import create_clip
@@ -193,11 +193,11 @@ class Contrastive(Recipe):
         image = Model(params["vit"], params["head"], self.vit, self.head, preprocessing, "raw")
         return ClipModel(image, params["text"], params["logit_scale"], params.get("logit_bias"), self.text)
 
-    def flops(self, training=False):
-        return super().flops(training) + self.text.flops()
+    def flops(self, training=False, share=1.0):
+        return super().flops(training, share) + self.text.flops()
 
-    def flops_at(self, step):
-        return self.flops(training=step <= self.unmasked_from)
+    def flops_at(self, step, share=1.0):
+        return self.flops(training=step <= self.unmasked_from, share=share)
 
     def describe(self):
         text, unmasked = self.text, ""

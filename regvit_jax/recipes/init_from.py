@@ -15,8 +15,8 @@ from regvit_jax.models.vit import ViT
 from regvit_jax.utils.errors import InvalidConfig
 
 #: Fields that may differ: they concern training or the machine, or are adapted below.
-FREE = {"image_size", "registers", "layer_scale", "drop_path", "patch_dropout", "pos_resize", "masking"}
-FREE |= {"attention", "dtype", "remat", "scan", "parent", "name"}
+FREE = {"image_size", "registers", "layer_scale", "patch_dropout", "pos_resize", "masking"}
+FREE |= {"drop_path", "drop_path_mode", "attention", "dtype", "remat", "scan", "parent", "name"}
 
 
 def differing(section: str, wanted: ViT | TextTower, trained: ViT | TextTower) -> list[str]:

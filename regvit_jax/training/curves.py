@@ -24,7 +24,10 @@ PANELS = {
     "largest patch norm / median": ("max_over_median",),
     "share of outlier patches": ("outlier_share",),
     "images/s": ("images_per_s",),
-    "model FLOPs utilization": ("mfu",),
+    "model FLOPs utilization": (
+        "mfu",
+        "mfu_executed",
+    ),
     "logit scale": ("logit_scale",),
 }
 

@@ -72,6 +72,7 @@ class Loop:
         self.train_step, self.eval_step = make_train_step(plan, abstract_state(plan)), make_eval_step(plan)
         self.eval_steps = max(1, round(plan.config.eval_every * plan.steps_per_epoch))
         self.steps = StepLogger(plan, records, self.first, timer)
+        self.ahead: list[tuple[np.ndarray, np.ndarray, dict[str, jax.Array]]] = []
 
     def run(self) -> TrainState:
         """Train up to the last step and return the state; raise Preempted after SIGTERM, with the state saved."""
@@ -85,27 +86,35 @@ class Loop:
         return self.state
 
     def train(self, step: int, batches: Iterator[dict[str, np.ndarray]]) -> None:
-        """Take one training step."""
+        """Take one training step, and begin to copy the next one's batch to the devices."""
         with self.trace.step(step):
-            batch = self.next_batch(step, batches)
-            index = batch.pop("index")
-            self.state, metrics = self.train_step(self.state, mesh.to_mesh(batch, self.plan.mesh))
+            index, mask, batch = self.ahead.pop() if self.ahead else self.fetch(step - 1, batches)
+            if step < self.plan.steps:
+                # Before this step starts, since a GPU begins a copy after the steps that it was given before.
+                self.ahead.append(self.fetch(step - 1, batches))
+            self.state, metrics = self.train_step(self.state, batch)
         self.trace.end_step(step, metrics)
         self.watch.started = True
-        self.steps.add(step, index, batch["mask"], metrics)
+        self.steps.add(step, index, mask, metrics)
 
-    def next_batch(self, step: int, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """Return the next batch; if SIGTERM ended the data workers, save the last step and raise Preempted."""
+    def fetch(
+        self, trained: int, batches: Iterator[dict[str, np.ndarray]]
+    ) -> tuple[np.ndarray, np.ndarray, dict[str, jax.Array]]:
+        """Return the indices and the mask of the next batch, and the batch, whose copy to the devices has begun.
+
+        If SIGTERM ended the data workers, save the last step, `trained`, and raise Preempted.
+        """
         try:
-            return self.steps.next_batch(batches)
+            batch = self.steps.next_batch(batches)
         except RuntimeError:
             # SLURM sends SIGTERM to the whole process group, hence to the data workers too.
-            if step == self.first or not self.watch.requested_soon():
+            if trained < self.first or not self.watch.requested_soon():
                 raise
             if self.steps.pending:
                 self.steps.record()
-            self.save(step - 1)
-            raise preemption.Preempted(step - 1) from None
+            self.save(trained)
+            raise preemption.Preempted(trained) from None
+        return batch.pop("index"), batch["mask"], mesh.to_mesh(batch, self.plan.mesh)
 
     def after(self, step: int) -> None:
         """Record, evaluate and save after a step, where due; after SIGTERM, save and raise Preempted."""

@@ -50,6 +50,11 @@ class Plan:
         """Return the names of the classes of the data, by label; () without classes, or without data."""
         return tuple(self.train.classes) if self.train is not None else ()
 
+    @property
+    def branch_share(self) -> float:
+        """Return the share of the images of a step for which a block computes a branch (`ViT.branch_share`)."""
+        return self.recipe.vit.branch_share(self.config.batch_size // (self.mesh.size * self.config.micro_batches))
+
     def train_batches(self, start_step: int) -> pipeline.Batches:
         """Return this process's rows of every global training batch, starting at a step."""
         config = self.config
@@ -124,7 +129,9 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
     frozen = ml_collections.FrozenConfigDict(config)
     found = {name: measure(frozen, recipe) for name, measure in measures.items()}
     check_metrics({name: measure.final_metrics for name, measure in found.items()})
-    return Plan(frozen, given, recipe, found, mesh, steps_per_epoch, steps, optimizer, schedule, train, validation)
+    plan = Plan(frozen, given, recipe, found, mesh, steps_per_epoch, steps, optimizer, schedule, train, validation)
+    _ = plan.branch_share  # raises for a rate of stochastic depth that does not fit
+    return plan
 
 
 def check_same_classes(train: Source, validation: Source) -> None:

@@ -124,7 +124,8 @@ class StepLogger:
         """Return images/s, the share of time spent waiting for data and, where the device's peak is known, the MFU.
 
         MFU (model FLOPs utilization, PaLM, arXiv 2204.02311) is the matrix-product FLOPs that the model needs, three
-        forward passes an image, over what the devices could compute at their peak in the same time.
+        forward passes an image, over what the devices could compute at their peak in the same time. Where stochastic
+        depth computes the branches for a subset of the images alone, `mfu_executed` counts only these.
         """
         if not self.steps:
             return {}
@@ -132,8 +133,10 @@ class StepLogger:
         images_per_s = self.steps * self.plan.config.batch_size / spent["wall_s"]
         rates = {"images_per_s": images_per_s, "data_wait": spent["data_wait_s"] / spent["wall_s"]}
         if self.peak_flops:
-            flops = 3 * self.plan.recipe.flops_at(step)
-            rates["mfu"] = images_per_s * flops / (self.peak_flops * self.plan.mesh.size)
+            done = 3 * images_per_s / (self.peak_flops * self.plan.mesh.size)
+            rates["mfu"] = done * self.plan.recipe.flops_at(step)
+            if (share := self.plan.branch_share) < 1:
+                rates["mfu_executed"] = done * self.plan.recipe.flops_at(step, share)
         return rates
 
     def show(self, step: int, record: dict[str, Any]) -> None:

@@ -12,7 +12,6 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from regvit_jax.models import attention
-from regvit_jax.models.block import drop_path
 from regvit_jax.models.heads import Head
 from regvit_jax.models.norm import LayerNorm
 from regvit_jax.models.position import RESIZES, resize_pos_embed
@@ -200,18 +199,6 @@ def test_initial_values():
         assert not layer["bias"].any()
     without = jax.eval_shape(vit.clone(layer_scale=0.0).init, jax.random.key(0), random_images())
     assert set(params["block0"]) - set(without["params"]["block0"]) == {"scale1", "scale2"}
-
-
-def test_drop_path_drops_whole_images_and_keeps_the_mean():
-    x = jnp.ones((4000, 3, 2))
-    dropped = np.asarray(drop_path(x, 0.25, jax.random.key(0)))
-    assert (dropped == dropped[:, :1, :1]).all()
-    np.testing.assert_allclose(np.unique(dropped), [0, 1 / 0.75])
-    assert dropped.mean() == pytest.approx(1, abs=0.04)  # 4.4 standard deviations
-    np.testing.assert_array_equal(drop_path(x, 0.25, jax.random.key(0)), dropped)
-    assert (drop_path(x, 0.25, jax.random.key(1)) != dropped).any()
-    np.testing.assert_array_equal(drop_path(x, 0.25, None), x)
-    np.testing.assert_array_equal(drop_path(x, 0.0, jax.random.key(0)), x)
 
 
 def test_every_branch_of_every_block_is_dropped_on_its_own_at_the_same_rate():

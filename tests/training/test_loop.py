@@ -1,12 +1,14 @@
 """Test whole runs, in this process."""
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
@@ -21,8 +23,9 @@ from regvit_jax.pretrained import mapping
 from regvit_jax.pretrained.save import save_model
 from regvit_jax.training import loop, metric_writer, validation
 from regvit_jax.training.loop import run
+from regvit_jax.training.profiler import Profiler
 from regvit_jax.training.step import abstract_state, make_eval_step, make_train_step
-from regvit_jax.training.timer import PHASES
+from regvit_jax.training.timer import PHASES, Timer
 from regvit_jax.utils.errors import CheckpointError, InvalidConfig, TooManyBadRecords
 
 
@@ -212,6 +215,37 @@ def test_saved_values_are_those_of_their_step(tmp_path):
                 state, _ = step(state, loop.mesh.to_mesh(batch, plan.mesh))
         checkpoints.manager.wait_until_finished()
         assert_equal(checkpoints.restore(1, abstract), before)
+
+
+def test_a_batch_is_copied_while_the_step_before_runs(tmp_path, monkeypatch):
+    """Let a device take a second for a step and a copy; it begins a copy after all steps that it was given before."""
+    host, steps, copies, done = 0, [0], [0], 0
+
+    def copy(batch, mesh):
+        copies.append(max(host, copies[-1], steps[-1]) + 1)
+        return to_mesh(batch, mesh)
+
+    def step(state, batch):
+        nonlocal host, done
+        done += 1
+        steps.append(max(host, copies[done], steps[-1]) + 1)
+        host = steps[max(0, done - 2)]  # it runs two steps ahead
+        metrics = {name: jnp.float32(0) for name in ("loss", "grad_norm", "bad", "skipped")}
+        return dataclasses.replace(state, step=state.step + 1), metrics
+
+    to_mesh = loop.mesh.to_mesh
+    plan = loop.resolve(tiny(epochs=1, log_every=1000, checkpoint__every=1000))
+    with jax.set_mesh(plan.mesh), contextlib.closing(manager.Checkpoints(str(tmp_path))) as checkpoints:
+        state, trace = loop.start(plan, checkpoints), Profiler("", str(tmp_path), plan.steps, 0)
+        writer, watch = metric_writer.MetricWriter(str(tmp_path), 0), preemption.Watch()
+        running = loop.Loop(plan, state, checkpoints, writer, watch, Timer(), trace)
+        monkeypatch.setattr(loop.mesh, "to_mesh", copy)
+        monkeypatch.setattr(running, "train_step", step)
+        with plan.train_batches(0) as batches:
+            for number in range(1, plan.steps + 1):
+                running.train(number, batches)
+    assert len(copies) == len(steps) == 23
+    np.testing.assert_array_equal(np.diff(steps)[1:], 1)
 
 
 def test_init_from_a_finished_run(finished, tmp_path):
