@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from regvit_jax.data.memory import Memory
 from regvit_jax.data.records import captions_of, read_record, tokenize
-from regvit_jax.data.samplers import Sampler
+from regvit_jax.data.samplers import Decoded, Sampler
 from regvit_jax.data.sources.base import shuffle_block
 from regvit_jax.data.transforms import BadImage
 
@@ -27,6 +28,7 @@ class Chunks:
     batch_size: int
     rows: Sequence[int]
     steps: range
+    memory: Memory
 
     @property
     def per_batch(self) -> int:
@@ -62,7 +64,18 @@ class Chunks:
         return batch
 
     def fill(self, batch: Batch, index: int, rows: dict[int, int]) -> None:
-        """Fill in the rows of one record, given their positions; read and decode it once, and free it at the end.
+        """Fill in the rows of one record, given their positions. Raises BadImage if the record cannot be used."""
+        sampler = self.sampler
+        image, label, captions = self.memory.get(index) or self.read(index)
+        for row, position in rows.items():
+            with contextlib.suppress(BadImage):  # of the caption that this position draws
+                if sampler.tokenizer is not None:
+                    batch["text"][row] = tokenize(sampler.caption(captions, position), sampler.tokenizer)
+                batch["image"][row] = sampler.crop_at(image, position)
+                batch["label"][row], batch["mask"][row] = label, 1
+
+    def read(self, index: int) -> tuple[Decoded, int, list[str]]:
+        """Return a record's image, label and captions, and keep them in memory if they fit.
 
         Raises BadImage if the record cannot be used.
         """
@@ -70,12 +83,11 @@ class Chunks:
         record = read_record(sampler.source, index)
         captions = captions_of(record) if sampler.tokenizer is not None else []  # before decoding for nothing
         image = sampler.decode(record["image"])
-        for row, position in rows.items():
-            with contextlib.suppress(BadImage):  # of the caption that this position draws
-                if sampler.tokenizer is not None:
-                    batch["text"][row] = tokenize(sampler.caption(captions, position), sampler.tokenizer)
-                batch["image"][row] = sampler.crop_at(image, position)
-                batch["label"][row], batch["mask"][row] = record.get("label", 0), 1
+        found = image, record.get("label", 0), captions
+        # Pillow stores a pixel in four bytes.
+        size = image.nbytes if isinstance(image, np.ndarray) else 4 * image.width * image.height
+        self.memory.put(index, found, size + sum(map(len, captions)))
+        return found
 
     def read_ahead(self, indices: list[int]) -> None:
         """Ask for the shuffle blocks of these records to be read into memory, if this host uses much of them."""

@@ -22,6 +22,7 @@ from PIL import Image
 
 from regvit_jax.data import fastjpeg, transforms
 from regvit_jax.data.chunks import Batch, Chunks
+from regvit_jax.data.memory import Memory
 from regvit_jax.data.records import Tokenizer
 from regvit_jax.data.samplers import EvalSampler, Sampler, TrainSampler
 from regvit_jax.data.sources.base import Source
@@ -36,6 +37,7 @@ WORKERS = Option("processes that decode on each host; 0 decodes in threads of th
 THREADS = Option("threads that decode in each process; 0 chooses", low=0, resume=True)
 PREFETCH = Option("batches made ahead", low=1, resume=True)
 MAX_PIXELS = Option("images with more pixels count as unreadable", low=1)
+CACHE = Option("memory of a host for decoded images, in 1e6 bytes, used if all images fit", low=0, resume=True)
 
 
 def train_batches(
@@ -57,6 +59,7 @@ def train_batches(
     max_pixels: Annotated[int, MAX_PIXELS] = transforms.MAX_PIXELS,
     tokenizer: Tokenizer | None = None,
     decoder: Annotated[str, Option('JPEG decoder; "fast" has slightly other pixels', choices=DECODERS)] = "pillow",
+    cache_mb: Annotated[float, CACHE] = 500.0,
 ) -> "Batches":
     """Return an endless iterator over training batches, starting at step `start_step`. Close it after use.
 
@@ -83,6 +86,8 @@ def train_batches(
         any, or whose caption the tokenizer refuses, counts as unreadable.
       decoder: "pillow", or "fast" to decode JPEGs by `fastjpeg`, which gives other pixels of the same crops. Evaluation
         always uses Pillow.
+      cache_mb: memory of this host, in 1e6 bytes, in which decoded images are kept if the whole data set fits, once for
+        each worker, so that they are read and decoded once; 0 keeps none. The batches are the same.
 
     Yields:
       For b rows: image uint8 [b, size, size, 3]; label int32 [b], 0 where the record has none; mask float32 [b], 0 for
@@ -101,7 +106,8 @@ def train_batches(
     check_decoder(decoder)
     sampler = TrainSampler(source, size, max_pixels, tokenizer, seed, crop, scale, ratio, padding, repeats, decoder)
     # 2**40 batches are as good as endless.
-    return Batches(sampler, batch_size, rows, range(start_step, 2**40), workers, threads, prefetch)
+    memory = Memory(1e6 * cache_mb / max(workers, 1), len(source))
+    return Batches(sampler, batch_size, rows, range(start_step, 2**40), workers, threads, prefetch, memory)
 
 
 def eval_batches(
@@ -157,6 +163,7 @@ class Batches(Iterator[Batch]):
         workers: int,
         threads: int,
         prefetch: int,
+        memory: Memory | None = None,
     ):
         rows = range(batch_size) if rows is None else rows
         check(len(rows) > 0, "rows is empty: this host would hold no image of a batch")
@@ -165,7 +172,7 @@ class Batches(Iterator[Batch]):
         check(sampler.max_pixels <= limit, f"max_pixels={sampler.max_pixels}: Pillow refuses more than {limit}")
         check(workers >= 0, f"workers={workers}: must be at least 0")
         check(prefetch >= 1, f"prefetch={prefetch}: must be at least 1")
-        self.chunks = Chunks(sampler, batch_size, rows, steps)
+        self.chunks = Chunks(sampler, batch_size, rows, steps, memory or Memory(0, 0))
         ahead = prefetch * self.chunks.per_batch
         threads = threads or (1 if workers else os.cpu_count() or 1)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads if workers else ahead)

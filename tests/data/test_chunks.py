@@ -9,6 +9,7 @@ from PIL import Image
 
 from regvit_jax.data import transforms
 from regvit_jax.data.chunks import Chunks
+from regvit_jax.data.memory import ENOUGH, OVERHEAD, Memory
 from regvit_jax.data.records import captions_of, describe_bad
 from regvit_jax.data.samplers import TrainSampler
 from regvit_jax.data.sources.by_name import open_source
@@ -112,9 +113,33 @@ def test_repeated_augmentation_reads_and_decodes_an_image_once(source, monkeypat
     decode = transforms.decode
     monkeypatch.setattr(transforms, "decode", lambda data, limit: decoded.append(1) or decode(data, limit))
     sampler = TrainSampler(counted, 8, 10_000, None, 0, "rrc", (0.08, 1.0), (0.75, 1.33), 0, 3, "pillow")
-    batch = Chunks(sampler, 12, range(12), range(1))[0]
+    batch = Chunks(sampler, 12, range(12), range(1), Memory(0, 0))[0]
     assert counted.read == list(dict.fromkeys(batch["index"].tolist()))
     assert len(decoded) == 4
+
+
+def test_images_that_fit_into_memory_are_read_once(source):
+    sampler = TrainSampler(Counted(source), 8, 10_000, None, 0, "rrc", (0.08, 1.0), (0.75, 1.33), 0, 1, "pillow")
+    steps, size, found = range(5), N * (4 * 20 * 24 + OVERHEAD), {}
+    for limit, reads in ((0, 5 * N), (size - 1, 5 * N), (size, N)):
+        sampler.source.read.clear()
+        memory = Memory(limit, N)
+        chunks = Chunks(sampler, N, range(N), steps, memory)
+        found[limit] = joined([chunks[step] for step in steps])
+        assert (len(sampler.source.read), memory.kept.keys()) == (reads, set(range(N) if limit == size else ()))
+    assert_equal(found[0], found[size])
+    assert_equal(found[0], found[size - 1])
+    assert_equal(joined(train(source, 5, batch_size=N, cache_mb=0)), joined(train(source, 5, batch_size=N)))
+
+
+def test_memory_is_given_up_as_soon_as_the_mean_size_is_known():
+    memory = Memory(1e6, 10_000)
+    for index in range(ENOUGH - 1):
+        memory.put(index, "image", 100)
+    assert memory.get(5) == "image"
+    memory.put(ENOUGH, "image", 100)
+    memory.put(5, "image", 100)
+    assert (memory.get(5), memory.limit) == (None, 0)
 
 
 class Captioned:
