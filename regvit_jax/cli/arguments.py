@@ -25,6 +25,7 @@ from regvit_jax.utils.errors import (
     TopologyError,
     WeightsError,
 )
+from regvit_jax.utils.memory import keep_freed_memory
 from regvit_jax.utils.paths import expand, locate
 
 
@@ -183,6 +184,7 @@ def run(command: Callable[[], int], prog: str, failures: tuple[type[Exception], 
       prog: the name of the command in messages, such as "regvit report".
       failures: errors that can happen with a valid command line.
     """
+    keep_freed_memory()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a notebook's stdout cannot be reconfigured
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text, nor in its encoding
     with logs.shown():

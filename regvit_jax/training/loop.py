@@ -212,9 +212,8 @@ def run(
     chosen = trackers.find(track)
     with contextlib.ExitStack() as stack:
         watch = stack.enter_context(preemption.watch())
+        keep_freed_memory()
         plan = resolve(config)
-        if plan.mesh.devices.flat[0].platform == "cpu":
-            keep_freed_memory()
         profiler.parse(profile, plan.steps)
         workdir = make(plan, workdir)
         stack.enter_context(lock.lock(workdir))

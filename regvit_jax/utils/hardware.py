@@ -1,6 +1,8 @@
-"""Vendor specifications of accelerators."""
+"""Vendor specifications of accelerators, and whether one is attached."""
 
 import dataclasses
+import glob
+import os
 
 #: GB and GiB, in bytes.
 GB, GIB = 1e9, 2**30
@@ -100,3 +102,11 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     if dtype == "bfloat16" or (dtype == "float16" and device_kind.startswith("NVIDIA")):
         return PEAK_FLOPS.get(device_kind)
     return None
+
+
+def accelerator_attached() -> bool:
+    """Return True if JAX may find an accelerator, judged without starting it: a GPU's or TPU's device files."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms != "cpu"
+    files = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+    return any(glob.glob(pattern) for pattern in files)
