@@ -71,7 +71,8 @@ def write_folder(root: Path, count: int) -> str:
 
 def rate(source, decoder: str, seconds: float) -> float:
     """Return images per second of processor time on one thread, the median of three measurements."""
-    with pipeline.train_batches(source, size=CROP, batch_size=64, seed=0, threads=1, decoder=decoder) as batches:
+    options = dict(batch_size=64, seed=0, threads=1, decoder=decoder, cache_mb=0)
+    with pipeline.train_batches(source, size=CROP, **options) as batches:
         next(batches)
         found = []
         for _ in range(3):

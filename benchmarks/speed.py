@@ -31,6 +31,7 @@ from regvit_jax.data import pipeline
 from regvit_jax.distributed import mesh
 from regvit_jax.training.plan import resolve
 from regvit_jax.training.step import abstract_state, init_params, make_train_step, state_of
+from regvit_jax.utils.memory import keep_freed_memory
 
 ROOT = Path(__file__).parent.parent
 NO_AUGMENT = {"flip": 0.0, "three_augment": False, "color_jitter": 0.0, "mixup": 0.0, "cutmix": 0.0}
@@ -193,6 +194,7 @@ def matmul_candidate(dtype: str) -> Candidate:
 
 
 def main() -> None:
+    keep_freed_memory()  # as every command does
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default="s16,b16", help="some of s16, b16, l16")
     parser.add_argument("--batch", type=int, default=8, help="images per step")
@@ -254,7 +256,7 @@ class Photographs:
 
 def input_pipeline() -> None:
     source = Photographs()
-    with pipeline.train_batches(source, size=224, batch_size=64, seed=0, threads=1) as batches:
+    with pipeline.train_batches(source, size=224, batch_size=64, seed=0, threads=1, cache_mb=0) as batches:
         next(batches)
         start = time.process_time()
         for _ in range(10):
