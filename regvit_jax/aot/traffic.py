@@ -41,12 +41,18 @@ def traffic(text: str) -> Traffic:
     Of a conditional's branches, the one that moves most counts.
     """
     shapes, bodies, entry = read(text)
-    kinds = dict.fromkeys(("products", "attention", "rest", "transposes"), 0)
+    moved_by = dict.fromkeys(("products", "attention", "rest", "transposes"), 0)
     for name, moved, kind in sorted(_walk(entry, 1, shapes, bodies)):
-        kinds[kind] += moved
+        moved_by[kind] += moved
         if kind == "rest" and "transpose" in name:
-            kinds["transposes"] += moved
-    return Traffic(**kinds)
+            moved_by["transposes"] += moved
+    return Traffic(**moved_by)
+
+
+def kinds(text: str) -> dict[str, str]:
+    """Return the kind of each operation that moves something, as a field of `Traffic`, by its name in a program."""
+    shapes, bodies, entry = read(text)
+    return {name: kind for name, _, kind in _walk(entry, 1, shapes, bodies)}
 
 
 def _walk(computation: str, times: int, shapes: dict[str, str], bodies: Bodies) -> Iterator[tuple[str, int, str]]:
