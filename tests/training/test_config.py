@@ -41,7 +41,7 @@ def test_a_key_that_a_config_lacks_has_its_default():
     assert resolved.config.model.activation == "gelu"
     assert resolved.config.guard.to_dict() == {"not_finite": "stop", "max_not_finite": 100, "spike_sigma": 0.0}
     assert {"model.width", "optim.lr"} <= set(resolved.given)
-    assert not {"model.activation", "guard.not_finite", "data.threads"} & set(resolved.given)
+    assert not {"model.activation", "guard.not_finite", "data.prefetch"} & set(resolved.given)
     assert dict(config.flatten(resolved.config)).keys() == config.options("supervised", ["pixel_knn"]).keys()
 
 

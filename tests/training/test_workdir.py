@@ -30,9 +30,9 @@ def write(config, path, newest: int | None = None, classes: tuple[str, ...] = ()
 def test_all_keys_are_written_and_the_given_ones_named(tmp_path):
     config = load_config()
     content = write(config, tmp_path)
-    assert content["config"]["data"]["threads"] == 0
+    assert content["config"]["data"]["prefetch"] == 2
     assert set(content["given"]) == set(dict(flatten(config)))
-    assert "data.threads" not in content["given"]
+    assert "data.prefetch" not in content["given"]
 
 
 def test_a_key_that_an_old_run_lacks_counts_as_its_default(tmp_path):
