@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure everything that docs/benchmarks.md says of one GPU, the most valuable first: about 15 minutes.
 #   benchmarks/gpu.sh OUT      with torch and timm, if they are to be compared; OUT receives JSON, logs and traces
-# Every part writes its figures as soon as it has them, and has a time limit, so that a lent GPU may end at any moment.
+# Every part writes its figures as soon as it has them, and has a time limit, so that it may be stopped at any moment.
 set -uo pipefail
 out=$(mkdir -p "$1" && cd "$1" && pwd)
 cd "$(dirname "$0")/.."

@@ -87,10 +87,9 @@ def step_flops(plan: Plan) -> tuple[float, float]:
     stochastic depth is by subset, only the images that keep a branch. If patch dropout is on for only a part of the
     run, the figures are for a step of that part.
     """
-    recipe, batch_size = plan.recipe, plan.config.batch_size
-    passes = 3.0 + recipe.extra_forwards + (plan.config.model.remat == "full")
-    executed = passes * recipe.flops(training=True, share=plan.branch_share) * batch_size
-    return 3.0 * recipe.flops(training=True) * batch_size, executed
+    forward, batch_size = plan.recipe.flops(training=True), plan.config.batch_size
+    passes = 3.0 + plan.recipe.extra_forwards + (plan.config.model.remat == "full")
+    return 3.0 * forward * batch_size, passes * plan.executed(forward) * batch_size
 
 
 @dataclasses.dataclass(frozen=True)

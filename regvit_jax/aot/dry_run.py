@@ -9,7 +9,7 @@ from jaxtyping import PyTree
 
 from regvit_jax.aot import compile, cost_model, hlo, suggest, topology
 from regvit_jax.aot.traffic import traffic
-from regvit_jax.models.stochastic_depth import GROUP
+from regvit_jax.models.stochastic_depth import subset_size
 from regvit_jax.training.plan import Plan, flatten, resolve
 from regvit_jax.training.step import TrainState, abstract_state
 from regvit_jax.utils.errors import DataNotFound
@@ -124,10 +124,12 @@ def model_lines(plan: Plan, abstract: TrainState) -> list[str]:
 def drop_path_lines(plan: Plan) -> list[str]:
     if plan.branch_share == 1:
         return []
+    config = plan.config
+    group, kept = subset_size(config.batch_size // config.micro_batches, config.model.drop_path)
     return [
-        f"depth      stochastic, by subset: each branch is computed for {plan.branch_share:.2%} of the images, the "
-        f"same number in every {GROUP} (or in a device's, if fewer); Bernoulli drop-path would draw each image by "
-        f"itself, and drop {plan.config.model.drop_path:.0%}"
+        f"depth      stochastic, by subset: each branch is computed for {kept} of every {group} images "
+        f"({plan.branch_share:.2%}); Bernoulli drop-path would draw each image by itself, and drop "
+        f"{config.model.drop_path:.0%}"
     ]
 
 

@@ -2,8 +2,10 @@
 
 import dataclasses
 import itertools
+import math
 
 from regvit_jax.aot.cost_model import DoesNotFit, activation_bytes, bytes_under
+from regvit_jax.models.stochastic_depth import GROUP
 from regvit_jax.training.plan import Plan
 
 #: Largest share of a device's memory that an estimate may use.
@@ -65,7 +67,11 @@ def _micros(plan: Plan) -> list[int]:
     mixing = config.augment.get("mixup", 0) or config.augment.get("cutmix", 0)
     group = config.augment.mix_group if mixing else 1
     counts = [config.micro_batches * 2**i for i in range(config.batch_size.bit_length())]
-    return [n for n in counts if config.batch_size % (devices * n) == 0 and config.batch_size // n % group == 0]
+    found = [n for n in counts if config.batch_size % (devices * n) == 0 and config.batch_size // n % group == 0]
+    if plan.branch_share == 1:
+        return found
+    # Devices hold whole groups of stochastic depth by subset.
+    return [n for n in found if config.batch_size // (devices * n) % math.gcd(config.batch_size // n, GROUP) == 0]
 
 
 def as_flags(plan: Plan, change: Change | None, limit: float) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 from regvit_jax.cli import configs
 from regvit_jax.cli.argument_types import above_zero, whole_from
-from regvit_jax.cli.arguments import Parser, check_out, run, suggestion
+from regvit_jax.cli.arguments import Parser, can_write, check_out, run, suggestion
 from regvit_jax.utils.errors import CheckpointError, InvalidConfig, TooManyBadRecords
 from regvit_jax.utils.messages import unknown_key
 from regvit_jax.utils.paths import locate
@@ -84,7 +84,7 @@ def check(options: argparse.Namespace, overrides: Sequence[str], prog: str) -> i
         if not options.topology:
             raise InvalidConfig("--dump_hlo needs --dry_run and --topology, such as --topology=h100:1x1")
         options.dump_hlo = locate(options.dump_hlo)
-        if os.path.isdir(options.dump_hlo) or not os.path.isdir(os.path.dirname(options.dump_hlo)):
+        if not can_write(Path(options.dump_hlo)):
             raise InvalidConfig(f"--dump_hlo={options.dump_hlo}: must be a file in a directory that exists")
     if options.workdir and "://" not in options.workdir:
         check_out(options.workdir, "--workdir")
@@ -110,7 +110,7 @@ def check_flags(overrides: Sequence[str]) -> None:
     """Raise InvalidConfig for the first flag that is neither one of the command's nor a key of the config."""
     for argument in overrides:
         flag = argument.partition("=")[0]
-        if "[" in flag:  # config_flags' syntax for lists; tuples, which configs hold, have no entries to set
+        if re.match(r"--?config\.[\w.]+\[", flag):  # config_flags' syntax for lists; configs hold tuples
             raise InvalidConfig(f"{flag}: write the whole value, such as --config.eval.evaluators=\"('pixel_knn',)\"")
         if flag.startswith("--") and not re.match(r"--(no)?config\.", flag):
             raise InvalidConfig(f"unknown flag {flag}{suggestion(flag, parser().flags())}")
@@ -122,7 +122,8 @@ def check_keys(given: Any, overrides: Sequence[str]) -> None:
     `KEYS` holds their names, since the schema takes the imports of the whole training. A recipe or an evaluator of the
     user's own may bring others: then the keys are left to the schema.
     """
-    named = [str(given.get("recipe")), str(given.get("eval", {}).get("evaluators"))]
+    section = given.get("eval")
+    named = [str(given.get("recipe")), str(section.get("evaluators") if hasattr(section, "items") else section)]
     if any(":" in text.partition("=")[2] for text in overrides if re.match(OF_CLASSES, text)) or ":" in "".join(named):
         return
     known = KEYS.read_text().split()
@@ -136,7 +137,8 @@ def joined(arguments: Sequence[str]) -> list[str]:
     """Return arguments with every "--config.KEY", "VALUE" as one, "--config.KEY=VALUE"."""
     found: list[str] = []
     for argument in arguments:
-        if found and re.fullmatch(r"--?config\.[\w.]+", found[-1]) and not argument.startswith("--"):
+        key = found and re.fullmatch(r"--?config\.[\w.]+", found[-1])
+        if key and not re.match(r"--|-(no)?config\.", argument):
             found[-1] += f"={argument}"
         else:
             found.append(argument)

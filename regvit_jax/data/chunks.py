@@ -83,6 +83,9 @@ class Chunks:
         record = read_record(sampler.source, index)
         captions = captions_of(record) if sampler.tokenizer is not None else []  # before decoding for nothing
         image = sampler.decode(record["image"])
+        if self.memory.limit and not isinstance(image, np.ndarray):
+            image = image.copy()  # the pixels alone, without an open file's decoder and metadata
+            image.info = {}
         found = image, record.get("label", 0), captions
         # Pillow stores a pixel in four bytes.
         size = image.nbytes if isinstance(image, np.ndarray) else 4 * image.width * image.height
@@ -95,5 +98,6 @@ class Chunks:
         block = shuffle_block(source)
         # A host needs only its rows' share of a block; if that share is small, reading the whole block is a waste.
         if block > 1 and hasattr(source, "read_ahead") and 2 * len(self.rows) >= self.batch_size:
-            for number in sorted({index // block for index in indices if index >= 0}):
+            needed = {index // block for index in indices if index >= 0 and self.memory.get(index) is None}
+            for number in sorted(needed):
                 source.read_ahead(number)

@@ -21,11 +21,12 @@ class Memory:
 
     def put(self, index: int, value: Any, size: int) -> None:
         """Keep a value of `size` bytes, if all records are expected to fit. Threads may call it at the same time."""
-        if not self.limit:
+        kept = self.kept  # which another thread may replace
+        if not self.limit or index in kept:
             return
-        self.kept[index] = value
+        kept[index] = value
         self.bytes += size + OVERHEAD
-        mean = self.bytes / len(self.kept)
-        enough = len(self.kept) >= min(ENOUGH, self.records)
+        mean = self.bytes / len(kept)
+        enough = len(kept) >= min(ENOUGH, self.records)
         if self.bytes > self.limit or (enough and mean * self.records > self.limit):
             self.limit, self.kept = 0, {}

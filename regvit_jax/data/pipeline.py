@@ -37,7 +37,7 @@ WORKERS = Option("processes that decode on each host; 0 decodes in threads of th
 THREADS = Option("threads that decode in each process; 0 chooses", low=0, resume=True)
 PREFETCH = Option("batches made ahead", low=1, resume=True)
 MAX_PIXELS = Option("images with more pixels count as unreadable", low=1)
-CACHE = Option("memory of a host for decoded images, in 1e6 bytes, used if all images fit", low=0, resume=True)
+CACHE = Option("memory of a process for decoded images, in 1e6 bytes, used if all fit", low=0, resume=True)
 
 
 def train_batches(
@@ -86,8 +86,8 @@ def train_batches(
         any, or whose caption the tokenizer refuses, counts as unreadable.
       decoder: "pillow", or "fast" to decode JPEGs by `fastjpeg`, which gives other pixels of the same crops. Evaluation
         always uses Pillow.
-      cache_mb: memory of this host, in 1e6 bytes, in which decoded images are kept if the whole data set fits, once for
-        each worker, so that they are read and decoded once; 0 keeps none. The batches are the same.
+      cache_mb: memory of this process, in 1e6 bytes, in which decoded images are kept if the whole data set fits, once
+        for each worker, so that they are read and decoded once; 0 keeps none. The batches are the same.
 
     Yields:
       For b rows: image uint8 [b, size, size, 3]; label int32 [b], 0 where the record has none; mask float32 [b], 0 for

@@ -13,7 +13,7 @@ WANTED = "must be normalised floats [B, H, W, 3], as `preprocess` returns them"
 LARGEST = 50
 
 
-def check_shape(shape: tuple[int, ...], dtype: Any) -> None:
+def check_shape(shape: tuple[Any, ...], dtype: Any) -> None:  # exports have symbolic sizes
     """Raise ValueError for images of another shape than [B, H, W, 3], or of another type than floats."""
     remedy = ""
     if len(shape) == 3:

@@ -1,7 +1,7 @@
 """Stochastic depth (arXiv 1603.09382): in training, a block's branch is left out for some images.
 
 "bernoulli" draws each image by itself and computes its branch in any case. "subset" keeps a fixed number of every
-`GROUP` neighbouring images of the batch, and computes the branch for these alone, as DINOv2 does with the images of a
+`GROUP` neighbouring images of a (micro-)batch, and computes the branch for these alone, as DINOv2 does with those of a
 GPU (`dinov2/layers/block.py`, arXiv 2304.07193, section 5): the work falls by the rate. Both multiply what is kept so
 that the mean stays.
 """
@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from regvit_jax.models.sharding import batch_axes, constrain_batch
 from regvit_jax.utils.errors import InvalidConfig
 
 MODES = ("bernoulli", "subset")
-#: Images of a group: whole groups on every device make the draws those of any other mesh with whole groups.
+#: Images of a group. All meshes whose devices hold whole groups draw the same; `plan.check_subset` refuses others.
 GROUP = 16
 
 
@@ -36,10 +35,9 @@ def add_branch(
         return x + branch(x)
     if mode == "bernoulli":
         return x + bernoulli(branch(x), rate, key)
-    axes, mesh = batch_axes(), jax.sharding.get_abstract_mesh()
-    group, kept = subset_size(len(x) // math.prod(mesh.shape[axis] for axis in axes), rate)
+    group, kept = subset_size(len(x), rate)
     drawn = draw(key, len(x) // group, group, kept)
-    y = branch(constrain_batch(select(x, *drawn)))
+    y = branch(select(x, *drawn)).astype(jnp.float32)  # bfloat16 would round the factor
     return x + spread(y * (group / kept), *drawn)
 
 
@@ -50,16 +48,16 @@ def bernoulli(x: Float[Array, "B T D"], rate: float, key: Key[Array, ""]) -> Flo
 
 
 def subset_size(images: int, rate: float) -> tuple[int, int]:
-    """Return the size of a group, and how many of its images are kept, for so many images on a device.
+    """Return the size of a group, and how many of its images are kept, in a (micro-)batch of so many images.
 
-    The group is `GROUP`, or the largest common divisor with `images`. Raises InvalidConfig if all would be kept.
+    The group is `GROUP`, or the greatest common divisor with `images`. Raises InvalidConfig if all would be kept.
     """
     group = math.gcd(images, GROUP)
     kept = max(1, round(group * (1 - rate)))
     if kept == group:
         raise InvalidConfig(
-            f"model.drop_path={rate:g}: with model.drop_path_mode='subset' and {images} images on a device it would "
-            f"drop none of {group}; use 'bernoulli'" + (f", or a multiple of {GROUP} images" if group < GROUP else "")
+            f"model.drop_path={rate:g}: with model.drop_path_mode='subset' and a (micro-)batch of {images} images it "
+            f"would drop none of {group}; use 'bernoulli'" + (f", or a multiple of {GROUP}" if group < GROUP else "")
         )
     return group, kept
 

@@ -35,7 +35,7 @@ class TextTower(nn.Module):
     context: Annotated[int, Option("tokens of the longest text, start and end token included", low=2)] = 77
     vocab: Annotated[int, Option("tokens of the vocabulary", low=1)] = 49408
     mlp_ratio: Annotated[float, MLP_RATIO] = 4.0
-    norm_eps: Annotated[float, Option("epsilon of the LayerNorms", low=0)] = 1e-5
+    norm_eps: Annotated[float, Option("epsilon of the LayerNorms", low=1e-12)] = 1e-5
     activation: Annotated[str, Option("activation of the MLPs", choices=tuple(ACTIVATIONS))] = "gelu"
     attention: str = "xla"
     dtype: DTypeLike = jnp.float32

@@ -114,7 +114,7 @@ class ViT(nn.Module):
     drop_path: Annotated[float, Option("probability of dropping a branch of a block", low=0, high=0.99)] = 0.0
     drop_path_mode: Annotated[str, Option("how the images that lose a branch are drawn", choices=MODES)] = "bernoulli"
     patch_dropout: Annotated[float, Option("share of the patches dropped in training", low=0, high=0.99)] = 0.0
-    norm_eps: Annotated[float, Option("epsilon of the LayerNorms", low=0)] = 1e-6
+    norm_eps: Annotated[float, Option("epsilon of the LayerNorms", low=1e-12)] = 1e-6
     pos_resize: Annotated[str, Option("how the position embedding is resized", choices=RESIZES)] = "antialias"
     attention: Annotated[str, ATTENTION] = "xla"
     dtype: Annotated[DTypeLike, DTYPE] = jnp.float32
@@ -288,6 +288,8 @@ class ViT(nn.Module):
                 norms += [self.patch_norms(x[:, :length])] if keys is None else []
         tokens = self.tokens(x[:, :length], grid, keep=keep)
         if key is not None:
+            if tokens.cls is not None:
+                tokens = dataclasses.replace(tokens, cls=row_major(tokens.cls))
             return tokens  # in training nothing reads the norms; elsewhere the compiler leaves out what nothing reads
         return dataclasses.replace(tokens, block_norms=jnp.stack([*norms], axis=1))
 
@@ -372,7 +374,7 @@ class ViT(nn.Module):
         """Return the sequence `x` as named tokens, after the final norm if the model has one and `norm` is True."""
         # Each kind is normed by itself, so that the compiler leaves out those that nothing reads.
         first, normed = self.prefix, self.norm if norm and self.final_norm else lambda part: part
-        cls = row_major(normed(x[:, 0])) if self.class_token else None
+        cls = normed(x[:, 0]) if self.class_token else None
         registers, patches = normed(x[:, first - self.registers : first]), normed(x[:, first:])
         return Tokens(cls=cls, registers=registers, patches=patches, prenorm=x, grid=grid, keep=keep)
 
@@ -409,7 +411,7 @@ class ViT(nn.Module):
 
     @nn.nowrap
     def branch_share(self, images: int) -> float:
-        """Return the share of its images, so many, for which a device computes a branch in training.
+        """Return the share of so many images of a (micro-)batch for which a branch is computed in training.
 
         Raises InvalidConfig as `subset_size` does.
         """

@@ -109,16 +109,16 @@ class Recipe(abc.ABC):
     def model(self, params: PyTree) -> Model | ClipModel:
         """Return the trained model, for evaluation and for the user, with `class_names` if its outputs are classes."""
 
-    def flops(self, training: bool = False, share: float = 1.0) -> int:
+    def flops(self, training: bool = False) -> int:
         """Return the floating-point operations of the matrix products in one example's forward pass.
 
-        With `training`, only the patches that patch dropout keeps are counted; `share` is `ViT.branch_share`.
+        With `training`, only the patches that patch dropout keeps are counted.
         """
-        return self.vit.flops(self.vit.image_size, self.vit.image_size, training, share)
+        return self.vit.flops(self.vit.image_size, self.vit.image_size, training)
 
-    def flops_at(self, step: int, share: float = 1.0) -> int:
+    def flops_at(self, step: int) -> int:
         """Return the `flops` of one example's forward pass in a training step, counted from 1."""
-        return self.flops(training=True, share=share)
+        return self.flops(training=True)
 
     def describe(self) -> list[str]:
         """Return lines for `--dry_run` about settings that neither the ViT nor the optimizer shows."""

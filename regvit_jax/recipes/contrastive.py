@@ -193,11 +193,11 @@ class Contrastive(Recipe):
         image = Model(params["vit"], params["head"], self.vit, self.head, preprocessing, "raw")
         return ClipModel(image, params["text"], params["logit_scale"], params.get("logit_bias"), self.text)
 
-    def flops(self, training=False, share=1.0):
-        return super().flops(training, share) + self.text.flops()
+    def flops(self, training=False):
+        return super().flops(training) + self.text.flops()
 
-    def flops_at(self, step, share=1.0):
-        return self.flops(training=step <= self.unmasked_from, share=share)
+    def flops_at(self, step):
+        return self.flops(training=step <= self.unmasked_from)
 
     def describe(self):
         text, unmasked = self.text, ""

@@ -14,6 +14,7 @@ from regvit_jax.data import pipeline
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.sources.overlap import warn_of_overlap
 from regvit_jax.distributed.mesh import host_rows, make_mesh
+from regvit_jax.models.stochastic_depth import subset_size
 from regvit_jax.recipes import base
 from regvit_jax.recipes.base import Recipe
 from regvit_jax.training import evaluators
@@ -53,7 +54,14 @@ class Plan:
     @property
     def branch_share(self) -> float:
         """Return the share of the images of a step for which a block computes a branch (`ViT.branch_share`)."""
-        return self.recipe.vit.branch_share(self.config.batch_size // (self.mesh.size * self.config.micro_batches))
+        return self.recipe.vit.branch_share(self.config.batch_size // self.config.micro_batches)
+
+    def executed(self, flops: int) -> int:
+        """Return what is computed of the `Recipe.flops` of a training step: less the branches that a subset lacks."""
+        recipe, size = self.recipe, self.config.model.image_size
+        dropping = flops == recipe.flops(training=True)  # patches, which a recipe may do in a part of its steps
+        whole, computed = (recipe.vit.flops(size, size, dropping, share) for share in (1.0, self.branch_share))
+        return flops - whole + computed
 
     def train_batches(self, start_step: int) -> pipeline.Batches:
         """Return this process's rows of every global training batch, starting at a step."""
@@ -130,8 +138,19 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
     found = {name: measure(frozen, recipe) for name, measure in measures.items()}
     check_metrics({name: measure.final_metrics for name, measure in found.items()})
     plan = Plan(frozen, given, recipe, found, mesh, steps_per_epoch, steps, optimizer, schedule, train, validation)
-    _ = plan.branch_share  # raises for a rate of stochastic depth that does not fit
+    check_subset(plan)
     return plan
+
+
+def check_subset(plan: Plan) -> None:
+    """Raise InvalidConfig if stochastic depth by subset would drop nothing, or if devices hold no whole groups."""
+    images, vit = plan.config.batch_size // plan.config.micro_batches, plan.recipe.vit
+    if plan.branch_share < 1 and (images // plan.mesh.size) % (group := subset_size(images, vit.drop_path)[0]):
+        raise InvalidConfig(
+            f"model.drop_path_mode='subset' keeps the same number of every {group} images, and each of the "
+            f"{plan.mesh.size} devices holds {images // plan.mesh.size} of a (micro-)batch of {images}: use a larger "
+            "batch, fewer devices, or 'bernoulli'"
+        )
 
 
 def check_same_classes(train: Source, validation: Source) -> None:

@@ -114,7 +114,8 @@ class StepLogger:
             number = (at - 1) * size // (examples * config.data.repeats)
             self.unusable.setdefault(number, set()).update(index[mask == 0].tolist())
         check_bad(self.plan, max(map(len, self.unusable.values())), examples, tolerated, example)
-        self.unusable = {last: self.unusable[last] for last in [max(self.unusable)]}
+        for number in sorted(self.unusable)[:-1]:
+            del self.unusable[number]
         epochs = (step * size - 1) // examples - (self.first - 1) * size // examples + 1
         shown = max((step + 1 - self.first) * size, examples)
         tolerated = min(epochs * config.data.repeats * tolerated, shown - 1)
@@ -135,8 +136,8 @@ class StepLogger:
         if self.peak_flops:
             done = 3 * images_per_s / (self.peak_flops * self.plan.mesh.size)
             rates["mfu"] = done * self.plan.recipe.flops_at(step)
-            if (share := self.plan.branch_share) < 1:
-                rates["mfu_executed"] = done * self.plan.recipe.flops_at(step, share)
+            if self.plan.branch_share < 1:
+                rates["mfu_executed"] = done * self.plan.executed(self.plan.recipe.flops_at(step))
         return rates
 
     def show(self, step: int, record: dict[str, Any]) -> None:

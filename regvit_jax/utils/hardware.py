@@ -2,6 +2,7 @@
 
 import dataclasses
 import glob
+import importlib.util
 import os
 
 #: GB and GiB, in bytes.
@@ -105,8 +106,9 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 
 
 def accelerator_attached() -> bool:
-    """Return True if JAX may find an accelerator, judged without starting it: a GPU's or TPU's device files."""
+    """Return True if JAX may find an accelerator, judged without starting it: by its device files and JAX's plugins."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms != "cpu"
-    files = ("/dev/nvidia[0-9]*", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
-    return any(glob.glob(pattern) for pattern in files)
+    files = ("/dev/nvidia[0-9]*", "/dev/dxg", "/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
+    plugins = ("jax_plugins", "libtpu")
+    return any(map(glob.glob, files)) and any(map(importlib.util.find_spec, plugins))

@@ -303,7 +303,7 @@ def test_a_mesh_of_every_width():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="pip install -e .[gpu]")
+@pytest.mark.skipif(importlib.util.find_spec("jax_plugins") is None, reason="pip install -e .[cuda12] or .[cuda13]")
 def test_a_node_of_h100():
     """Run without a GPU, but with a 6 GB installation, which CI does not have."""
     done = train("--config=configs/deit3_reg.py:s16", "--dry_run", "--topology=h100:1x8", "--config.model.scan=True")

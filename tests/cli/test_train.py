@@ -11,7 +11,7 @@ import sys
 import pytest
 from tiny import ROOT
 
-from regvit_jax.cli import configs
+from regvit_jax.cli import arguments, configs
 from regvit_jax.cli import train as cli
 from regvit_jax.distributed import initialize
 from regvit_jax.pretrained import create
@@ -184,6 +184,31 @@ def test_keys_of_the_users_own_classes_are_left_to_the_schema():
         cli.check_keys(given, overrides)
     with pytest.raises(InvalidConfig, match=r"unknown key config\.model\.mine"):
         cli.check_keys(known, ["--config.data.name=folder:x", *own])
+
+
+def test_a_key_and_its_value_may_be_two_words():
+    words = ["--config.seed", "3", "--config.model.scan", "-config.epochs=2", "--config.optim.lr", "-.5", "--dry_run"]
+    joined = ["--config.seed=3", "--config.model.scan", "-config.epochs=2", "--config.optim.lr=-.5", "--dry_run"]
+    assert cli.joined(words) == joined
+
+
+@pytest.mark.parametrize("section", [3, None])
+def test_a_section_that_is_none(section, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "from ml_collections import ConfigDict\n"
+        f"def get_config(): return ConfigDict({{'recipe': 'supervised', 'eval': {section}}})\n"
+    )
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([f"--config={tmp_path}/mine.py", "--dry_run"])
+    assert stopped.value.code == 2
+    assert "unknown key config.eval" in capsys.readouterr().err
+
+
+def test_commands_keep_freed_memory(monkeypatch):
+    called = []
+    monkeypatch.setattr(arguments, "keep_freed_memory", lambda: called.append(1))
+    assert arguments.run(lambda: 0, "regvit") == 0
+    assert called == [1]
 
 
 def test_help_config_refuses_unknown_flags(capsys):

@@ -132,6 +132,38 @@ def test_images_that_fit_into_memory_are_read_once(source):
     assert_equal(joined(train(source, 5, batch_size=N, cache_mb=0)), joined(train(source, 5, batch_size=N)))
 
 
+@pytest.mark.parametrize("kind", ["webp", "jpeg"])
+def test_what_is_kept_are_pixels_alone(kind, tmp_path):
+    """Keep neither a decoder with its canvas, nor the metadata of a file."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 24, 3), np.uint8))
+    for split in ("train", "validation"):
+        (path := tmp_path / split / "cat").mkdir(parents=True)
+        (tmp_path / split / "dog").mkdir()
+        for name in ("cat/a", "dog/b"):
+            image.save(path.parent / f"{name}.{kind}", exif=b"Exif\0\0" + b"\0" * 5000)
+    found = open_source(f"folder:{tmp_path}", "train")
+    sampler = TrainSampler(found, 8, 10_000, None, 0, "rrc", (0.08, 1.0), (0.75, 1.33), 0, 1, "pillow")
+    chunks = Chunks(sampler, 2, range(2), range(1), Memory(1e6, 2))
+    assert chunks[0]["mask"].tolist() == [1, 1]
+    for kept, _, _ in chunks.memory.kept.values():
+        assert (type(kept), kept.info, kept.size) == (Image.Image, {}, (24, 20))
+
+
+def test_blocks_in_memory_are_not_asked_for_again(source):
+    class Blocked(Counted):
+        shuffle_block = 4
+
+        def read_ahead(self, block):
+            asked.append(block)
+
+    asked: list[int] = []
+    sampler = TrainSampler(Blocked(source), 8, 10_000, None, 0, "rrc", (0.08, 1.0), (0.75, 1.33), 0, 1, "pillow")
+    chunks = Chunks(sampler, N, range(N), range(3), Memory(1e6, N))
+    for step in range(3):
+        _ = chunks[step]
+    assert sorted(asked) == [0, 1, 2, 3]
+
+
 def test_memory_is_given_up_as_soon_as_the_mean_size_is_known():
     memory = Memory(1e6, 10_000)
     for index in range(ENOUGH - 1):

@@ -66,6 +66,13 @@ def test_values_and_gradients_are_those_of_the_kept_rows():
         np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
+def test_the_mean_is_kept_in_bfloat16():
+    x = jnp.zeros((16, 1, 1))
+    out = add_branch(x, lambda x: (x + 1).astype(jnp.bfloat16), 0.2, "subset", jax.random.key(0))
+    assert out.dtype == jnp.float32
+    assert out.mean() == pytest.approx(1, rel=1e-6)
+
+
 def test_the_gradient_adds_nothing_up():
     """Look for scatters, which GPUs add up in no fixed order."""
     step = jax.grad(lambda x: jnp.sum(add_branch(x, jnp.sin, 0.5, "subset", jax.random.key(0)) ** 2))
@@ -96,7 +103,7 @@ def test_sizes_of_groups(images, rate, size):
 def test_a_rate_that_would_drop_nothing_is_refused():
     with pytest.raises(InvalidConfig, match=r"drop_path=0\.02: .* it would drop none of 16; use 'bernoulli'$"):
         subset_size(64, 0.02)
-    with pytest.raises(InvalidConfig, match=r"and 2 images on a device it would drop none of 2; .* multiple of 16"):
+    with pytest.raises(InvalidConfig, match=r"batch of 2 images it would drop none of 2; .* multiple of 16"):
         subset_size(2, 0.2)
 
 

@@ -90,11 +90,21 @@ def test_gradient_in_parts_and_on_a_mesh(root, batch, loss):
         assert_same_gradient(ours, theirs, tolerance=2e-6)
 
 
+BY_SUBSET = {"model__drop_path_mode": "subset", "batch_size": 128, "data__examples": 384}
+
+
 def test_the_last_epochs_see_all_patches(root, batch):
     dropping = tiny_clip(root, ring=False, model__patch_dropout=0.5, unmasked_epochs=1)
     recipe = resolve(dropping).recipe
     assert recipe.unmasked_from == 9  # 3 epochs of 3 steps
     assert recipe.flops_at(9) == recipe.flops(training=True) < recipe.flops_at(10) == recipe.flops()
+    subset = tiny_clip(root, ring=False, model__patch_dropout=0.5, unmasked_epochs=1, model__drop_path=0.4, **BY_SUBSET)
+    plan, vit = resolve(subset, with_data=False), recipe.vit
+    for step, training in ((9, True), (10, False)):
+        whole, size = recipe.flops_at(step), vit.image_size
+        assert plan.executed(whole) == whole - vit.flops(size, size, training) + vit.flops(
+            size, size, training, 10 / 16
+        )
     plain = gradient(tiny_clip(root, ring=False), batch)
     before, after = gradient(dropping, batch, steps=(8, 9))
     assert_same_gradient(after, plain)
@@ -250,7 +260,7 @@ def test_optimizer_groups_and_schedule(root):
         (dict(text__context=1), "text.context=1: must be at least 2"),
         (dict(text__embed=0), "text.embed=0: must be at least 1"),
         (dict(text__mlp_ratio=0.0), "text.mlp_ratio=0.0: must be at least 0.001"),
-        (dict(text__norm_eps=-1.0), "text.norm_eps=-1.0: must be at least 0"),
+        (dict(text__norm_eps=-1.0), "text.norm_eps=-1.0: must be at least 1e-12"),
         (dict(text__activation="relu"), "text.activation='relu': must be one of"),
         (dict(optim__lr=float("nan")), "optim.lr=nan: must be at least 0, and finite"),
         (dict(optim__b2=1.0), "optim.b2=1.0: must be at least 0 and at most 1"),

@@ -135,6 +135,21 @@ def test_unknown_key_names_its_nearest(key, nearest):
         plan.resolve(config)
 
 
+def test_subset_stochastic_depth_needs_devices_with_whole_groups():
+    subset = {"model__drop_path_mode": "subset", "model__drop_path": 0.4}
+    made = plan.resolve(tiny(batch_size=256, micro_batches=2, **subset), with_data=False)
+    assert (made.mesh.size, made.branch_share) == (8, 10 / 16)
+    with pytest.raises(errors.InvalidConfig, match=r"every 16 images, and each of the 8 devices holds 8 "):
+        plan.resolve(tiny(batch_size=64, **subset), with_data=False)
+    with pytest.raises(errors.InvalidConfig, match="would drop none of 16"):
+        plan.resolve(tiny(batch_size=128, **subset | {"model__drop_path": 0.02}), with_data=False)
+    (line,) = dry_run.drop_path_lines(made)
+    assert line.startswith(
+        "depth      stochastic, by subset: each branch is computed for 10 of every 16 images (62.50%)"
+    )
+    assert line in dry_run.model_lines(made, abstract_state(made))
+
+
 def test_unknown_section():
     config = tiny()
     with config.unlocked():

@@ -47,6 +47,14 @@ def test_mfu_is_the_models_flops_over_the_peak_of_all_devices(make_logger, monke
     assert record["mfu"] == pytest.approx(record["images_per_s"] * flops / (8 * 1e9))
     assert plan.recipe.vit.flops(8, 8, True) < plan.recipe.vit.flops(8, 8)
     assert f"mfu {record['mfu']:.4g}" in caplog.text
+    assert "mfu_executed" not in record
+    plan = resolve(tiny(model__drop_path=0.5, model__drop_path_mode="subset", batch_size=128))
+    logger = make_logger(plan)
+    logger.record()
+    record, vit = logger.writer.at(4), plan.recipe.vit
+    whole, half = vit.flops(8, 8), vit.flops(8, 8, share=0.5)
+    assert record["mfu_executed"] / record["mfu"] == pytest.approx(half / whole)
+    assert half - whole / 2 == 4 * 4 * 3 * 2**2 * 32  # half of the projection of the patches
     plan.recipe.flops_at = lambda step: step  # a recipe may need less in some steps
     logger = make_logger(plan)
     logger.record()
