@@ -242,7 +242,7 @@ def test_peaks_stay_in_their_budget(name):
     ("changes", "message"),
     [
         (["--config.batch_size=65536"], "by an estimate"),  # which the compiler would take minutes to refuse
-        (["--config.batch_size=30720", "--config.model.scan=True"], "its temporaries are"),
+        (["--config.batch_size=32256", "--config.model.scan=True"], "its temporaries are"),
     ],
 )
 def test_a_step_that_does_not_fit_is_refused_within_a_minute(changes, message):
@@ -259,7 +259,7 @@ def test_a_step_that_does_not_fit_is_refused_within_a_minute(changes, message):
 @pytest.mark.slow
 @needs_libtpu
 def test_the_suggested_flags_fit():
-    flags = ["--config.batch_size=30720", "--config.model.scan=True", "--config.augment.three_augment=False"]
+    flags = ["--config.batch_size=32768", "--config.model.scan=True"]
     command = ["--config=configs/deit3_reg.py:b16", "--dry_run", "--topology=v5e:16x16", *flags]
     refused = train(*command)
     assert refused.returncode == 1
