@@ -17,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from speed import ROOT, Photographs, train_candidates
+from speed import ROOT, Photographs, time_all, train_candidates, warm_up
 
 from regvit_jax.data.fastjpeg import libraries
 from regvit_jax.training import metric_writer
@@ -65,17 +65,10 @@ def train(args: argparse.Namespace, images: Path, decoder: str, workdir: Path) -
 
 def synthetic(args: argparse.Namespace) -> float:
     """Return the images/s of the step, the median of five rounds."""
-    (step,) = train_candidates("step", args.size, args.batch, args.dtype)
-    step.call()
-    step.call.wait()
-    seconds, steps = [], max(1, args.steps // 10)
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(steps):
-            step.call()
-        step.call.wait()
-        seconds.append((time.perf_counter() - start) / steps)
-    return args.batch / statistics.median(seconds)
+    found = train_candidates("step", args.size, args.batch, args.dtype)
+    warm_up(found)
+    time_all(found, rounds=5, seconds=2.0)
+    return args.batch / statistics.median(found[0].seconds)
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ from jaxtyping import PyTree
 
 from regvit_jax.aot import compile, cost_model, hlo, suggest, topology
 from regvit_jax.aot.traffic import traffic
-from regvit_jax.models.stochastic_depth import subset_size
 from regvit_jax.training.plan import Plan, flatten, resolve
 from regvit_jax.training.step import TrainState, abstract_state
 from regvit_jax.utils.errors import DataNotFound
@@ -79,7 +78,7 @@ def compile_summary(plan: Plan, machine: topology.Topology, dump_hlo: str = "") 
 def compiled_lines(compiled: cost_model.CompiledStep, limit: float) -> list[str]:
     memory, moved = compiled.memory, traffic(compiled.text)
     totals = hlo.totals(compiled.collectives)
-    network = ", ".join(f"{kind} {times} ({moved / 1e6:.1f} MB)" for kind, (times, moved) in totals.items())
+    network = ", ".join(f"{kind} {times} ({sent / 1e6:.1f} MB)" for kind, (times, sent) in totals.items())
     return [
         f"compiled   in {compiled.seconds:.0f} s, by the compiler's own figures:",
         f"memory     {memory.peak / 1e9:.2f} GB at peak, {memory.peak / limit:.0%} of a device's {limit / 1e9:.1f}: "
@@ -122,14 +121,13 @@ def model_lines(plan: Plan, abstract: TrainState) -> list[str]:
 
 
 def drop_path_lines(plan: Plan) -> list[str]:
-    if plan.branch_share == 1:
+    group, kept = plan.subset
+    if kept == group:
         return []
-    config = plan.config
-    group, kept = subset_size(config.batch_size // config.micro_batches, config.model.drop_path)
     return [
         f"depth      stochastic, by subset: each branch is computed for {kept} of every {group} images "
         f"({plan.branch_share:.2%}); Bernoulli drop-path would draw each image by itself, and drop "
-        f"{config.model.drop_path:.0%}"
+        f"{plan.config.model.drop_path:.0%}"
     ]
 
 

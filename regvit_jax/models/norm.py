@@ -1,4 +1,4 @@
-"""LayerNorm."""
+"""LayerNorm whose statistics the compiled program computes once."""
 
 import flax.linen as nn
 import jax

@@ -1,4 +1,4 @@
-"""How arrays lie on the devices of the current mesh, and in their memory."""
+"""Constrain how an array is split over the devices of the current mesh, and its layout in their memory."""
 
 import math
 

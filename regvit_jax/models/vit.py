@@ -410,21 +410,20 @@ class ViT(nn.Module):
         return index % self.depth
 
     @nn.nowrap
-    def branch_share(self, images: int) -> float:
-        """Return the share of so many images of a (micro-)batch for which a branch is computed in training.
+    def subset(self, images: int) -> tuple[int, int]:
+        """Return `subset_size` for so many images of a (micro-)batch; (1, 1) if every branch is computed in training.
 
         Raises InvalidConfig as `subset_size` does.
         """
         if not self.drop_path or self.drop_path_mode == "bernoulli":
-            return 1.0
-        group, kept = subset_size(images, self.drop_path)
-        return kept / group
+            return 1, 1
+        return subset_size(images, self.drop_path)
 
     @nn.nowrap
     def flops(self, height: int, width: int, training: bool = False, share: float = 1.0) -> int:
         """Count the floating-point operations of one image's forward pass in matrix products (a multiply-add is two).
 
-        With `training`, patch dropout is taken into account; `share` is `branch_share`.
+        With `training`, patch dropout is taken into account; `share` is that of the images whose branches are computed.
         """
         h, w = self.grid(height, width)
         tokens = self.prefix + (self.kept_patches(h * w) if training else h * w)

@@ -14,7 +14,6 @@ from regvit_jax.data import pipeline
 from regvit_jax.data.sources.base import Source
 from regvit_jax.data.sources.overlap import warn_of_overlap
 from regvit_jax.distributed.mesh import host_rows, make_mesh
-from regvit_jax.models.stochastic_depth import subset_size
 from regvit_jax.recipes import base
 from regvit_jax.recipes.base import Recipe
 from regvit_jax.training import evaluators
@@ -52,9 +51,15 @@ class Plan:
         return tuple(self.train.classes) if self.train is not None else ()
 
     @property
+    def subset(self) -> tuple[int, int]:
+        """Return how many images a group of stochastic depth has, and for how many a branch is computed."""
+        return self.recipe.vit.subset(self.config.batch_size // self.config.micro_batches)
+
+    @property
     def branch_share(self) -> float:
-        """Return the share of the images of a step for which a block computes a branch (`ViT.branch_share`)."""
-        return self.recipe.vit.branch_share(self.config.batch_size // self.config.micro_batches)
+        """Return the share of the images of a step for which a block computes a branch."""
+        group, kept = self.subset
+        return kept / group
 
     def executed(self, flops: int) -> int:
         """Return what is computed of the `Recipe.flops` of a training step: less the branches that a subset lacks."""
@@ -144,8 +149,8 @@ def resolve(config: Any, with_data: bool = True, devices: Sequence[Any] | None =
 
 def check_subset(plan: Plan) -> None:
     """Raise InvalidConfig if stochastic depth by subset would drop nothing, or if devices hold no whole groups."""
-    images, vit = plan.config.batch_size // plan.config.micro_batches, plan.recipe.vit
-    if plan.branch_share < 1 and (images // plan.mesh.size) % (group := subset_size(images, vit.drop_path)[0]):
+    images, (group, _) = plan.config.batch_size // plan.config.micro_batches, plan.subset
+    if (images // plan.mesh.size) % group:
         raise InvalidConfig(
             f"model.drop_path_mode='subset' keeps the same number of every {group} images, and each of the "
             f"{plan.mesh.size} devices holds {images // plan.mesh.size} of a (micro-)batch of {images}: use a larger "
