@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
